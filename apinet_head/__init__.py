@@ -1,0 +1,42 @@
+"""API-Net as a drop-in head: fine-grained image classification by comparing pairs of images.
+
+Zhuang, Wang, Qiao: "Learning Attentive Pairwise Interaction for Fine-Grained Classification", AAAI 2020.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from apinet_head.head import APIHead, APIOutput
+from apinet_head.loss import LossTerms, api_loss, api_loss_terms
+from apinet_head.pairs import Pairs, mine_pairs, random_pairs
+from apinet_head.sampler import BalancedBatchSampler
+
+if TYPE_CHECKING:
+    from apinet_head.model import APINet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "APIHead",
+    "APINet",
+    "APIOutput",
+    "BalancedBatchSampler",
+    "LossTerms",
+    "Pairs",
+    "api_loss",
+    "api_loss_terms",
+    "mine_pairs",
+    "random_pairs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # APINet pulls in huggingface_hub and timm; who only wants the head should not wait for them.
+    if name == "APINet":
+        from apinet_head.model import APINet
+
+        return APINet
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,52 @@
+"""Checks of arguments that cost nothing on the device: they read shapes, dtypes and devices, never values."""
+
+from torch import Tensor
+
+
+def describe(tensor: Tensor) -> str:
+    """`float32 [30, 2048] on cpu`, as every error message shows a tensor."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def check_features(features: Tensor, name: str = "features", dim: int | None = None) -> None:
+    """Raise ValueError unless `features` is a floating point [B,D], with D = dim where that is given."""
+    if features.ndim != 2:
+        advice = ": pool it first, for example x.mean((2, 3))" if features.ndim == 4 else ""
+        raise ValueError(f"{name} must be [B, D], got {describe(features)}{advice}")
+    if not features.is_floating_point():
+        raise ValueError(f"{name} must be of a floating point dtype, got {describe(features)}")
+    if features.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one channel, got {describe(features)}")
+    if dim is not None and features.shape[1] != dim:
+        raise ValueError(
+            f"{name} must be [B, {dim}] for this head, got {describe(features)}; make the head with "
+            f"dim={features.shape[1]}, or check that the backbone gives pooled features (timm: num_classes=0)"
+        )
+
+
+def check_labels(labels: Tensor, features: Tensor, name: str = "labels", features_name: str = "features") -> None:
+    """Raise ValueError unless `labels` is an integer [B] on the device of `features` [B,D]."""
+    check_integer(labels, name)
+    if len(labels) != len(features):
+        raise ValueError(
+            f"{name} must have one entry per row of {features_name}: got {describe(labels)} for {describe(features)}"
+        )
+    check_device(labels, name, features, features_name)
+
+
+def check_integer(labels: Tensor, name: str = "labels") -> None:
+    """Raise ValueError unless `labels` is an integer vector."""
+    if labels.is_floating_point() or labels.is_complex() or str(labels.dtype) == "torch.bool":
+        raise ValueError(f"{name} must be class indices of an integer dtype, got {describe(labels)}")
+    if labels.ndim != 1:
+        advice = ": use labels.squeeze(1)" if labels.ndim == 2 and labels.shape[1] == 1 else ""
+        raise ValueError(f"{name} must be [B], got {describe(labels)}{advice}")
+
+
+def check_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    """Raise ValueError if the two tensors are on different devices."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} and {other_name} must be on one device, got {describe(tensor)} and {describe(other)}: "
+            f"move one with .to({str(other.device)!r})"
+        )

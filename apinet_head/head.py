@@ -1,0 +1,194 @@
+"""The API-Net head: a classifier that learns from pairs of images and at test time is one linear layer."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from apinet_head.checks import check_device, check_features, check_integer, check_labels, describe
+from apinet_head.mutual import MutualMLP
+from apinet_head.pairs import Pairs, mine_pairs
+
+
+class APIOutput(NamedTuple):
+    """What the head makes of P pairs: rows [0,P) belong to the anchors, rows [P,2P) to the partners.
+
+    Attributes:
+        logits_self: [2P,C], of features under their own gate; without a classifier those features [2P,D].
+        logits_other: [2P,C], of features under the gate of the other image of the pair; likewise.
+        labels: [2P], class indices.
+        valid: [2P] bool, False where the pair doesn't exist and the row is to count for nothing.
+        pairs: the P pairs.
+    """
+
+    logits_self: Tensor
+    logits_other: Tensor
+    labels: Tensor
+    valid: Tensor
+    pairs: Pairs
+
+
+class APIHead(nn.Module):
+    """Attentive pairwise interaction on the pooled features of any backbone (paper, section 3).
+
+    With labels, every image of the batch is paired with its nearest of the same class and of another class. A mutual
+    vector m is computed of the pair, gates g = sigmoid(m * x) of each image, and all of x + x * g are classified:
+    under an image's own gate and under the other one's. `api_loss` turns the result into a loss. Without labels, in
+    deployment, only the classifier runs.
+
+    Args:
+        dim: channels D of the features.
+        num_classes: C; 0 for no classifier of its own (pass `classifier=` in the call, or take the features).
+        hidden_dim: width of the mutual vector's MLP.
+        dropout: probability, inside that MLP and before the classifier, in train mode only.
+        mutual: the mutual vector; "mlp", as in the paper.
+        gate: "pair", one gate for each of the two images.
+        intra: partner of the same class: "similar", "dissimilar", "random" or None, see `mine_pairs`.
+        inter: partner of another class, likewise.
+        gather: mine over all ranks' features.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument is out of its range; the message shows it.
+
+    Example:
+        >>> from apinet_head import APIHead, api_loss
+        >>> head = APIHead(dim=2048, num_classes=200)
+        >>> features, labels = torch.randn(8, 2048), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+        >>> output = head(features, labels)
+        >>> output.logits_self.shape  # two images of each of 2 * 8 pairs
+        torch.Size([32, 200])
+        >>> api_loss(output).backward()
+        >>> head.eval()(features).shape
+        torch.Size([8, 200])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int = 0,
+        *,
+        hidden_dim: int = 512,
+        dropout: float = 0.5,
+        mutual: str = "mlp",
+        gate: str = "pair",
+        intra: str | None = "similar",
+        inter: str | None = "similar",
+        gather: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("dim", dim, 1), ("num_classes", num_classes, 0), ("hidden_dim", hidden_dim, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, choice, known in (("mutual", mutual, "mlp"), ("gate", gate, "pair")):
+            if choice != known:
+                raise ValueError(f"{name} must be {known!r} in this version, got {choice!r}")
+        if gather:
+            raise ValueError("gather must be False in this version: mining over all ranks is yet to come")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim, self.num_classes = dim, num_classes
+        self.intra, self.inter = intra, inter
+        self.mutual = MutualMLP(dim, hidden_dim, dropout, **factory)
+        self.drop = nn.Dropout(dropout)
+        self.classifier = nn.Linear(dim, num_classes, **factory) if num_classes else nn.Identity()
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        pairs: Pairs | None = None,
+        classifier: nn.Module | None = None,
+        keys: Tensor | None = None,
+        key_labels: Tensor | None = None,
+        key_offset: int | None = None,
+    ) -> Tensor | APIOutput:
+        """Class logits without labels, all that the loss needs with them; in train and eval mode alike.
+
+        Args:
+            features: [B,D], floating point.
+            labels: [B], class indices of an integer dtype.
+            pairs: take these instead of mining.
+            classifier: your own, mapping [N,D] to [N,C], in place of the head's.
+            keys: [M,D], where partners are searched instead of in `features`, see `mine_pairs`.
+            key_labels: [M], their classes.
+            key_offset: the row of `keys` that holds query 0, if they hold the queries.
+
+        Returns:
+            Logits [B,C] (the features themselves, if there is no classifier), or an APIOutput.
+
+        Raises:
+            ValueError: shapes, dtypes or devices don't fit; the message shows what came.
+        """
+        self._check(features)
+        classify: Callable[[Tensor], Tensor] = classifier if classifier is not None else self.classifier
+        if labels is None:
+            if not (pairs is None and keys is None and key_labels is None and key_offset is None):
+                raise ValueError("pairs and keys are for training and need labels, got labels=None")
+            return features if isinstance(classify, nn.Identity) else classify(self.drop(features))
+
+        check_labels(labels, features)
+        if keys is not None and key_labels is None:
+            raise ValueError("keys need key_labels, got key_labels=None")
+        if pairs is None:
+            pairs = mine_pairs(
+                features, labels, intra=self.intra, inter=self.inter,
+                keys=keys, key_labels=key_labels, key_offset=key_offset,
+            )  # fmt: skip
+        anchor, partner, gate_anchor, gate_partner = self._compare(features, pairs, keys)
+        both = torch.cat([anchor, partner])
+        own = both * (1 + torch.cat([gate_anchor, gate_partner]))
+        other = both * (1 + torch.cat([gate_partner, gate_anchor]))
+        if not isinstance(classify, nn.Identity):
+            own, other = classify(self.drop(own)), classify(self.drop(other))
+        partner_labels = (labels if key_labels is None else key_labels).index_select(0, pairs.partner)
+        return APIOutput(
+            logits_self=own,
+            logits_other=other,
+            labels=torch.cat([labels.index_select(0, pairs.anchor), partner_labels]),
+            valid=pairs.valid.repeat(2),
+            pairs=pairs,
+        )
+
+    def gates(self, features: Tensor, pairs: Pairs, *, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Gates of pairs of rows of features [B,D], or of features and keys [M,D] (paper, equation 2).
+
+        Returns:
+            sigmoid(m * x) of the anchors and of the partners, each [P,D], in (0, 1).
+        """
+        self._check(features)
+        _, _, gate_anchor, gate_partner = self._compare(features, pairs, keys)
+        return gate_anchor, gate_partner
+
+    def _compare(self, features: Tensor, pairs: Pairs, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features and gates, each [P,D]: anchor, partner, gate_anchor, gate_partner."""
+        check_integer(pairs.anchor, "pairs.anchor")
+        check_device(pairs.anchor, "pairs.anchor", features, "features")
+        anchor = features.index_select(0, pairs.anchor)
+        if keys is None:
+            partner = features.index_select(0, pairs.partner)
+            mutual = self.mutual.of_rows(features, pairs.anchor, pairs.partner)
+        else:
+            check_features(keys, "keys", self.dim)
+            # A pair that doesn't exist points at any row of keys; were that one not finite, it would spoil the
+            # gradients although the loss leaves the pair out.
+            partner = keys.index_select(0, pairs.partner).where(pairs.valid[:, None], anchor)
+            mutual = self.mutual(anchor, partner)
+        return anchor, partner, torch.sigmoid(mutual * anchor), torch.sigmoid(mutual * partner)
+
+    def _check(self, features: Tensor) -> None:
+        check_features(features, dim=self.dim)
+        weight = self.mutual.fc1.weight
+        check_device(features, "features", weight, "the head's weights")
+        if features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
+            raise ValueError(
+                f"features and the head's weights must be of one dtype outside autocast, got {describe(features)} and "
+                f"{describe(weight)}: convert the features, or the head with .to()"
+            )
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_classes={self.num_classes}, intra={self.intra!r}, inter={self.inter!r}"

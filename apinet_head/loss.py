@@ -1,0 +1,101 @@
+"""The loss: cross-entropy of all gated features, and ranking of own gate above the other's (paper, section 3.2)."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apinet_head.checks import describe
+
+if TYPE_CHECKING:
+    from apinet_head.head import APIOutput
+
+
+class LossTerms(NamedTuple):
+    """Scalars: total = cross_entropy + rank_weight * ranking."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    ranking: Tensor
+
+
+def api_loss(
+    output: "APIOutput", *, margin: float = 0.05, rank_weight: float = 1.0, label_smoothing: float = 0.0
+) -> Tensor:
+    """The scalar to minimise: `api_loss_terms(...).total`.
+
+    Example:
+        >>> from apinet_head import APIHead
+        >>> output = APIHead(dim=16, num_classes=5)(torch.randn(4, 16), torch.tensor([0, 0, 1, 1]))
+        >>> api_loss(output).shape
+        torch.Size([])
+    """
+    return api_loss_terms(output, margin=margin, rank_weight=rank_weight, label_smoothing=label_smoothing).total
+
+
+def api_loss_terms(
+    output: "APIOutput", *, margin: float = 0.05, rank_weight: float = 1.0, label_smoothing: float = 0.0
+) -> LossTerms:
+    """The loss and its two terms.
+
+    With p the softmax of a row's logits at its label (paper, equations 4 and 5):
+
+        cross_entropy = mean of -log p over all 4P rows
+        ranking = mean of max(0, p_other - p_self + margin) over the 2P rows
+
+    Rows that are not valid count for nothing; if none is valid, all is 0, with zero gradients. Computed in float32
+    at least, under autocast too.
+
+    Args:
+        output: of an APIHead with a classifier, logits [2P,C]; labels of valid rows in [0,C).
+        margin: by how much the probability under the own gate should exceed the one under the other's gate.
+        rank_weight: weight of the ranking term (lambda in the paper).
+        label_smoothing: share of the target spread over all classes, in the cross-entropy only.
+
+    Raises:
+        ValueError: logits_self and logits_other differ in shape, labels or valid don't match them, or
+            label_smoothing isn't in [0, 1].
+
+    Example:
+        >>> from apinet_head import APIHead
+        >>> output = APIHead(dim=16, num_classes=5)(torch.randn(4, 16), torch.tensor([0, 0, 1, 1]))
+        >>> terms = api_loss_terms(output, rank_weight=0.5)
+        >>> bool(torch.isclose(terms.total, terms.cross_entropy + 0.5 * terms.ranking))
+        True
+    """
+    _check(output, label_smoothing)
+    valid = output.valid
+    labels = output.labels.where(valid, 0)[:, None]
+    rows = valid.sum().clamp(min=1)
+
+    def mean(per_row: Tensor) -> Tensor:
+        return per_row.where(valid, 0).sum() / rows
+
+    def log_probabilities(logits: Tensor) -> Tensor:
+        # Masked before, not only after: whatever an invalid row holds, infinity included, its gradient is zero.
+        return logits.masked_fill(~valid[:, None], 0).to(_at_least_float32(logits.dtype)).log_softmax(1)
+
+    own, other = log_probabilities(output.logits_self), log_probabilities(output.logits_other)
+    own_label, other_label = own.gather(1, labels).squeeze(1), other.gather(1, labels).squeeze(1)
+    cross_entropy = -mean(own_label + other_label) / 2
+    if label_smoothing:
+        uniform = -mean(own.mean(1) + other.mean(1)) / 2
+        cross_entropy = (1 - label_smoothing) * cross_entropy + label_smoothing * uniform
+    ranking = mean((other_label.exp() - own_label.exp() + margin).relu())
+    return LossTerms(cross_entropy + rank_weight * ranking, cross_entropy, ranking)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _check(output: "APIOutput", label_smoothing: float) -> None:
+    own, other, labels, valid, _ = output
+    if own.ndim != 2 or own.shape != other.shape:
+        raise ValueError(f"logits must be two [2P, C], got {describe(own)} and {describe(other)}")
+    if not (len(own),) == labels.shape == valid.shape:
+        raise ValueError(
+            f"labels and valid must be [2P] for logits {describe(own)}, got {describe(labels)} and {describe(valid)}"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")

@@ -1,0 +1,170 @@
+"""Which images to compare: the pairs that API-Net trains on (paper, section "Class-Balanced Pair Construction")."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apinet_head.checks import check_device, check_features, check_integer, check_labels
+from apinet_head.mining import BACKENDS, Backend, Found, Search
+
+SEARCHES = ("similar", "dissimilar", "random")
+
+
+class Pairs(NamedTuple):
+    """P pairs of images, as tensors [P] on the features' device.
+
+    A pair without a possible partner has `valid` False and its anchor as its partner, so that gathers stay in range
+    and no wrong-class pair is ever trained on.
+
+    Attributes:
+        anchor: row of the features, int64.
+        partner: row of the features, or of `keys` where those were given, int64.
+        same_class: whether the two are of one class, bool.
+        valid: whether the pair exists, bool.
+    """
+
+    anchor: Tensor
+    partner: Tensor
+    same_class: Tensor
+    valid: Tensor
+
+
+def mine_pairs(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    intra: str | None = "similar",
+    inter: str | None = "similar",
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    key_offset: int | None = None,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> Pairs:
+    """Pair every image with one of its own class and one of another class (paper, section 3.2).
+
+    Distances are Euclidean, of detached features, in float32 at least. Ties go to the lowest index. Nothing is
+    paired with itself. A row that is not finite is never chosen; its own pairs stay valid, so that the loss turns
+    non-finite where a training loop looks for it. Nothing waits for the device, and no shape depends on the data.
+
+    Args:
+        features: [B,D], float16, bfloat16, float32 or float64.
+        labels: [B], class indices of any integer dtype.
+        intra: the partner of the same class: "similar" (nearest), "dissimilar" (farthest), "random", or None for no
+            such pairs.
+        inter: likewise, the partner of another class.
+        keys: [M,D], where partners are searched instead of in `features` (all ranks, a memory of past batches).
+        key_labels: [M], the classes of `keys`.
+        key_offset: the row of `keys` that holds query 0, the others following, so that no image is paired with
+            itself; None if the queries are not in `keys`.
+        generator: source of "random" partners, on the features' device; None is torch's default one.
+        backend: "auto" or "dense" (one [B,M] matrix of distances).
+
+    Returns:
+        Pairs with P = 2B: rows [0,B) the intra-class pairs in order of their anchors, rows [B,2B) the inter-class
+        pairs. P = B if one of the two is None. With `keys`, a pair that is not valid has partner
+        `key_offset + anchor`, or 0 without an offset.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value doesn't fit; the message shows what came.
+
+    Example:
+        >>> features = torch.tensor([[0.0], [1.0], [5.0], [9.0]])
+        >>> pairs = mine_pairs(features, torch.tensor([7, 7, 7, 3]))
+        >>> pairs.partner.tolist()  # nearest of class 7, then nearest of another class
+        [1, 0, 1, 3, 3, 3, 3, 2]
+        >>> pairs.valid.tolist()  # the only image of class 3 has nobody of its class
+        [True, True, True, False, True, True, True, True]
+    """
+    check_features(features)
+    check_labels(labels, features)
+    searches = _searches(intra, inter)
+    mine = _backend(backend)
+    if generator is not None and generator.device.type != features.device.type:
+        raise ValueError(f"generator must be on the features' device {features.device}, got {generator.device}")
+
+    size = len(features)
+    anchor = torch.arange(size, device=features.device)
+    if keys is None:
+        if key_labels is not None or key_offset is not None:
+            raise ValueError("key_labels and key_offset need keys, got keys=None")
+        key_labels, key_offset, fallback = labels, 0, anchor
+    else:
+        key_labels = _check_keys(features, keys, key_labels, key_offset)
+        fallback = torch.zeros_like(anchor) if key_offset is None else anchor + key_offset
+    if size == 0:
+        found = [Found(anchor, anchor.bool())] * len(searches)
+    else:
+        found = mine(features, labels, keys, key_labels, key_offset, searches, generator)
+
+    return Pairs(
+        anchor=anchor.repeat(len(searches)),
+        partner=torch.cat([partner.where(valid, fallback) for partner, valid in found]),
+        same_class=torch.cat([torch.full_like(anchor, search.same_class, dtype=torch.bool) for search in searches]),
+        valid=torch.cat([valid for _, valid in found]),
+    )
+
+
+def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator | None = None) -> Pairs:
+    """Pairs drawn without regard to class, the paper's "Random" construction (section 4.1, ablation).
+
+    Both images are drawn uniformly, with replacement between pairs; the two of a pair differ.
+
+    Args:
+        labels: [B], class indices of any integer dtype.
+        num_pairs: P, how many pairs to draw.
+        generator: source of randomness, on the labels' device; None is torch's default one.
+
+    Returns:
+        Pairs with P = `num_pairs`; none is valid if B = 1.
+
+    Raises:
+        ValueError: labels are no integer vector, there are none, or num_pairs is negative.
+
+    Example:
+        >>> pairs = random_pairs(torch.tensor([0, 0, 1]), 4, generator=torch.Generator().manual_seed(0))
+        >>> bool((pairs.anchor != pairs.partner).all())
+        True
+    """
+    check_integer(labels)
+    size = len(labels)
+    if size == 0 or num_pairs < 0:
+        raise ValueError(f"need at least one label and num_pairs >= 0, got {size} labels and num_pairs={num_pairs}")
+    anchor = torch.randint(size, (num_pairs,), generator=generator, device=labels.device)
+    step = torch.randint(1, max(size, 2), (num_pairs,), generator=generator, device=labels.device)
+    partner = (anchor + step) % size
+    return Pairs(anchor, partner, labels[anchor] == labels[partner], anchor != partner)
+
+
+def _searches(intra: str | None, inter: str | None) -> list[Search]:
+    for name, how in (("intra", intra), ("inter", inter)):
+        if how is not None and how not in SEARCHES:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, SEARCHES))} or None, got {how!r}")
+    searches = [Search(how, same) for how, same in ((intra, True), (inter, False)) if how is not None]
+    if not searches:
+        raise ValueError("intra and inter are both None: that leaves no pairs to mine")
+    return searches
+
+
+def _backend(name: str) -> Backend:
+    known = ("auto", *BACKENDS)
+    if name not in known:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, known))}, got {name!r}")
+    return BACKENDS["dense" if name == "auto" else name]
+
+
+def _check_keys(features: Tensor, keys: Tensor, key_labels: Tensor | None, key_offset: int | None) -> Tensor:
+    if key_labels is None:
+        raise ValueError("keys need key_labels, got key_labels=None")
+    check_features(keys, "keys", features.shape[1])
+    check_device(keys, "keys", features, "features")
+    check_labels(key_labels, keys, "key_labels", "keys")
+    if len(keys) == 0:
+        raise ValueError("keys must have at least one row to find partners in, got none")
+    if key_offset is not None and not 0 <= key_offset <= len(keys) - len(features):
+        raise ValueError(
+            f"key_offset says where the {len(features)} queries sit among the {len(keys)} keys and must be in "
+            f"[0, {len(keys) - len(features)}], got {key_offset}; use None if they are not there"
+        )
+    return key_labels

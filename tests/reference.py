@@ -1,0 +1,91 @@
+"""API-Net once more, from the formulas, slowly and in float64: what the tests compare the package with."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def squared_distances(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """[B,M], by subtraction, one query at a time."""
+    with np.errstate(all="ignore"):
+        return np.stack([((keys - query) ** 2).sum(1) for query in queries])
+
+
+def candidates(
+    labels: np.ndarray, key_labels: np.ndarray, finite: np.ndarray, same_class: bool, offset: int | None
+) -> np.ndarray:
+    """[B,M] bool: who may be whose partner."""
+    allowed = np.zeros((len(labels), len(key_labels)), dtype=bool)
+    for query in range(len(labels)):
+        for key in range(len(key_labels)):
+            itself = offset is not None and key == query + offset
+            allowed[query, key] = finite[key] and not itself and (labels[query] == key_labels[key]) == same_class
+    return allowed
+
+
+def check_partners(
+    partner: Tensor,
+    valid: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    how: str,
+    same_class: bool,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    offset: int | None = None,
+) -> None:
+    """Assert that partners [B] are as `mine_pairs` promises, by brute force.
+
+    A partner may differ from the best one only by the rounding of a float32 (float64) distance.
+    """
+    if keys is None:
+        keys, key_labels, offset = features, labels, 0
+    x, k = features.double().numpy(), keys.double().numpy()
+    finite = np.isfinite(k).all(1)
+    # Squares of the largest and the smallest float64 would be no numbers.
+    largest = np.abs(np.concatenate([k[finite].ravel(), x[np.isfinite(x)], [np.finfo(float).tiny]])).max()
+    x, k = x / largest, k / largest
+    allowed = candidates(labels.numpy(), key_labels.numpy(), finite, same_class, offset)
+    np.testing.assert_array_equal(valid.numpy(), allowed.any(1))
+    fallback = np.arange(len(x)) + offset if offset is not None else np.zeros(len(x), dtype=int)
+    np.testing.assert_array_equal(partner.numpy()[~valid.numpy()], fallback[~valid.numpy()])
+
+    distance = squared_distances(x, k)
+    centred = k[finite] - k[finite].mean(0) if finite.any() else k
+    eps = torch.finfo(torch.promote_types(features.dtype, torch.float32)).eps
+    for query in np.flatnonzero(valid.numpy()):
+        chosen = int(partner[query])
+        assert allowed[query, chosen], f"row {query} got {chosen}, which is no candidate"
+        if how == "random" or not np.isfinite(x[query]).all():
+            continue
+        of_candidates = distance[query][allowed[query]]
+        best = of_candidates.min() if how == "similar" else of_candidates.max()
+        norm = (centred**2).sum(1).max() + ((x[query] - k[finite].mean(0)) ** 2).sum()
+        assert abs(distance[query, chosen] - best) <= 16 * eps * norm, f"row {query} got {chosen}"
+
+
+def head(x: Tensor, labels: Tensor, partners: list[Tensor], weights: dict[str, Tensor], margin: float = 0.05) -> dict:
+    """Logits and loss of the published head without dropout, pair by pair. `partners`: one [B] per kind of pair."""
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        return weights[f"{name}_weight"] @ value + weights[f"{name}_bias"]
+
+    rows: list[tuple[int, Tensor, Tensor]] = []
+    seconds: list[tuple[int, Tensor, Tensor]] = []
+    for partner in partners:
+        for a, b in enumerate(partner.tolist()):
+            mutual = linear("map2", linear("map1", torch.cat([x[a], x[b]])))
+            gate_a, gate_b = torch.sigmoid(mutual * x[a]), torch.sigmoid(mutual * x[b])
+            rows.append((int(labels[a]), x[a] + x[a] * gate_a, x[a] + x[a] * gate_b))
+            seconds.append((int(labels[b]), x[b] + x[b] * gate_b, x[b] + x[b] * gate_a))
+    rows += seconds
+    own = torch.stack([linear("fc", features) for _, features, _ in rows])
+    other = torch.stack([linear("fc", features) for _, _, features in rows])
+    cross_entropy, ranking = x.new_zeros(()), x.new_zeros(())
+    for (label, _, _), row_own, row_other in zip(rows, own, other, strict=True):
+        p_own, p_other = (row.exp()[label] / row.exp().sum() for row in (row_own, row_other))
+        cross_entropy = cross_entropy - (p_own.log() + p_other.log()) / (2 * len(rows))
+        ranking = ranking + torch.clamp(p_other - p_own + margin, min=0) / len(rows)
+    return {"own": own, "other": other, "cross_entropy": cross_entropy, "ranking": ranking,
+            "loss": cross_entropy + ranking}  # fmt: skip

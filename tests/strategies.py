@@ -1,0 +1,48 @@
+"""Random batches for property tests: sizes, dtypes, class counts and what makes distances go wrong."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+KINDS = ("normal", "offset", "duplicates", "one class", "singletons", "non-finite", "ties", "huge", "tiny")
+
+
+def make_batch(seed: int, size: int, dim: int, classes: int, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]:
+    """Features [size,dim] and labels [size] of `kind`; classes are uneven, and not numbered from 0."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(size, dim, generator=generator, dtype=torch.float64)
+    labels = (torch.rand(size, generator=generator) ** 2 * classes).long() * 3 + 5
+    if kind == "offset":
+        features += 1000
+    elif kind == "duplicates":
+        features = features[torch.randint(max(1, size // 3), (size,), generator=generator)]
+    elif kind == "one class":
+        labels = torch.full_like(labels, 2)
+    elif kind == "singletons":
+        labels = torch.arange(size)
+    elif kind == "ties":
+        features = features.round().clamp(-1, 1)
+    elif kind == "huge":
+        features *= torch.finfo(dtype).max / 8
+    elif kind == "tiny":
+        features *= torch.finfo(dtype).tiny * 64
+    features = features.to(dtype)
+    if kind == "non-finite":
+        bad = torch.randint(size, (1 + size // 10,), generator=generator)
+        features[bad, torch.randint(dim, bad.shape, generator=generator)] = float("nan")
+        features[bad[0]] = float("inf")
+    return features, labels
+
+
+@st.composite
+def batches(draw: st.DrawFn, max_size: int = 200, max_dim: int = 300) -> tuple[Tensor, Tensor]:
+    size = draw(st.integers(1, max_size))
+    return make_batch(
+        draw(st.integers(0, 2**31)),
+        size,
+        draw(st.integers(1, max_dim)),
+        draw(st.integers(1, size)),
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(KINDS)),
+    )

@@ -1,0 +1,187 @@
+"""`mine_pairs` and `random_pairs` against brute force."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import check_partners
+from strategies import DTYPES, KINDS, batches, make_batch
+
+from apinet_head import Pairs, mine_pairs, random_pairs
+
+HOWS = ("similar", "dissimilar", "random")
+
+
+def check(features, labels, *, intra="similar", inter="similar", **keys):
+    """Mine, and compare both halves with brute force."""
+    pairs = mine_pairs(features, labels, intra=intra, inter=inter, **keys)
+    size = len(features)
+    reference = {
+        "keys": keys.get("keys"), "key_labels": keys.get("key_labels"), "offset": keys.get("key_offset"),
+    }  # fmt: skip
+    for row, how, same in ((0, intra, True), (size, inter, False)):
+        half = Pairs(*(field[row : row + size] for field in pairs))
+        assert half.anchor.tolist() == list(range(size))
+        assert half.same_class.tolist() == [same] * size
+        check_partners(half.partner, half.valid, features, labels, how=how, same_class=same, **reference)
+    return pairs
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches(), st.sampled_from(HOWS), st.sampled_from(HOWS))
+def test_any_batch(batch, intra, inter):
+    check(*batch, intra=intra, inter=inter)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adversarial(kind, dtype):
+    features, labels = make_batch(seed=1, size=120, dim=64, classes=30, dtype=dtype, kind=kind)
+    check(features, labels)
+    check(features, labels, intra="dissimilar", inter="dissimilar")
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(max_size=60, max_dim=40), st.data())
+def test_keys_elsewhere(batch, data):
+    keys, key_labels = batch
+    size = data.draw(st.integers(1, len(keys)))
+    offset = data.draw(st.none() | st.integers(0, len(keys) - size))
+    start = offset or 0
+    features, labels = keys[start : start + size], key_labels[start : start + size]
+    check(features, labels, keys=keys, key_labels=key_labels, key_offset=offset,
+          intra=data.draw(st.sampled_from(HOWS)), inter=data.draw(st.sampled_from(HOWS)))  # fmt: skip
+
+
+def test_keys_with_offset_zero_are_the_batch_itself():
+    features, labels = make_batch(seed=2, size=50, dim=16, classes=7, dtype=torch.float32, kind="normal")
+    alone = mine_pairs(features, labels)
+    among = mine_pairs(features, labels, keys=features, key_labels=labels, key_offset=0)
+    for field, other in zip(alone, among, strict=True):
+        assert torch.equal(field, other)
+
+
+def test_ties_go_to_the_lowest_index():
+    # The mean is 0 and all numbers are small integers, so that equal distances are equal in floating point too.
+    features = torch.tensor([[0.0], [2.0], [-2.0], [2.0], [-2.0], [0.0]])
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    similar = mine_pairs(features, labels)
+    assert similar.partner.tolist() == [1, 0, 0, 5, 5, 3] + [5, 3, 4, 1, 2, 0]
+    dissimilar = mine_pairs(features, labels, intra="dissimilar", inter="dissimilar")
+    assert dissimilar.partner.tolist() == [1, 2, 1, 4, 3, 3] + [3, 4, 3, 2, 1, 1]
+
+
+def test_leaving_one_kind_out():
+    features, labels = make_batch(seed=3, size=20, dim=8, classes=4, dtype=torch.float32, kind="normal")
+    both = mine_pairs(features, labels)
+    intra, inter = mine_pairs(features, labels, inter=None), mine_pairs(features, labels, intra=None)
+    for field, first, second in zip(both, intra, inter, strict=True):
+        assert torch.equal(field, torch.cat([first, second]))
+
+
+def test_non_finite_rows_are_never_chosen_but_keep_their_pairs():
+    features = torch.tensor([[0.0], [float("nan")], [3.0], [1.0], [float("inf")], [4.0]])
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    pairs = mine_pairs(features, labels)
+    assert pairs.valid.all()
+    assert not set(pairs.partner.tolist()) & {1, 4}
+    lonely = mine_pairs(torch.tensor([[0.0], [float("nan")], [3.0]]), torch.tensor([0, 0, 1]))
+    assert lonely.valid.tolist() == [False, True, False, True, True, True]
+
+
+def test_distances_are_of_detached_features():
+    features, labels = make_batch(seed=4, size=20, dim=8, classes=4, dtype=torch.float32, kind="normal")
+    before = features.clone()
+    with_gradient = mine_pairs(features.requires_grad_(), labels)
+    assert torch.equal(with_gradient.partner, mine_pairs(before, labels).partner)
+    assert torch.equal(features.detach(), before), "mining changed its input"
+
+
+def test_autocast_does_not_reach_the_distances():
+    features, labels = make_batch(seed=5, size=150, dim=300, classes=10, dtype=torch.float32, kind="normal")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = mine_pairs(features, labels)
+    assert torch.equal(inside.partner, mine_pairs(features, labels).partner)
+
+
+@pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_label_dtypes(label_dtype):
+    features, labels = make_batch(seed=6, size=30, dim=8, classes=5, dtype=torch.float32, kind="normal")
+    pairs = mine_pairs(features, labels.to(label_dtype))
+    assert torch.equal(pairs.partner, mine_pairs(features, labels).partner)
+    assert [field.dtype for field in pairs] == [torch.int64, torch.int64, torch.bool, torch.bool]
+
+
+def test_empty_batch_has_no_pairs():
+    pairs = mine_pairs(torch.empty(0, 4), torch.empty(0, dtype=torch.long))
+    assert [len(field) for field in pairs] == [0] * 4
+
+
+def test_non_contiguous_features():
+    features, labels = make_batch(seed=7, size=30, dim=8, classes=5, dtype=torch.float32, kind="normal")
+    assert torch.equal(mine_pairs(features.T.contiguous().T, labels).partner, mine_pairs(features, labels).partner)
+
+
+def test_random_partners_are_uniform_and_follow_the_generator():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    features = torch.zeros(6, 1)
+
+    def draw(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return mine_pairs(features, labels, intra="random", inter="random", generator=generator).partner.tolist()
+
+    assert draw(0) == draw(0)
+    draws = torch.tensor([draw(seed) for seed in range(600)])
+    counts = torch.bincount(draws[:, 0], minlength=6)
+    assert counts[[0, 4, 5]].sum() == 0
+    assert (counts[[1, 2, 3]] - 200).abs().max() < 60  # five standard deviations
+    assert (torch.bincount(draws[:, 6], minlength=6)[[4, 5]] - 300).abs().max() < 62
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 200), st.integers(0, 1000))
+def test_random_pairs(size, num_pairs, seed):
+    labels = torch.arange(size) % 3
+    pairs = random_pairs(labels, num_pairs, generator=torch.Generator().manual_seed(seed))
+    assert [len(field) for field in pairs] == [num_pairs] * 4
+    assert torch.equal(pairs.valid, pairs.anchor != pairs.partner)
+    assert pairs.valid.all() == (size > 1 or num_pairs == 0)
+    assert torch.equal(pairs.same_class, labels[pairs.anchor] == labels[pairs.partner])
+
+
+def test_random_pairs_cover_all_ordered_pairs():
+    pairs = random_pairs(torch.arange(4), 12 * 400, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(pairs.anchor * 4 + pairs.partner, minlength=16).view(4, 4)
+    assert counts.diagonal().sum() == 0
+    assert (counts[~torch.eye(4, dtype=torch.bool)] - 400).abs().max() < 100
+
+
+X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mine_pairs(torch.zeros(4, 3, 2, 2), Y), r"float32 \[4, 3, 2, 2\].*pool it first"),
+        (lambda: mine_pairs(X.long(), Y), r"features.*floating point.*int64 \[4, 3\]"),
+        (lambda: mine_pairs(torch.zeros(4, 0), Y), r"at least one channel.*\[4, 0\]"),
+        (lambda: mine_pairs(X, Y.float()), r"labels.*integer.*float32 \[4\]"),
+        (lambda: mine_pairs(X, Y.bool()), r"labels.*integer.*bool \[4\]"),
+        (lambda: mine_pairs(X, Y[:, None]), r"\[B\].*\[4, 1\].*squeeze"),
+        (lambda: mine_pairs(X, Y[:3]), r"one entry per row.*\[3\].*\[4, 3\]"),
+        (lambda: mine_pairs(X, Y.to("meta")), r"one device.*cpu.*meta|one device.*meta.*cpu"),
+        (lambda: mine_pairs(X, Y, intra="nearest"), r"'similar', 'dissimilar', 'random' or None, got 'nearest'"),
+        (lambda: mine_pairs(X, Y, intra=None, inter=None), r"both None"),
+        (lambda: mine_pairs(X, Y, backend="faiss"), r"'auto', 'dense'.*got 'faiss'"),
+        (lambda: mine_pairs(X, Y, key_labels=Y), r"need keys"),
+        (lambda: mine_pairs(X, Y, keys=X), r"need key_labels"),
+        (lambda: mine_pairs(X, Y, keys=X[:, :2], key_labels=Y), r"keys must be \[B, 3\].*\[4, 2\]"),
+        (lambda: mine_pairs(X, Y, keys=X[:0], key_labels=Y[:0]), r"at least one row"),
+        (lambda: mine_pairs(X, Y, keys=X, key_labels=Y, key_offset=1), r"\[0, 0\], got 1"),
+        (lambda: random_pairs(Y[:0], 3), r"got 0 labels"),
+        (lambda: random_pairs(Y, -1), r"num_pairs=-1"),
+    ],
+)
+def test_errors_show_what_came(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
