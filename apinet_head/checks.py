@@ -27,7 +27,7 @@ def check_features(features: Tensor, name: str = "features", dim: int | None = N
 def check_labels(labels: Tensor, features: Tensor, name: str = "labels", features_name: str = "features") -> None:
     """Raise ValueError unless `labels` is an integer [B] on the device of `features` [B,D]."""
     check_integer(labels, name)
-    if len(labels) != len(features):
+    if labels.shape[0] != features.shape[0]:
         raise ValueError(
             f"{name} must have one entry per row of {features_name}: got {describe(labels)} for {describe(features)}"
         )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from apinet_head.checks import check_device, check_features, check_integer, check_labels, describe
 from apinet_head.mutual import MutualMLP
-from apinet_head.pairs import Pairs, mine_pairs
+from apinet_head.pairs import Pairs, mine_pairs, searches_of
 
 
 class APIOutput(NamedTuple):
@@ -87,6 +87,7 @@ class APIHead(nn.Module):
         for name, choice, known in (("mutual", mutual, "mlp"), ("gate", gate, "pair")):
             if choice != known:
                 raise ValueError(f"{name} must be {known!r} in this version, got {choice!r}")
+        searches_of(intra, inter)
         if gather:
             raise ValueError("gather must be False in this version: mining over all ranks is yet to come")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

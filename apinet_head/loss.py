@@ -93,7 +93,7 @@ def _check(output: "APIOutput", label_smoothing: float) -> None:
     own, other, labels, valid, _ = output
     if own.ndim != 2 or own.shape != other.shape:
         raise ValueError(f"logits must be two [2P, C], got {describe(own)} and {describe(other)}")
-    if not (len(own),) == labels.shape == valid.shape:
+    if not own.shape[:1] == labels.shape == valid.shape:
         raise ValueError(
             f"labels and valid must be [2P] for logits {describe(own)}, got {describe(labels)} and {describe(valid)}"
         )

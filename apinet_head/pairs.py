@@ -79,12 +79,12 @@ def mine_pairs(
     """
     check_features(features)
     check_labels(labels, features)
-    searches = _searches(intra, inter)
+    searches = searches_of(intra, inter)
     mine = _backend(backend)
     if generator is not None and generator.device.type != features.device.type:
         raise ValueError(f"generator must be on the features' device {features.device}, got {generator.device}")
 
-    size = len(features)
+    size = features.shape[0]  # not len(): export would take that for a constant
     anchor = torch.arange(size, device=features.device)
     if keys is None:
         if key_labels is not None or key_offset is not None:
@@ -128,7 +128,7 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
         True
     """
     check_integer(labels)
-    size = len(labels)
+    size = labels.shape[0]
     if size == 0 or num_pairs < 0:
         raise ValueError(f"need at least one label and num_pairs >= 0, got {size} labels and num_pairs={num_pairs}")
     anchor = torch.randint(size, (num_pairs,), generator=generator, device=labels.device)
@@ -137,7 +137,8 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
     return Pairs(anchor, partner, labels[anchor] == labels[partner], anchor != partner)
 
 
-def _searches(intra: str | None, inter: str | None) -> list[Search]:
+def searches_of(intra: str | None, inter: str | None) -> list[Search]:
+    """The searches that `intra` and `inter` ask for; ValueError if one is unknown or there is none."""
     for name, how in (("intra", intra), ("inter", inter)):
         if how is not None and how not in SEARCHES:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, SEARCHES))} or None, got {how!r}")
@@ -160,11 +161,12 @@ def _check_keys(features: Tensor, keys: Tensor, key_labels: Tensor | None, key_o
     check_features(keys, "keys", features.shape[1])
     check_device(keys, "keys", features, "features")
     check_labels(key_labels, keys, "key_labels", "keys")
-    if len(keys) == 0:
+    if keys.shape[0] == 0:
         raise ValueError("keys must have at least one row to find partners in, got none")
-    if key_offset is not None and not 0 <= key_offset <= len(keys) - len(features):
+    room = keys.shape[0] - features.shape[0]
+    if key_offset is not None and not 0 <= key_offset <= room:
         raise ValueError(
-            f"key_offset says where the {len(features)} queries sit among the {len(keys)} keys and must be in "
-            f"[0, {len(keys) - len(features)}], got {key_offset}; use None if they are not there"
+            f"key_offset says where the {features.shape[0]} queries sit among the {keys.shape[0]} keys and must be in "
+            f"[0, {room}], got {key_offset}; use None if they are not there"
         )
     return key_labels

@@ -27,10 +27,10 @@ def mine(
             # |q - k|² less |q|², which is the same for all candidates of a row.
             distance = torch.addmm(keys.square().sum(1), queries, keys.T, alpha=-2)
 
-    candidate = finite.expand(len(queries), -1)
+    candidate = finite.expand(queries.shape[0], -1)
     if key_offset is not None:
-        own = torch.arange(len(queries), device=labels.device)[:, None] + key_offset
-        candidate = candidate & (torch.arange(len(keys), device=labels.device) != own)
+        own = torch.arange(queries.shape[0], device=labels.device)[:, None] + key_offset
+        candidate = candidate & (torch.arange(keys.shape[0], device=labels.device) != own)
     same = labels[:, None] == key_labels
     return [_choose(search.how, distance, candidate & (same if search.same_class else ~same), generator)
             for search in searches]  # fmt: skip

@@ -1,0 +1,160 @@
+"""`BalancedBatchSampler`: balance, coverage, ranks, resuming."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
+
+from apinet_head import BalancedBatchSampler
+
+LABELS = [label for label, count in enumerate([5, 9, 3, 8, 6, 12, 4, 7]) for _ in range(count)]
+
+
+@st.composite
+def setups(draw):
+    counts = draw(st.lists(st.integers(1, 12), min_size=1, max_size=12))
+    labels = [label * 7 - 3 for label, count in enumerate(counts) for _ in range(count)]
+    order = draw(st.permutations(labels))
+    return order, draw(st.integers(1, len(counts))), draw(st.integers(1, 6)), draw(st.integers(0, 99))
+
+
+@settings(max_examples=80, deadline=None)
+@given(setups(), st.none() | st.integers(1, 20))
+def test_every_batch_is_balanced_and_len_is_exact(setup, n_batches):
+    labels, n_classes, n_samples, seed = setup
+    sampler = BalancedBatchSampler(labels, n_classes, n_samples, n_batches=n_batches, seed=seed)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == (n_batches or max(1, len(labels) // (n_classes * n_samples)))
+    for batch in batches:
+        classes = [labels[index] for index in batch]
+        groups = [classes[i : i + n_samples] for i in range(0, len(classes), n_samples)]
+        assert all(len(set(group)) == 1 for group in groups), "classes are contiguous"
+        assert len({group[0] for group in groups}) == len(groups) == n_classes
+        for start in range(0, len(batch), n_samples):
+            images = batch[start : start + n_samples]
+            assert len(set(images)) == min(n_samples, labels.count(labels[images[0]])), "repeats only where it must"
+
+
+@settings(max_examples=40, deadline=None)
+@given(setups())
+def test_images_of_a_class_come_round_before_any_comes_again(setup):
+    labels, n_classes, n_samples, seed = setup
+    sampler = BalancedBatchSampler(labels, n_classes, n_samples, n_batches=30, seed=seed)
+    drawn = [index for batch in sampler for index in batch]
+    for label in set(labels):
+        images = [index for index in drawn if labels[index] == label]
+        counts = Counter(images)
+        seen = [counts[index] for index in range(len(labels)) if labels[index] == label]
+        assert not images or max(seen) - min(seen) <= 1
+    classes = Counter(labels[index] for index in drawn)
+    assert max(classes.values()) - min(classes[label] for label in set(labels)) <= n_samples
+
+
+def test_an_epoch_covers_a_balanced_set_whole():
+    labels = [label for label in range(10) for _ in range(12)]
+    sampler = BalancedBatchSampler(labels, n_classes=5, n_samples=4)
+    assert len(sampler) == 6
+    assert sorted(index for batch in sampler for index in batch) == list(range(120))
+
+
+def test_epochs_differ_and_repeat():
+    sampler, again = (BalancedBatchSampler(LABELS, 4, 3, seed=5) for _ in range(2))
+    epochs = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert list(sampler) == epochs[-1]
+    assert all(epochs[a] != epochs[b] for a in range(4) for b in range(a))
+    again.set_epoch(2)
+    assert list(again) == epochs[2]
+    other_seed = BalancedBatchSampler(LABELS, 4, 3, seed=6)
+    other_seed.set_epoch(2)
+    assert list(other_seed) != epochs[2]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_classes_of_one_batch(world_size):
+    whole = list(BalancedBatchSampler(LABELS, 4, 3, n_batches=10, rank=0, world_size=1))
+    ranks = [
+        list(BalancedBatchSampler(LABELS, 4, 3, n_batches=10, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        assert [index for rank in ranks for index in rank[step]] == batch
+        assert len({len(rank[step]) for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 5])
+def test_resuming_yields_the_rest_of_the_epoch(done):
+    sampler = BalancedBatchSampler(LABELS, 4, 2, n_batches=5, seed=1)
+    sampler.set_epoch(3)
+    whole = list(sampler)
+    sampler = BalancedBatchSampler(LABELS, 4, 2, n_batches=5, seed=1)
+    sampler.set_epoch(3)
+    iterator = iter(sampler)
+    for _ in range(done):
+        next(iterator)
+    state = sampler.state_dict()
+    assert state == sampler.state_dict(batches_done=done)
+
+    resumed = BalancedBatchSampler(LABELS, 4, 2, n_batches=5, seed=1)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(3)  # as a training loop does at the top of each epoch
+    assert len(resumed) == 5 - done
+    assert list(resumed) == whole[done:]
+    assert len(resumed) == 5
+    resumed.set_epoch(4)
+    sampler.set_epoch(4)
+    assert list(resumed) == list(sampler)
+
+
+def test_state_between_resuming_and_iterating_is_not_lost():
+    sampler = BalancedBatchSampler(LABELS, 4, 2, n_batches=5)
+    sampler.load_state_dict(sampler.state_dict(batches_done=3))
+    assert sampler.state_dict()["batches_done"] == 3
+
+
+def test_dataloader_workers_draw_ahead_so_the_loop_says_how_far_it_is():
+    sampler = BalancedBatchSampler(LABELS, 4, 2, n_batches=6)
+    data = TensorDataset(torch.arange(len(LABELS)))
+    expected = list(sampler)
+    with_workers = DataLoader(data, batch_sampler=sampler, num_workers=1)
+    iterator = iter(with_workers)
+    seen = [next(iterator)[0].tolist() for _ in range(2)]
+    state = sampler.state_dict(batches_done=2)
+    sampler.load_state_dict(state)
+    seen += [batch.tolist() for (batch,) in DataLoader(data, batch_sampler=sampler)]
+    assert seen == expected
+
+
+@pytest.mark.parametrize("labels", [LABELS, np.array(LABELS), torch.tensor(LABELS), tuple(LABELS)])
+def test_label_containers(labels):
+    assert list(BalancedBatchSampler(labels, 4, 3)) == list(BalancedBatchSampler(LABELS, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_classes": 9}, r"n_classes=9 .*labels have 8"),
+        ({"n_classes": 0}, r"n_classes must be at least 1, got 0"),
+        ({"n_classes": 2, "n_samples": 0}, r"n_samples must be at least 1, got 0"),
+        ({"n_classes": 2, "n_batches": 0}, r"n_batches must be at least 1, got 0"),
+        ({"n_classes": 3, "rank": 0, "world_size": 2}, r"n_classes=3 .*world_size=2"),
+        ({"n_classes": 4, "rank": 2, "world_size": 2}, r"rank=2"),
+    ],
+)
+def test_errors_show_the_numbers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BalancedBatchSampler(LABELS, **arguments)
+
+
+def test_state_of_another_sampler_is_refused():
+    state = BalancedBatchSampler(LABELS, 4, 3, seed=1).state_dict()
+    with pytest.raises(ValueError, match=r"seed: 1 there, 2 here"):
+        BalancedBatchSampler(LABELS, 4, 3, seed=2).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"batches_done must be in \[0, 4\], got 9"):
+        BalancedBatchSampler(LABELS, 4, 3, seed=1).load_state_dict({**state, "batches_done": 9})
