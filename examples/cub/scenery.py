@@ -1,14 +1,36 @@
-"""What surrounds a drawn bird: backdrop, perch, twigs in front of it, and the light of the finished picture."""
+"""Drawing tools, and what surrounds a bird: backdrop, perch, twigs in front of it, the light of the picture."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+if TYPE_CHECKING:
+    from draw_bird import Skeleton
+
 Colour = tuple[int, int, int]
+
+COLOURS: dict[str, Colour] = {
+    "white": (240, 239, 234), "cream": (232, 220, 190), "buff": (206, 172, 124), "yellow": (236, 200, 48),
+    "orange": (230, 126, 34), "red": (200, 40, 36), "rufous": (158, 82, 42), "brown": (112, 82, 58),
+    "umber": (70, 52, 42), "black": (34, 33, 38), "slate": (78, 86, 98), "grey": (146, 150, 154),
+    "silver": (196, 200, 204), "blue": (58, 104, 184), "navy": (38, 52, 104), "teal": (38, 124, 130),
+    "green": (84, 128, 56), "olive": (116, 112, 62), "pink": (222, 146, 150), "violet": (106, 66, 130),
+}  # fmt: skip
 
 # The bird must be what stands out, so a backdrop is painted this small and scaled up: it comes out of focus.
 BACKDROP_PIXELS = 72
+TWIG_SHARE = 0.35  # of the images have a twig in front of the bird
+
+
+class BirdImage(NamedTuple):
+    """A picture, the tight box (x, y, width, height) round its bird, and each part's (x, y, visible), in pixels."""
+
+    picture: Image.Image
+    box: tuple[float, float, float, float]
+    parts: dict[str, tuple[float, float, bool]]
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
@@ -34,6 +56,65 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], size: tuple[i
     """Noise of unit variance on a coarse `shape` (rows, columns), scaled up smoothly to `size` (rows, columns)."""
     coarse = Image.fromarray(rng.standard_normal(shape, dtype=np.float32))
     return np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def smooth_step(value: np.ndarray, low: float, high: float) -> np.ndarray:
+    """0 below `low`, 1 above `high`, smooth between; with a last axis for colours."""
+    t = np.clip((value - low) / (high - low), 0, 1)
+    return (t * t * (3 - 2 * t))[..., None]
+
+
+def vane(start: float, end: float, width: float) -> np.ndarray:
+    """The outline of a feather of length 1 between the shares `start` and `end` of its length."""
+    s = np.linspace(start, end, 9)
+    half = 1j * width * (0.6 + 0.4 * np.minimum(s / 0.4, 1)) * np.sqrt(1 - np.clip((s - 0.86) / 0.14, 0, 1) ** 2)
+    return np.concatenate([s + half, (s - half)[::-1]])
+
+
+def swell(
+    world: np.ndarray, spine: np.ndarray, radius: np.ndarray, sun: complex
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Takes circles (`spine`, `radius`) for the outline of balls and lights the solid that these make up.
+
+    Returns, for every point of `world`: the index of the ball that is foremost there (of the nearest, outside),
+    the point's offset from its centre in radii, and the light on it from the direction `sun`.
+    """
+    x, y = np.ascontiguousarray(world.real, np.float32), np.ascontiguousarray(world.imag, np.float32)
+    best, nearest = np.full(world.shape, -np.inf, np.float32), np.zeros(world.shape, np.intp)
+    for k, (centre, r) in enumerate(zip(spine.tolist(), radius.tolist(), strict=True)):
+        height = r * r - (x[0] - centre.real) ** 2 - (y[:, :1] - centre.imag) ** 2  # squared
+        nearest[height > best] = k
+        np.maximum(best, height, out=best)
+    offset = (world - spine[nearest]) / radius[nearest]
+    facing = 0.75 * (offset * np.conj(sun)).real + 0.66 * np.sqrt(np.clip(1 - np.abs(offset) ** 2, 0, 1))
+    light = np.where(best > 0, 0.6 + 0.5 * np.clip(facing, -0.3, 1), 0.92)
+    return nearest, offset, light.astype(np.float32)
+
+
+class Brush:
+    """Paints on a transparent square layer what is given in the world of a bird's `bones`."""
+
+    def __init__(self, bones: Skeleton, side: int, mode: str = "RGBA", individual: np.ndarray | float = 0.0) -> None:
+        self.bones, self.layer = bones, Image.new(mode, (side, side))
+        self.draw, self.individual = ImageDraw.Draw(self.layer), individual
+
+    def colour(self, name: str) -> Colour:
+        """A colour of COLOURS as this `individual` has it."""
+        return tuple(np.clip(np.add(COLOURS[name], self.individual), 0, 255).astype(int).tolist())
+
+    def _place(self, frame: tuple[complex, complex], points: np.ndarray) -> list[tuple[float, float]]:
+        return pixels(self.bones.to_pixels(frame[0] + frame[1] * points, self.layer.width))
+
+    def polygon(self, frame: tuple[complex, complex], points: np.ndarray, fill: Colour) -> None:
+        self.draw.polygon(self._place(frame, points), fill)
+
+    def line(self, frame: tuple[complex, complex], points: np.ndarray, fill: Colour, width: float) -> None:
+        thick = max(1, round(width * self.bones.scale * self.layer.width))
+        self.draw.line(self._place(frame, points), fill, thick, "curve")
+
+    def disc(self, centre: complex, radius: float, fill: Colour | int) -> None:
+        spot, r = complex(self.bones.to_pixels(centre, self.layer.width)), radius * self.bones.scale * self.layer.width
+        self.draw.ellipse((spot.real - r, spot.imag - r, spot.real + r, spot.imag + r), fill)
 
 
 def _gradient(top: Colour, bottom: Colour, n: int) -> np.ndarray:
@@ -108,15 +189,7 @@ def _leaf(draw: ImageDraw.ImageDraw, base: complex, along: complex, green: Colou
 
 
 def paint_perch(canvas: Image.Image, rng: np.random.Generator, kind: str, feet: complex, unit: float) -> None:
-    """Paints what the bird stands on ("branch", "rock" or "ground") so that its top is at `feet`.
-
-    Args:
-        canvas: the picture, changed in place.
-        rng: source of the shape.
-        kind: "branch", "rock" or "ground".
-        feet: where the feet stand, x + iy in pixels.
-        unit: the length of the bird's body in pixels.
-    """
+    """Paints a "branch", "rock" or "ground" whose top is at `feet`, for a bird `unit` pixels long."""
     draw, side = ImageDraw.Draw(canvas), canvas.width
     slope, bend, thick, tone = rng.uniform((-0.25, -0.1, 0.09, 0), (0.25, 0.1, 0.15, 1))
     if kind == "branch":
@@ -179,3 +252,39 @@ def develop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     # Contrast turns about a fixed grey, not the picture's mean, so that it is the same whatever the bird's markings.
     values += (grain * rng.standard_normal((side, side, 1), dtype=np.float32)) + np.float32(112 * (1 - contrast))
     return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
+def compose(
+    layer: Image.Image,
+    light: np.ndarray,
+    bones: Skeleton,
+    places: dict[str, complex],
+    waterside: bool,
+    scene: np.random.Generator,
+    twig: np.random.Generator,
+) -> BirdImage:
+    """Puts a bird, painted on a supersampled `layer` and with its parts at `places` of its world, into a scene."""
+    zoom = 2 if layer.width > 384 else 3
+    size = layer.width // zoom
+    bird = np.asarray(layer.reduce(zoom), np.float32).copy()
+    bird[..., :3] *= np.asarray(Image.fromarray(light).resize((size, size), Image.Resampling.BILINEAR))[..., None]
+    bird = Image.fromarray(np.clip(bird, 0, 255).astype(np.uint8))
+    habitat = str(scene.choice(list(BACKDROPS)))
+    picture = paint_backdrop(scene, habitat, size)
+    perch = "ground" if habitat == "meadow" else "rock" if waterside else "branch"
+    behind, front = Image.new("RGBA", layer.size), Image.new("RGBA", layer.size)
+    paint_perch(behind, scene, perch, complex(bones.to_pixels(bones.feet, layer.width)), bones.scale * layer.width)
+    if twig.uniform() < TWIG_SHARE:
+        paint_twig(front, twig)
+    behind, front = behind.reduce(zoom), front.reduce(zoom)
+    for painted in (behind, bird, front):
+        picture.paste(painted, mask=painted.getchannel("A"))
+    alpha, covered = np.asarray(bird.getchannel("A")) > 90, np.asarray(front.getchannel("A")) > 127
+    columns, rows = np.flatnonzero(alpha.any(0)), np.flatnonzero(alpha.any(1))
+    box = (float(columns[0]), float(rows[0]), float(np.ptp(columns) + 1), float(np.ptp(rows) + 1))
+    parts = {}
+    for part, place in places.items():
+        spot = complex(bones.to_pixels(place, size))
+        visible = 0 <= spot.real < size and 0 <= spot.imag < size and not covered[int(spot.imag), int(spot.real)]
+        parts[part] = (spot.real, spot.imag, True) if visible else (0.0, 0.0, False)
+    return BirdImage(develop(picture, scene), box, parts)
