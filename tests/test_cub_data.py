@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 # Ids neither contiguous nor sorted; class ids sort as numbers (3 < 20), not as text; a file name has a space.
 LISTS = {
-    "images.txt": "7 020.Great_Auk/Auk 2.jpg\n2 003.Sooty_Albatross/a.jpg\n30 003.Sooty_Albatross/b.jpg\n"
+    "images.txt": "30 003.Sooty_Albatross/b.jpg\n2 003.Sooty_Albatross/a.jpg\n7 020.Great_Auk/Auk 2.jpg\n"
     "4 020.Great_Auk/Auk_1.jpg\n",
     "image_class_labels.txt": "2 3\n7 20\n4 20\n30 3\n",
     "train_test_split.txt": "30 1\n4 0\n2 0\n7 1\n",
@@ -138,7 +138,7 @@ def test_empty_list(cub: Path, name: str, text: str) -> None:
             "4",
             "images.txt, line 4, '4': 1 of 2 columns; expected '<image_id>",
         ),
-        ("images.txt", "30 003", "x 003", "images.txt, line 3, 'x 003.Sooty_Albatross/b.jpg': invalid literal"),
+        ("images.txt", "30 003", "x 003", "images.txt, line 1, 'x 003.Sooty_Albatross/b.jpg': invalid literal"),
         ("image_class_labels.txt", "7 20", "7 20 1", "image_class_labels.txt, line 2, '7 20 1': invalid literal"),
         ("image_class_labels.txt", "7 20", "7 Auk", "image_class_labels.txt, line 2, '7 Auk': invalid literal"),
         ("classes.txt", "3 003.Sooty_Albatross", "3", "classes.txt, line 2, '3': 1 of 2 columns"),
@@ -176,7 +176,7 @@ def test_empty_list(cub: Path, name: str, text: str) -> None:
             "images.txt",
             "30 003",
             "7 003",
-            "images.txt, line 3, '7 003.Sooty_Albatross/b.jpg': id 7 was in an earlier line",
+            "images.txt, line 3, '7 020.Great_Auk/Auk 2.jpg': id 7 was in an earlier line",
         ),
         ("image_class_labels.txt", "30 3", "7 3", "image_class_labels.txt, line 4, '7 3': id 7 was"),
         ("train_test_split.txt", "2 0", "30 0", "train_test_split.txt, line 3, '30 0': id 30 was"),

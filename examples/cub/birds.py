@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def _species(index: int, member: int) -> Species:
     family, numbers = FAMILIES[index], PATTERN[member]
     chosen = dict(zip(family.varies, numbers, strict=True))
     options = {part: _option(family, part, chosen.get(part, 0)) for part in MARKED_PARTS}
-    named = [options[part][1] for part in family.varies if options[part][1]]
+    named = [adjective for _, adjective in options.values() if adjective]
     adjective = named[0] if len(named) == 1 else PLACES[(2 * index + member // 2) % len(PLACES)]
     return Species(f"{adjective}_{family.name}", family, **{part: mark for part, (mark, _) in options.items()})
 
@@ -150,8 +151,8 @@ def read_species(root: str | Path) -> dict[str, Species]:
     """The species of a written set by class name ("001.White_Barred_Tern"), as its birds.json describes them."""
     families, species = {family.name: family for family in FAMILIES}, {}
     for c in json.loads((Path(root) / "birds.json").read_text())["classes"]:
-        marks = {part: Mark(*mark) for part, mark in c["traits"].items()}
-        species[c["name"]] = Species(c["name"].partition(".")[2], families[c["family"]], **marks)
+        marks, name = {part: Mark(*mark) for part, mark in c["traits"].items()}, c["name"].partition(".")[2]
+        species[c["name"]] = Species(name, families[c["family"]], **marks)
     return species
 
 
@@ -161,8 +162,7 @@ def _draw_species(settings: dict[str, int], root: Path, index: int) -> list[tupl
     folder, drawn = f"{index + 1:03d}.{species.name}", []
     (root / "images" / folder).mkdir()
     for i in range(images):
-        rng = np.random.default_rng((settings["seed"], index, i))
-        bird = draw_bird(species, rng, settings["size"])
+        bird = draw_bird(species, rng := np.random.default_rng((settings["seed"], index, i)), settings["size"])
         path = f"{folder}/{species.name}_{i + 1:04d}_{index * images + i + 1}.jpg"
         bird.picture.save(root / "images" / path, quality=int(rng.integers(55, 93)))
         drawn.append((path, bird._replace(picture=None)))
@@ -172,15 +172,11 @@ def _draw_species(settings: dict[str, int], root: Path, index: int) -> list[tupl
 def _draw_all(settings: dict[str, int], root: Path, workers: int, progress: bool) -> list[tuple[str, BirdImage]]:
     total = settings["species"] * settings["images_per_species"]
     draw, drawn = partial(_draw_species, settings, root), []
-    pool = ProcessPoolExecutor(workers) if workers > 1 and total >= FEW_IMAGES else None
-    try:
-        with tqdm(total=total, desc="drawing birds", disable=not progress) as bar:
-            for images in (pool.map if pool else map)(draw, range(settings["species"])):
-                drawn += images
-                bar.update(len(images))
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(workers) if workers > 1 and total >= FEW_IMAGES else nullcontext()
+    with tqdm(total=total, desc="drawing birds", disable=not progress) as bar, pool:
+        for images in getattr(pool, "map", map)(draw, range(settings["species"])):
+            drawn += images
+            bar.update(len(images))
     return drawn
 
 
@@ -218,8 +214,7 @@ def _is_written(root: Path, settings: dict[str, int]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        there = json.loads((root / "birds.json").read_text())
-        found = {name: there[name] for name in settings}
+        found = {name: json.loads((root / "birds.json").read_text())[name] for name in settings}
     except (OSError, ValueError, KeyError):
         found = "something else than a bird set"
     if found != settings:
@@ -237,7 +232,7 @@ def write_birds(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Writes a bird set in the folder format of CUB-200-2011, or finds it written already.
+    """Writes a bird set in the folder format of CUB-200-2011, or finds it written already; returns the folder.
 
     The bytes depend on the arguments only, not on the number of workers. An interrupted run leaves no `root`.
 
@@ -247,11 +242,8 @@ def write_birds(
         images_per_species: number of images of each, 2 or more, every second of them for training.
         size: width and height of the images in pixels, 32 or more.
         seed: seed of poses, scenes and light; the species are always the same.
-        workers: processes to draw with; as many as the machine has processors if None, and this one alone if 0 or 1.
+        workers: processes to draw with; None is as many as there are processors, and 0 or 1 is this process alone.
         progress: whether to show a progress bar.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -261,12 +253,11 @@ def write_birds(
     for name, value, least in (("images_per_species", images_per_species, 2), ("size", size, 32), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
-    root, settings = Path(root), {"version": VERSION, "species": species, "images_per_species": images_per_species}
-    settings |= {"size": size, "seed": seed}
+    settings = {"version": VERSION, "species": species, "images_per_species": images_per_species}
+    root, settings = Path(root), settings | {"size": size, "seed": seed}
     if _is_written(root, settings):
         return root
     partial_root = root.with_name(f".{root.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial_root, ignore_errors=True)
     try:
         _write(settings, partial_root, os.cpu_count() or 1 if workers is None else workers, progress)
         partial_root.replace(root)
@@ -292,11 +283,10 @@ def contact_sheet(root: str | Path, columns: int = 8, cell: int = 128) -> Image.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the set into")
-    parser.add_argument("--species", type=int, default=200, metavar="N", help="number of species (default: 200)")
-    parser.add_argument("--images-per-species", type=int, default=60, metavar="N", help="images of each (default: 60)")
-    parser.add_argument("--size", type=int, default=448, metavar="N", help="side of the images, pixels (default: 448)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of poses and scenes (default: 0)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each processor)")
+    numbers = {"species": 200, "images-per-species": 60, "size": 448, "seed": 0, "workers": None}
+    for name, default in numbers.items():
+        about = f"default: {default}" if default is not None else "processes; default: one for each processor"
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=about)
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also draw an overview of the set")
     arguments = vars(parser.parse_args())
     sheet = arguments.pop("contact_sheet")

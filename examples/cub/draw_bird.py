@@ -143,7 +143,7 @@ class Painter(Brush):
         """Paints from back to front; returns the light on the bird, to be multiplied in."""
         self.tail(), self.legs(), self.beak()
         light = self.body()
-        self.belly_marks(), self.eye(), self.wing()
+        self.spots(), self.eye(), self.wing()
         return light
 
     def tail(self) -> None:
@@ -190,17 +190,15 @@ class Painter(Brush):
         self.disc(centre, radius * 0.22, (22, 17, 15))
         self.disc(centre + radius * (0.07 + 0.08j), radius * 0.06, (235, 238, 240))
 
-    def belly_marks(self) -> None:
-        mark, circle = self.species.belly, np.exp(2j * np.pi * np.arange(10) / 10)
-        shapes = {"spots": 0.027 * circle, "streaks": 0.06 * circle.real + 0.017j * circle.imag}
-        if mark.kind not in shapes:
+    def spots(self) -> None:
+        if self.species.belly.kind != "spots":
             return
+        circle = 0.027 * np.exp(2j * np.pi * np.arange(10) / 10)
         for row, low in enumerate((-0.82, -0.58, -0.34, -0.12)):
-            for station in range(9 + 2 * (row % 2), 33, 5):
+            for station in range(7 + 2 * (row % 2), 27, 4):
                 k, up = station + self.rng.integers(-1, 2), low + self.rng.uniform(-0.06, 0.06)
-                normal = self.bones.normal[k]
-                place = self.bones.spine[k] + up * self.bones.radius[k] * normal
-                self.polygon((place, -1j * normal), shapes[mark.kind], self.colour(mark.colour))
+                place = self.bones.spine[k] + up * self.bones.radius[k] * self.bones.normal[k]
+                self.polygon((place, 1), circle, self.colour(self.species.belly.colour))
 
     def wing_point(self, a: np.ndarray | float, v: np.ndarray | float) -> np.ndarray:
         """The point `a` of the way from shoulder to tip, `v` of the way from upper to lower edge."""
@@ -244,7 +242,7 @@ class Painter(Brush):
         stencil = Brush(bones, self.layer.width, "L")
         for centre, radius in zip(bones.spine.tolist(), bones.radius.tolist(), strict=True):
             stencil.disc(centre, radius, 255)
-        self.layer.paste(texture.resize(self.layer.size, Image.Resampling.BICUBIC), mask=stencil.layer)
+        self.layer.paste(texture.resize(self.layer.size, Image.Resampling.BILINEAR), mask=stencil.layer)
         return light
 
     def plumage(self, along: np.ndarray, up: np.ndarray, head: np.ndarray) -> np.ndarray:
@@ -294,5 +292,5 @@ def draw_bird(species: Species, rng: np.random.Generator, size: int) -> BirdImag
     bones = Skeleton(species.family.build, rng)
     individual, scene, twig = (np.random.default_rng(seed) for seed in rng.integers(2**63, size=3))
     painter = Painter(species, bones, individual, size)
-    light = painter.paint()
-    return compose(painter.layer, light, bones, painter.locations(), species.family.build.waterside, scene, twig)
+    layer, light, waterside = painter.layer, painter.paint(), species.family.build.waterside
+    return compose(size, layer, light, bones, painter.locations(), waterside, scene, twig)

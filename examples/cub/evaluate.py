@@ -26,7 +26,7 @@ def predict(net: nn.Module, loader: DataLoader[Any], device: torch.device) -> tu
     net.eval()
     logits, labels = [], []
     for images, targets, _ in tqdm(loader, desc="testing", leave=False):
-        logits.append(net(images.to(device, non_blocking=True)).float())
+        logits.append(net(images.to(device, memory_format=torch.channels_last)).float())
         labels.append(targets)
     return torch.cat(logits).cpu(), torch.cat(labels)
 

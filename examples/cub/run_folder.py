@@ -49,9 +49,8 @@ class RunFolder:
             changed = differences(json.loads(file.read_text()), settings)
             if changed:
                 listing = "\n  ".join(changed)
-                raise FileExistsError(
-                    f"{path} holds a run of other settings:\n  {listing}\nChoose another --output, or remove the folder."
-                )
+                advice = "Choose another --output, or remove the folder."
+                raise FileExistsError(f"{path} holds a run of other settings:\n  {listing}\n{advice}")
         elif path.exists() and any(path.iterdir()):
             raise FileExistsError(f"{path} is no folder of a run and not empty; choose another --output")
         else:
@@ -88,6 +87,9 @@ class RunFolder:
         write_text(partial / "run.json", json.dumps(run, indent=2))
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_text(self.path / "result.json", json.dumps(result, indent=2))
 
     def write_log(self, history: list[dict[str, float]]) -> None:
         partial = self.path / "log.csv.partial"

@@ -86,8 +86,11 @@ def swell(
         nearest[height > best] = k
         np.maximum(best, height, out=best)
     offset = (world - spine[nearest]) / radius[nearest]
-    facing = 0.75 * (offset * np.conj(sun)).real + 0.66 * np.sqrt(np.clip(1 - np.abs(offset) ** 2, 0, 1))
-    light = np.where(best > 0, 0.6 + 0.5 * np.clip(facing, -0.3, 1), 0.92)
+    away = np.abs(offset)
+    facing = 0.75 * (offset * np.conj(sun)).real / np.maximum(away, 1) + 0.66 * np.sqrt(np.clip(1 - away**2, 0, 1))
+    light = 0.6 + 0.5 * np.clip(facing, -0.3, 1)
+    # The edge's light goes on a little outside, so that no bright seam shows where the picture is scaled up.
+    light += np.clip((away - 1.1) / 0.3, 0, 1) * (0.92 - light)
     return nearest, offset, light.astype(np.float32)
 
 
@@ -255,6 +258,7 @@ def develop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def compose(
+    size: int,
     layer: Image.Image,
     light: np.ndarray,
     bones: Skeleton,
@@ -263,23 +267,26 @@ def compose(
     scene: np.random.Generator,
     twig: np.random.Generator,
 ) -> BirdImage:
-    """Puts a bird, painted on a supersampled `layer` and with its parts at `places` of its world, into a scene."""
-    zoom = 2 if layer.width > 384 else 3
-    size = layer.width // zoom
+    """Puts a bird, painted on a supersampled `layer`, its parts at `places` of its world, into a scene of `size`."""
+    zoom = layer.width // size
     bird = np.asarray(layer.reduce(zoom), np.float32).copy()
     bird[..., :3] *= np.asarray(Image.fromarray(light).resize((size, size), Image.Resampling.BILINEAR))[..., None]
     bird = Image.fromarray(np.clip(bird, 0, 255).astype(np.uint8))
     habitat = str(scene.choice(list(BACKDROPS)))
     picture = paint_backdrop(scene, habitat, size)
     perch = "ground" if habitat == "meadow" else "rock" if waterside else "branch"
-    behind, front = Image.new("RGBA", layer.size), Image.new("RGBA", layer.size)
+    behind, covered = Image.new("RGBA", layer.size), np.zeros((size, size), bool)
     paint_perch(behind, scene, perch, complex(bones.to_pixels(bones.feet, layer.width)), bones.scale * layer.width)
+    behind = behind.reduce(zoom)
+    picture.paste(behind, mask=behind.getchannel("A"))
+    picture.paste(bird, mask=bird.getchannel("A"))
     if twig.uniform() < TWIG_SHARE:
+        front = Image.new("RGBA", layer.size)
         paint_twig(front, twig)
-    behind, front = behind.reduce(zoom), front.reduce(zoom)
-    for painted in (behind, bird, front):
-        picture.paste(painted, mask=painted.getchannel("A"))
-    alpha, covered = np.asarray(bird.getchannel("A")) > 90, np.asarray(front.getchannel("A")) > 127
+        front = front.reduce(zoom)
+        picture.paste(front, mask=front.getchannel("A"))
+        covered = np.asarray(front.getchannel("A")) > 127
+    alpha = np.asarray(bird.getchannel("A")) > 90
     columns, rows = np.flatnonzero(alpha.any(0)), np.flatnonzero(alpha.any(1))
     box = (float(columns[0]), float(rows[0]), float(np.ptp(columns) + 1), float(np.ptp(rows) + 1))
     parts = {}

@@ -62,20 +62,20 @@ DEMO: dict[str, Any] = {
     "species": 20,
     "images_per_species": 60,
     "image_size": 96,
-    "resize": 80,
-    "crop": 72,
+    "resize": 72,
+    "crop": 64,
     "cache_images": True,
     "workers": 0,
     "backbone": "resnet10t",
-    "backbone_args": '{"channels": [32, 64, 128, 256], "stem_width": 16}',
+    "backbone_args": '{"channels": [32, 64, 128, 256], "stem_width": 8}',
     "pretrained": False,
     "hidden_dim": 64,
     "n_classes": 10,
-    "epochs": 40,
+    "epochs": 80,
     "lr": 0.05,
     "frozen_epochs": 0,
     "threads": 1,
-    "eval_every": 4,
+    "eval_every": 5,
 }
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "demo": DEMO}
 
@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
 
     parser = argparse.ArgumentParser(
         description="Train API-Net, or the baseline, on CUB-200-2011 or on the embedded birds.",
-        epilog="A run that was interrupted goes on after its last whole epoch when started again with the same command.",
+        epilog="An interrupted run goes on after its last whole epoch when started again with the same command.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         conflict_handler="resolve",
         parents=[first],

@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from birds_cache import open_data
 from curves import draw_curves
 from data import ImageDataset, ImageSet, train_transform
-from evaluate import predict, scores, test_loader
+from evaluate import confusion, predict, report, scores, test_loader
 from run_folder import Progress, RunFolder
 from settings import Settings, parse, run_folder
 from timm.optim import create_optimizer_v2
@@ -36,7 +36,7 @@ class Trainer:
         self.settings, self.data, self.folder = settings, data, folder
         self.accelerator = make_accelerator(settings, folder.path)
         set_seed(settings.seed)
-        self.net = make_net(settings, len(data.classes))
+        self.net = make_net(settings, len(data.classes)).to(memory_format=torch.channels_last)  # convolutions like it
         # timm's "momentum" is plain SGD, as published; its "sgd" is Nesterov's.
         optimizer = create_optimizer_v2(
             self.net.parameter_groups(settings.lr, settings.backbone_lr or None, settings.weight_decay),
@@ -62,25 +62,23 @@ class Trainer:
         )  # fmt: skip
         self.test_loader = test_loader(data, settings)
 
-    def fit(self) -> list[dict[str, float]]:
-        """Train to the last epoch, from where the run folder is; a row of figures per epoch."""
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch, from where the run folder is; the run's result."""
         progress = self.folder.load_state(self.accelerator)
         if progress.epoch:
             print(f"going on after epoch {progress.epoch} of {self.settings.epochs}", flush=True)
         while progress.epoch < self.settings.epochs:
+            start = time.perf_counter()
             self.net.freeze_backbone(
                 progress.epoch < self.settings.frozen_epochs, batch_norm=self.settings.frozen_batch_norm
             )
-            start = time.perf_counter()
             row = self.train_epoch(progress)
             progress.epoch += 1
-            last = progress.epoch == self.settings.epochs
-            if last or progress.epoch % self.settings.eval_every == 0:
+            row |= {"epoch": progress.epoch, "step": progress.step, "seconds": time.perf_counter() - start}
+            if progress.epoch == self.settings.epochs or progress.epoch % self.settings.eval_every == 0:
                 row |= scores(*predict(self.net, self.test_loader, self.accelerator.device))
-            row["seconds"] = round(time.perf_counter() - start, 2)
-            self.record(progress, {"epoch": progress.epoch, "step": progress.step, **row}, last)
-        self.accelerator.end_training()
-        return progress.history
+            self.record(progress, row)
+        return self.finish(progress)
 
     def train_epoch(self, progress: Progress) -> dict[str, float]:
         """One pass; the means of loss, its terms and accuracy over the epoch."""
@@ -103,7 +101,8 @@ class Trainer:
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One update; loss, its terms and the accuracy of this batch, on the device."""
         device, settings = self.accelerator.device, self.settings
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        labels = labels.to(device, non_blocking=True)
         with self.accelerator.autocast():
             if settings.method == "api":
                 output = self.model(images, labels)
@@ -129,20 +128,32 @@ class Trainer:
             "train_top1": accuracy(logits.detach(), targets)[0],
         }
 
-    def record(self, progress: Progress, row: dict[str, float], last: bool) -> None:
+    def record(self, progress: Progress, row: dict[str, float]) -> None:
         """Note an epoch's figures, and save what is to outlive this process."""
-        better = row.get("test_top1", -1.0) > progress.best
-        progress.history.append(row)
-        self.accelerator.log(
-            {name: value for name, value in row.items() if name.startswith("test")}, step=progress.step
-        )
-        self.folder.write_log(progress.history)
-        if better:
+        if row.get("test_top1", -1.0) > progress.best:
             self.folder.save_model("best", self.net, self.settings, self.data.classes, row)
-        if last:
-            self.folder.save_model("last", self.net, self.settings, self.data.classes, row)
+        progress.history.append(row)
+        tested = {name: value for name, value in row.items() if name.startswith("test")}
+        self.accelerator.log(tested, step=progress.step)
+        self.folder.write_log(progress.history)
+        if tested:
             draw_curves(progress.history, self.folder.path / "curves.png")
         self.folder.save_state(self.accelerator, progress)
+
+    def finish(self, progress: Progress) -> dict[str, Any]:
+        """Save the net as it is after the last epoch, and what it confuses."""
+        final = progress.history[-1]
+        self.folder.save_model("last", self.net, self.settings, self.data.classes, final)
+        logits, labels = predict(self.net, self.test_loader, self.accelerator.device)
+        result = {
+            **final,
+            **confusion(logits, labels, self.data.classes),
+            "seconds": sum(row["seconds"] for row in progress.history),
+            "best_test_top1": progress.best,
+        }
+        self.folder.write_result(result)
+        self.accelerator.end_training()
+        return result
 
 
 def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
@@ -182,13 +193,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         f"{len(data.test)} test images; writing to {folder.path}",
         flush=True,
     )
-    history = Trainer(settings, data, folder).fit()
-    final, best = history[-1], max(row.get("test_top1", -1.0) for row in history)
-    print(
-        f"{settings.method} after {final['epoch']} epochs: top-1 {final['test_top1']:.2f} %, "
-        f"top-5 {final['test_top5']:.2f} % (best epoch, chosen on the test images: top-1 {best:.2f} %)"
-    )
-    return final
+    result = Trainer(settings, data, folder).fit()
+    print(f"{settings.method} after {result['epoch']} epochs: {report(result)}")
+    print(f"(best epoch, chosen on the test images: top-1 {result['best_test_top1']:.2f} %)")
+    return result
 
 
 if __name__ == "__main__":
