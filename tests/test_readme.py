@@ -1,0 +1,80 @@
+"""What the documents say can be done: every Python snippet runs, every command exists."""
+
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from settings import parse
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "cub" / "README.md"]
+
+
+def blocks(document, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+SNIPPETS = [(document, code) for document in DOCUMENTS for code in blocks(document, "python")]
+COMMANDS = [
+    line.split("#")[0].strip()
+    for document in DOCUMENTS
+    for block in blocks(document, "sh")
+    for line in block.splitlines()
+]
+
+
+def test_there_are_snippets_and_commands():
+    assert len(SNIPPETS) >= 5
+    assert {"make demo", "make test"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(("document", "code"), SNIPPETS, ids=lambda value: getattr(value, "name", "snippet"))
+def test_snippet_runs(document, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(document), "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python")])
+def test_command_has_its_script_and_flags(command):
+    _, script, *flags = shlex.split(command)
+    assert (ROOT / script).exists()
+    if script.endswith("train.py"):
+        parse(flags)
+    else:
+        found = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+        assert all(flag in found.stdout for flag in flags if flag.startswith("--"))
+
+
+@pytest.mark.parametrize("target", [command.split()[1] for command in COMMANDS if command.startswith("make ")])
+def test_make_knows_the_target(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_links_and_pictures_are_there(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_wheel_holds_the_package_alone_and_works(tmp_path):
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"apinet_head"}
+    assert "apinet_head/py.typed" in names
+    packaged = {name for name in names if name.endswith(".py")}
+    assert packaged == {str(path.relative_to(ROOT)) for path in (ROOT / "apinet_head").rglob("*.py")}
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = f"import apinet_head; print(apinet_head.__file__)\n{blocks(ROOT / 'README.md', 'python')[0]}"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert str(tmp_path / "site") in found.stdout
