@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apinet_head.checks import check_device, check_features, check_integer, check_labels, describe
-from apinet_head.mutual import MutualMLP
+from apinet_head.mutual import MutualMLP, make_mutual
 from apinet_head.pairs import Pairs, mine_pairs, searches_of
 
 
@@ -42,8 +42,11 @@ class APIHead(nn.Module):
         num_classes: C; 0 for no classifier of its own (pass `classifier=` in the call, or take the features).
         hidden_dim: width of the mutual vector's MLP.
         dropout: probability, inside that MLP and before the classifier, in train mode only.
-        mutual: the mutual vector; "mlp", as in the paper.
-        gate: "pair", one gate for each of the two images.
+        mutual: the mutual vector m: "mlp", as in the paper, or of its ablation "individual" (none: g = sigmoid(x)),
+            "bilinear" (compact bilinear pooling of the two), "square_diff", "sum", "product" or "weighted" (their sum
+            weighted by an MLP); or a module of your own that maps two [P,D] to [P,D].
+        gate: "pair", a gate sigmoid(m * x) for each of the two images; or "single", sigmoid(m) for both, so that
+            logits_other is logits_self: train that with rank_weight=0.
         intra: partner of the same class: "similar", "dissimilar", "random" or None, see `mine_pairs`.
         inter: partner of another class, likewise.
         gather: mine over all ranks' features.
@@ -72,7 +75,7 @@ class APIHead(nn.Module):
         *,
         hidden_dim: int = 512,
         dropout: float = 0.5,
-        mutual: str = "mlp",
+        mutual: str | nn.Module = "mlp",
         gate: str = "pair",
         intra: str | None = "similar",
         inter: str | None = "similar",
@@ -84,16 +87,19 @@ class APIHead(nn.Module):
         for name, value, least in (("dim", dim, 1), ("num_classes", num_classes, 0), ("hidden_dim", hidden_dim, 1)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, choice, known in (("mutual", mutual, "mlp"), ("gate", gate, "pair")):
-            if choice != known:
-                raise ValueError(f"{name} must be {known!r} in this version, got {choice!r}")
+        if gate not in ("pair", "single"):
+            raise ValueError(f"gate must be 'pair' or 'single', got {gate!r}")
+        if gate == "single" and mutual == "individual":
+            raise ValueError("gate='single' is a function of the mutual vector, and mutual='individual' has none")
         searches_of(intra, inter)
         if gather:
             raise ValueError("gather must be False in this version: mining over all ranks is yet to come")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_classes = dim, num_classes
-        self.intra, self.inter = intra, inter
-        self.mutual = MutualMLP(dim, hidden_dim, dropout, **factory)
+        self.gate, self.intra, self.inter = gate, intra, inter
+        self.mutual = (
+            mutual if isinstance(mutual, nn.Module) else make_mutual(mutual, dim, hidden_dim, dropout, **factory)
+        )
         self.drop = nn.Dropout(dropout)
         self.classifier = nn.Linear(dim, num_classes, **factory) if num_classes else nn.Identity()
 
@@ -143,9 +149,10 @@ class APIHead(nn.Module):
         anchor, partner, gate_anchor, gate_partner = self._compare(features, pairs, keys)
         both = torch.cat([anchor, partner])
         own = both * (1 + torch.cat([gate_anchor, gate_partner]))
-        other = both * (1 + torch.cat([gate_partner, gate_anchor]))
+        other = own if self.gate == "single" else both * (1 + torch.cat([gate_partner, gate_anchor]))
         if not isinstance(classify, nn.Identity):
-            own, other = classify(self.drop(own)), classify(self.drop(other))
+            own = classify(self.drop(own))
+            other = own if self.gate == "single" else classify(self.drop(other))
         partner_labels = (labels if key_labels is None else key_labels).index_select(0, pairs.partner)
         return APIOutput(
             logits_self=own,
@@ -159,7 +166,8 @@ class APIHead(nn.Module):
         """Gates of pairs of rows of features [B,D], or of features and keys [M,D] (paper, equation 2).
 
         Returns:
-            sigmoid(m * x) of the anchors and of the partners, each [P,D], in (0, 1).
+            sigmoid(m * x) of the anchors and of the partners, each [P,D], in (0, 1); sigmoid(m) twice, with
+            gate="single".
         """
         self._check(features)
         _, _, gate_anchor, gate_partner = self._compare(features, pairs, keys)
@@ -172,18 +180,25 @@ class APIHead(nn.Module):
         anchor = features.index_select(0, pairs.anchor)
         if keys is None:
             partner = features.index_select(0, pairs.partner)
-            mutual = self.mutual.of_rows(features, pairs.anchor, pairs.partner)
         else:
             check_features(keys, "keys", self.dim)
             # A pair that doesn't exist points at any row of keys; were that one not finite, it would spoil the
             # gradients although the loss leaves the pair out.
             partner = keys.index_select(0, pairs.partner).where(pairs.valid[:, None], anchor)
+        if keys is None and isinstance(self.mutual, MutualMLP):
+            mutual = self.mutual.of_rows(features, pairs.anchor, pairs.partner)
+        else:
             mutual = self.mutual(anchor, partner)
+        if self.gate == "single":
+            gate = torch.sigmoid(mutual)
+            return anchor, partner, gate, gate
         return anchor, partner, torch.sigmoid(mutual * anchor), torch.sigmoid(mutual * partner)
 
     def _check(self, features: Tensor) -> None:
         check_features(features, dim=self.dim)
-        weight = self.mutual.fc1.weight
+        weight = next(self.parameters(), None)
+        if weight is None:
+            return
         check_device(features, "features", weight, "the head's weights")
         if features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
             raise ValueError(
@@ -192,4 +207,5 @@ class APIHead(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_classes={self.num_classes}, intra={self.intra!r}, inter={self.inter!r}"
+        names = ("dim", "num_classes", "gate", "intra", "inter")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

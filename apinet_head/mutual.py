@@ -1,28 +1,32 @@
-"""Mutual vectors: what the two images of a pair have to say to each other (paper, section 3.1, equation 1)."""
+"""Mutual vectors: what the two images of a pair have to say to each other (paper, section 3.1, and the ablation).
+
+Each is a module that takes the two images' features [P,D] and gives the mutual vectors m [P,D] of the pairs.
+"""
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class MutualMLP(nn.Module):
-    """m = fc2(drop(fc1([x_a, x_b]))), without an activation in between, as published.
+    """m = fc2(drop(fc1([x_a, x_b]))), without an activation in between, as published (equation 1).
 
     Example:
-        >>> import torch
         >>> MutualMLP(dim=8, hidden_dim=4)(torch.zeros(3, 8), torch.zeros(3, 8)).shape
         torch.Size([3, 8])
     """
 
-    def __init__(self, dim: int, hidden_dim: int = 512, dropout: float = 0.5, **factory: Any) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int = 512, dropout: float = 0.5, out_dim: int | None = None, **factory: Any
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(2 * dim, hidden_dim, **factory)
         self.drop = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(hidden_dim, dim, **factory)
+        self.fc2 = nn.Linear(hidden_dim, dim if out_dim is None else out_dim, **factory)
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        """Mutual vectors [P,D] of the pairs (anchor[p], partner[p]), both [P,D]."""
         left, right = self.fc1.weight.chunk(2, dim=1)
         return self._finish(F.linear(anchor, left, self.fc1.bias) + F.linear(partner, right))
 
@@ -39,3 +43,102 @@ class MutualMLP(nn.Module):
     def _finish(self, hidden: Tensor) -> Tensor:
         mutual: Tensor = self.fc2(self.drop(hidden))
         return mutual
+
+
+class MutualIndividual(nn.Module):
+    """m = 1: no mutual vector, each image's gate is its own, g = sigmoid(x)."""
+
+    def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
+        return torch.ones_like(anchor)
+
+
+class MutualSum(nn.Module):
+    """m = x_a + x_b."""
+
+    def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
+        return anchor + partner
+
+
+class MutualProduct(nn.Module):
+    """m = x_a * x_b."""
+
+    def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
+        return anchor * partner
+
+
+class MutualSquareDiff(nn.Module):
+    """m = (x_a - x_b)^2."""
+
+    def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
+        return (anchor - partner).square()
+
+
+class MutualWeighted(nn.Module):
+    """m = w_a x_a + w_b x_b, the weights a softmax over the two outputs of an MLP on [x_a, x_b]."""
+
+    def __init__(self, dim: int, hidden_dim: int = 512, dropout: float = 0.5, **factory: Any) -> None:
+        super().__init__()
+        self.mlp = MutualMLP(dim, hidden_dim, dropout, out_dim=2, **factory)
+
+    def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
+        weights: Tensor = self.mlp(anchor, partner).softmax(1)
+        return weights[:, :1] * anchor + weights[:, 1:] * partner
+
+
+class MutualBilinear(nn.Module):
+    """m = compact bilinear pooling of x_a and x_b: a sketch of their outer product, in D numbers.
+
+    Each vector is count-sketched (channel i is added to, or taken from, slot hash[i]); the circular convolution of
+    the two sketches, a product of their Fourier transforms, is a count sketch of the outer product. Gao, Beijbom,
+    Zhang, Darrell: "Compact Bilinear Pooling", CVPR 2016, algorithm 2. Hashes and signs are drawn from a fixed seed
+    and stored as buffers.
+    """
+
+    slots: Tensor
+    signs: Tensor
+
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        slots = torch.randint(dim, (2, dim), generator=generator)
+        signs = torch.randint(2, (2, dim), generator=generator) * 2 - 1
+        self.register_buffer("slots", slots.to(device))
+        self.register_buffer("signs", signs.to(device=device, dtype=dtype or torch.get_default_dtype()))
+
+    def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
+        spectra = [
+            # There is no Fourier transform of bfloat16, nor of float16 in every length.
+            torch.fft.rfft(self._sketch(x.to(torch.promote_types(x.dtype, torch.float32)), side))
+            for side, x in enumerate((anchor, partner))
+        ]
+        mutual: Tensor = torch.fft.irfft(spectra[0] * spectra[1], n=anchor.shape[1])
+        return mutual.to(anchor.dtype)
+
+    def _sketch(self, x: Tensor, side: int) -> Tensor:
+        return torch.zeros_like(x).index_add(1, self.slots[side], x * self.signs[side].to(x.dtype))
+
+
+MUTUALS = ("mlp", "individual", "bilinear", "square_diff", "sum", "product", "weighted")
+
+
+def make_mutual(name: str, dim: int, hidden_dim: int, dropout: float, **factory: Any) -> nn.Module:
+    """The mutual vector of that name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name == "mlp":
+        return MutualMLP(dim, hidden_dim, dropout, **factory)
+    if name == "weighted":
+        return MutualWeighted(dim, hidden_dim, dropout, **factory)
+    if name == "bilinear":
+        return MutualBilinear(dim, **factory)
+    plain = {
+        "individual": MutualIndividual,
+        "square_diff": MutualSquareDiff,
+        "sum": MutualSum,
+        "product": MutualProduct,
+    }
+    if name not in plain:
+        raise ValueError(f"mutual must be a module or one of {', '.join(map(repr, MUTUALS))}, got {name!r}")
+    return plain[name]()
