@@ -3,6 +3,7 @@
 Zhuang, Wang, Qiao: "Learning Attentive Pairwise Interaction for Fine-Grained Classification", AAAI 2020.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from apinet_head.head import APIHead, APIOutput
@@ -11,6 +12,7 @@ from apinet_head.pairs import Pairs, mine_pairs, random_pairs
 from apinet_head.sampler import BalancedBatchSampler
 
 if TYPE_CHECKING:
+    from apinet_head.checkpoint import load_official_checkpoint
     from apinet_head.model import APINet
 
 __version__ = "0.1.0"
@@ -24,18 +26,20 @@ __all__ = [
     "Pairs",
     "api_loss",
     "api_loss_terms",
+    "load_official_checkpoint",
     "mine_pairs",
     "random_pairs",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # APINet pulls in huggingface_hub and timm; who only wants the head should not wait for them.
-    if name == "APINet":
-        from apinet_head.model import APINet
+# These pull in huggingface_hub and timm; who only wants the head should not wait for them.
+_ON_FIRST_USE = {"APINet": "apinet_head.model", "load_official_checkpoint": "apinet_head.checkpoint"}
 
-        return APINet
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ON_FIRST_USE[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,88 @@
+"""`load_official_checkpoint` on state dicts of the published layout, made here with torchvision."""
+
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from apinet_head import APINet, load_official_checkpoint, mine_pairs
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The published modules with random weights and statistics, as its constructor lays them out."""
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.conv = nn.Sequential(*list(torchvision.models.resnet101().children())[:-2])
+    net.map1, net.map2, net.fc = nn.Linear(4096, 512), nn.Linear(512, 2048), nn.Linear(2048, 11)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+    return net.eval()
+
+
+def data_parallel(state):
+    return {key.replace("conv.", "conv.module.", 1): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_logits_are_those_of_plain_torch(published, wrapped, tmp_path):
+    state = data_parallel(published.state_dict()) if wrapped else published.state_dict()
+    torch.save({"epoch": 3, "state_dict": state, "best_prec1": 88.6}, tmp_path / "checkpoint.pth.tar")
+    net = APINet("resnet101", num_classes=11)
+    net.load_state_dict(load_official_checkpoint(tmp_path / "checkpoint.pth.tar"))
+    net.eval()
+    images, labels = torch.randn(3, 3, 64, 64), torch.tensor([0, 0, 1])
+    with torch.no_grad():
+        x = published.conv(images).mean((2, 3))
+        torch.testing.assert_close(net(images), published.fc(x), rtol=0, atol=1e-6)
+        pairs = mine_pairs(x, labels)
+        a, b = x[pairs.anchor], x[pairs.partner]
+        gate = torch.sigmoid(published.map2(published.map1(torch.cat([a, b], 1))) * b)
+        expected = F.linear(a + a * gate, published.fc.weight, published.fc.bias)
+        torch.testing.assert_close(net(images, labels, pairs=pairs).logits_other[:6], expected, rtol=0, atol=1e-6)
+
+
+def test_state_dict_itself_and_without_counters(published):
+    state = {key: value for key, value in published.state_dict().items() if "num_batches" not in key}
+    APINet("resnet101", num_classes=11).load_state_dict(load_official_checkpoint(state))
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: without(s, "conv.4.0.conv1.weight"), r"missing backbone.layer1.0.conv1.weight"),
+        (lambda s: without(s, "map2.bias"), r"missing head.mutual.fc2.bias"),
+        (lambda s: without(s, "fc.bias"), r"no fc.bias"),
+        (lambda s: {**s, "extra.weight": torch.zeros(1)}, r"not keys of the published API-Net: extra.weight"),
+        (lambda s: {**s, "conv.4.7.conv1.weight": torch.zeros(1)}, r"not expected conv.4.7.conv1.weight"),
+        (
+            lambda s: {**s, "map1.weight": torch.zeros(256, 4096)},
+            r"map1.weight is \[256, 4096\] instead of \[512, 4096\]",
+        ),
+        (lambda s: [1, 2], r"a checkpoint is a dict, got list"),
+    ],
+)
+def test_what_does_not_fit_is_named(published, damage, message, tmp_path):
+    torch.save(damage(published.state_dict()), tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match=message):
+        load_official_checkpoint(tmp_path / "checkpoint.pth")
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        load_official_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
