@@ -137,6 +137,20 @@ def test_confusion_counts():
     assert evaluate.scores(logits, labels)["test_top1"] == pytest.approx(50)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [["--mutual", "sum", "--gate", "single", "--rank-weight", "0"], ["--pairs", "random"], ["--intra", "none"],
+     ["--intra", "dissimilar", "--inter", "random"]],
+)  # fmt: skip
+def test_variants_of_the_method_reach_the_net(birds, tmp_path, flags):
+    run(birds, tmp_path / "run", "--epochs", "1", *flags)
+    net = APINet.from_pretrained(tmp_path / "run" / "last")
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert net.head.gate == settings["gate"]
+    assert (net.head.intra or "none", net.head.inter or "none") == (settings["intra"], settings["inter"])
+    assert ("mutual.fc1.weight" in net.head.state_dict()) == (settings["mutual"] == "mlp")
+
+
 def test_frozen_epochs_keep_the_backbone(birds, tmp_path):
     flags = ["--frozen-epochs", "1", "--epochs", "1"]
     settings = parse([*TINY, "--data", str(birds), *flags])

@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from apinet_head.mutual import MUTUALS
+
+SEARCHES = ("similar", "dissimilar", "random", "none")
+
 
 def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -32,6 +36,12 @@ class Settings:
     pretrained: bool = setting(True, "start from timm's weights for the backbone (ImageNet)")
     hidden_dim: int = setting(512, "width of the mutual vector's MLP")
     dropout: float = setting(0.5, "in that MLP and before the classifier")
+    mutual: str = setting("mlp", "the mutual vector", MUTUALS)
+    gate: str = setting("pair", "a gate for each image of a pair, or one for both", ("pair", "single"))
+    # pairs
+    pairs: str = setting("mined", "mined by distance, or drawn at random without regard to class", ("mined", "random"))
+    intra: str = setting("similar", "the partner of the same class, if mined", SEARCHES)
+    inter: str = setting("similar", "the partner of another class, if mined", SEARCHES)
     # loss
     margin: float = setting(0.05, "of the ranking term")
     rank_weight: float = setting(1.0, "of the ranking term")

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from apinet_head import APINet, BalancedBatchSampler, api_loss_terms
+from apinet_head import APINet, BalancedBatchSampler, api_loss_terms, random_pairs
 
 
 class Trainer:
@@ -105,7 +105,8 @@ class Trainer:
         labels = labels.to(device, non_blocking=True)
         with self.accelerator.autocast():
             if settings.method == "api":
-                output = self.model(images, labels)
+                pairs = random_pairs(labels, 2 * len(labels)) if settings.pairs == "random" else None
+                output = self.model(images, labels, pairs=pairs)
                 terms = api_loss_terms(
                     output,
                     margin=settings.margin,
@@ -176,6 +177,10 @@ def make_net(settings: Settings, num_classes: int) -> APINet:
         backbone_args=json.loads(settings.backbone_args),
         hidden_dim=settings.hidden_dim,
         dropout=settings.dropout,
+        mutual=settings.mutual,
+        gate=settings.gate,
+        intra=None if settings.intra == "none" else settings.intra,
+        inter=None if settings.inter == "none" else settings.inter,
     )
 
 
