@@ -4,12 +4,8 @@ Writes a folder per run, and over all runs table.md and comparison.png.
 """
 
 import argparse
-import csv
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,48 +18,24 @@ import matplotlib.pyplot as plt
 from birds_cache import open_data
 from run_folder import write_text
 from settings import parse
-from tqdm import tqdm
+from sweep import Job, read_log, run_jobs, spread
 
 METHODS = {"baseline": "Baseline", "api": "API-Net"}
 COLOURS = {"baseline": "tab:gray", "api": "tab:blue"}
 Results = dict[str, list[dict[str, Any]]]
 
 
-def train_all(folder: Path, seeds: int, jobs: int, flags: list[str]) -> None:
-    """Run train.py for each method and seed, `jobs` at a time, with one progress bar over all their epochs."""
-    settings = parse(flags)
-    open_data(settings)  # drawn once, before the runs would all do it
+def train_all(folder: Path, seeds: int, parallel: int, flags: list[str]) -> Results:
+    """Train with each method and seed, with the same flags otherwise; for each method a result per seed."""
+    open_data(parse(flags))  # drawn once, before the runs would all do it
     # Seed by seed, so that an interrupted demo has runs of both methods to compare.
-    waiting = [(method, seed) for seed in range(seeds) for method in METHODS]
-    running: dict[Path, subprocess.Popen[bytes]] = {}
-    bar = tqdm(total=len(waiting) * settings.epochs, desc="training", unit="epoch")
-    paths = [folder / f"{method}-seed{seed}" for method, seed in waiting]
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            method, seed = waiting.pop(0)
-            path = folder / f"{method}-seed{seed}"
-            command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
-            command += ["--method", method, "--seed", str(seed), "--output", str(path)]
-            with (folder / f"{path.name}.log").open("wb") as log:
-                running[path] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        time.sleep(0.5)
-        for path, process in list(running.items()):
-            if process.poll() is not None:
-                del running[path]
-                if process.returncode:
-                    for other in running.values():
-                        other.terminate()
-                    raise SystemExit(f"{path.name} failed:\n{path.with_name(path.name + '.log').read_text()[-3000:]}")
-        bar.update(sum(len(read_log(path)) for path in paths) - bar.n)
-    bar.close()
-
-
-def read_log(path: Path) -> list[dict[str, str]]:
-    file = path / "log.csv"
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
+    jobs = [
+        Job(f"{method}-seed{seed}", [*flags, "--method", method, "--seed", str(seed)])
+        for seed in range(seeds)
+        for method in METHODS
+    ]
+    found = run_jobs(folder, jobs, parallel)
+    return {method: [found[f"{method}-seed{seed}"] for seed in range(seeds)] for method in METHODS}
 
 
 def make_table(results: Results) -> str:
@@ -84,13 +56,6 @@ def make_table(results: Results) -> str:
     gains = [a["test_top1"] - b["test_top1"] for a, b in zip(results["api"], results["baseline"], strict=True)]
     lines += ["", f"API-Net less baseline, seed by seed: {spread(gains)} points of test top-1."]
     return "\n".join(lines)
-
-
-def spread(values: list[float]) -> str:
-    """ "mean ± standard deviation", or the one value there is."""
-    digits = 2 if max(map(abs, values)) < 10 else 1
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def draw(folder: Path, results: Results, file: Path) -> None:
@@ -131,15 +96,7 @@ def main() -> None:
     options, flags = parser.parse_known_args()
 
     start = time.perf_counter()
-    options.output.mkdir(parents=True, exist_ok=True)
-    train_all(options.output, options.seeds, options.jobs, flags)
-    results = {
-        method: [
-            json.loads((options.output / f"{method}-seed{seed}" / "result.json").read_text())
-            for seed in range(options.seeds)
-        ]
-        for method in METHODS
-    }
+    results = train_all(options.output, options.seeds, options.jobs, flags)
     table = make_table(results)
     write_text(options.output / "table.md", table + "\n")
     draw(options.output, results, options.output / "comparison.png")
