@@ -6,6 +6,7 @@ Zhuang, Wang, Qiao: "Learning Attentive Pairwise Interaction for Fine-Grained Cl
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from apinet_head.chunked import ChunkedBackbone
 from apinet_head.head import APIHead, APIOutput
 from apinet_head.loss import LossTerms, api_loss, api_loss_terms
 from apinet_head.pairs import Pairs, mine_pairs, random_pairs
@@ -22,6 +23,7 @@ __all__ = [
     "APINet",
     "APIOutput",
     "BalancedBatchSampler",
+    "ChunkedBackbone",
     "LossTerms",
     "Pairs",
     "api_loss",

@@ -7,6 +7,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from apinet_head.chunked import check_chunk_size, run_in_chunks
 from apinet_head.head import APIHead, APIOutput
 
 Self = TypeVar("Self", bound="APINet")
@@ -27,7 +28,7 @@ class APINet(
         backbone: a timm name, or a module that maps images to features [B,D].
         num_classes: C; 0 for no classifier.
         pretrained: take timm's weights for the backbone.
-        chunk_size: images that go through the backbone at a time.
+        chunk_size: images that go through the backbone at a time, to save memory, see `ChunkedBackbone`; None for all.
         backbone_args: further arguments of `timm.create_model`.
         **head_args: further arguments of `APIHead`. `dim` is needed for a module that has no `num_features`.
 
@@ -54,8 +55,7 @@ class APINet(
         **head_args: Any,
     ) -> None:
         super().__init__()
-        if chunk_size is not None:
-            raise ValueError(f"chunk_size must be None in this version, got {chunk_size}")
+        self.chunk_size = None if chunk_size is None else check_chunk_size(chunk_size)
         if isinstance(backbone, str):
             import timm
 
@@ -72,7 +72,11 @@ class APINet(
 
         Further arguments (`pairs`, `keys`, ...) go to the head.
         """
-        output: Tensor | APIOutput = self.head(self.backbone(images), labels, **head_args)
+        if self.chunk_size is None:
+            features = self.backbone(images)
+        else:
+            features = run_in_chunks(self.backbone, images, self.chunk_size)
+        output: Tensor | APIOutput = self.head(features, labels, **head_args)
         return output
 
     def parameter_groups(

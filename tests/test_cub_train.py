@@ -130,11 +130,18 @@ def test_confusion_counts():
     classes = ["001.Red_Tern", "002.Blue_Tern", "003.Red_Gull"]
     labels = torch.tensor([0, 0, 0, 1, 2, 2])
     logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 2, 0]), 3).float()
-    found = evaluate.confusion(logits, labels, classes)
+    found = evaluate.confusion(logits, labels, classes, ["Tern", "Tern", "Gull"])
     assert (found["errors"], found["errors_within_families"], found["errors_across_families"]) == (3, 1, 2)
     assert found["families_by_chance"] == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert {"true": "001.Red_Tern", "predicted": "002.Blue_Tern", "images": 1} in found["most_confused"]
-    assert evaluate.scores(logits, labels)["test_top1"] == pytest.approx(50)
+    scores = evaluate.scores(logits, labels)
+    assert scores["test_top1"] == pytest.approx(50)
+    assert "1 within a family, 2 across (by chance 33 % would" in evaluate.report(scores | found)
+
+    alone = evaluate.confusion(logits, labels, classes, [])
+    assert (alone["errors_within_families"], alone["errors_across_families"]) == (0, 3)
+    assert alone["families_by_chance"] == 0
+    assert "\n3 errors\n" in evaluate.report(scores | alone)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +206,7 @@ def test_every_setting_is_a_flag_and_presets_name_settings():
             assert getattr(parse([flag]), item.name) is True
         else:
             value = (item.metadata["choices"] or [item.default])[-1]
-            assert getattr(parse([flag, str(value)]), item.name) == value
+            assert getattr(parse(["--data", "folder", flag, str(value)]), item.name) == value
 
 
 def test_preset_follows_the_data_unless_given():
@@ -220,6 +227,9 @@ def test_differences_pass_over_what_changes_no_result():
     settings = parse([])
     assert differences(vars(settings), replace(settings, workers=9, output="elsewhere")) == []
     assert differences(vars(settings), replace(settings, seed=9)) == ["seed: 0 there, 9 here"]
+    older = {name: value for name, value in vars(settings).items() if name != "dataset"}
+    assert differences(older, settings) == []
+    assert differences(older, replace(settings, dataset="cars")) == ["dataset: 'cub' there, 'cars' here"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that this says is missing")

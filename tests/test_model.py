@@ -53,11 +53,6 @@ def test_backbone_with_its_classifier_still_on_is_an_error_that_says_so():
         net(IMAGES)
 
 
-def test_chunks_are_not_there_yet():
-    with pytest.raises(ValueError, match="chunk_size must be None"):
-        make_net(chunk_size=4)
-
-
 def test_every_parameter_learns():
     net = make_net()
     api_loss(net(IMAGES, LABELS)).backward()
@@ -89,6 +84,7 @@ def test_frozen_backbone_keeps_its_weights_and_its_batch_norm_learns_on():
     train_step(net, optimizer)  # so that there are gradients and momentum to clear
     before = copy.deepcopy(net.state_dict())
     assert net.freeze_backbone() is net
+    assert all(parameter.grad is None for parameter in net.backbone.parameters())
     train_step(net, optimizer)
     statistics = [name for name, _ in net.named_buffers() if "running" in name]
     assert statistics

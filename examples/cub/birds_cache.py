@@ -1,11 +1,11 @@
-"""The data that a run asks for: a CUB folder, or the embedded birds, drawn once and kept in the user's cache."""
+"""The data that a run asks for: a folder, or the embedded birds, drawn once and kept in the user's cache."""
 
 import os
 from dataclasses import replace
 from pathlib import Path
 
 from birds import VERSION, write_birds
-from data import ImageSet, read_cub
+from readers import READERS, ImageSet, read_cub
 from settings import Settings
 
 
@@ -13,7 +13,7 @@ def open_data(settings: Settings, root: str | None = None) -> ImageSet:
     """The images at `root`, or else those that the settings name; says so when it draws birds."""
     root = root or settings.data
     if root:
-        return read_cub(root)
+        return READERS[settings.dataset](root)
     folder = cache_folder() / (
         f"birds-v{VERSION}-{settings.species}x{settings.images_per_species}-{settings.image_size}px"
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from birds_cache import open_data
-from data import ImageDataset, ImageSet, family, test_transform
+from data import ImageDataset, ImageSet, test_transform
 from run_folder import load_model, write_text
 from settings import Settings
 from timm.utils import accuracy
@@ -37,12 +37,13 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"test_top1": float(top1), "test_top5": float(top5)}
 
 
-def confusion(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
+def confusion(logits: Tensor, labels: Tensor, classes: list[str], families: list[str]) -> dict[str, Any]:
     """How the errors are spread: within a family (terns taken for terns), across families, and between which classes.
 
     `families_by_chance` is the share of errors that would fall within families if every wrong class were as likely.
+    With no families, each class is a family of its own.
     """
-    families = [family(name) for name in classes]
+    families = families or [str(label) for label in range(len(classes))]
     predicted = logits.argmax(1)
     errors = Counter(
         (label, guess) for label, guess in zip(labels.tolist(), predicted.tolist(), strict=True) if label != guess
@@ -74,11 +75,15 @@ test_loader.__test__ = False  # type: ignore[attr-defined]  # else pytest runs i
 
 def report(found: dict[str, Any]) -> str:
     """The result as text for people."""
+    errors = f"{found['errors']} errors"
+    if found["families_by_chance"]:  # else there are none that could fall within a family
+        errors += (
+            f": {found['errors_within_families']} within a family, {found['errors_across_families']} across "
+            f"(by chance {100 * found['families_by_chance']:.0f} % would fall within)"
+        )
     lines = [
         f"top-1 {found['test_top1']:.2f} %, top-5 {found['test_top5']:.2f} % of {found['images']} images",
-        f"{found['errors']} errors: {found['errors_within_families']} within a family, "
-        f"{found['errors_across_families']} across "
-        f"(by chance {100 * found['families_by_chance']:.0f} % would fall within)",
+        errors,
         "most confused:",
     ]
     lines += [
@@ -90,7 +95,7 @@ def report(found: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model folder of a run, such as RUN/best or RUN/last")
-    parser.add_argument("--data", help="CUB_200_2011 folder (default: the data of the training)")
+    parser.add_argument("--data", help="folder of the same data set (default: the data of the training)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     options = parser.parse_args(arguments)
@@ -102,7 +107,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"{data.name} has other classes than {options.model} was trained on: give its --data")
     device = torch.device(options.device)
     logits, labels = predict(net.to(device), test_loader(data, settings), device)
-    found = {**scores(logits, labels), **confusion(logits, labels, data.classes)}
+    found = {**scores(logits, labels), **confusion(logits, labels, data.classes, data.families)}
     print(report(found))
     if options.json:
         write_text(options.json, json.dumps(found, indent=2))

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from readers import ARCHIVES
+
 from apinet_head.mutual import MUTUALS
 
 SEARCHES = ("similar", "dissimilar", "random", "none")
@@ -21,7 +23,8 @@ class Settings:
     """One run. The defaults are the paper's setup on CUB-200-2011 (section 4, "Implementation Details")."""
 
     # data
-    data: str = setting("", "CUB_200_2011 folder; empty: the embedded set, drawn on first use into a cache folder")
+    dataset: str = setting("cub", "which data set the folder --data has, in its official format", tuple(ARCHIVES))
+    data: str = setting("", "folder of the data set; empty: the embedded set, drawn on first use into a cache folder")
     species: int = setting(200, "embedded set: number of species")
     images_per_species: int = setting(60, "embedded set: images of each, half of them for training")
     image_size: int = setting(512, "embedded set: pixels a side")
@@ -77,29 +80,33 @@ DEMO: dict[str, Any] = {
     "cache_images": True,
     "workers": 0,
     "backbone": "resnet10t",
-    "backbone_args": '{"channels": [32, 64, 128, 256], "stem_width": 8}',
+    "backbone_args": '{"channels": [24, 48, 96, 192], "stem_width": 8}',
     "pretrained": False,
     "hidden_dim": 64,
     "n_classes": 10,
-    "epochs": 80,
+    "epochs": 100,
     "lr": 0.05,
     "frozen_epochs": 0,
     "threads": 1,
     "eval_every": 5,
 }
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "demo": DEMO}
+# Where the preset "paper" has other defaults for a data set than for CUB-200-2011.
+RECIPES: dict[str, dict[str, Any]] = {"dogs": {"epochs": 50, "lr": 0.001, "frozen_epochs": 12}}
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """The settings that the command line asks for; --preset decides the defaults of all other flags."""
+    """The settings that the command line asks for; --preset and --dataset decide the defaults of all other flags."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, help="defaults of all flags: demo; paper, if --data is given")
     first.add_argument("--data", default="")
+    first.add_argument("--dataset", default="cub")
     known = first.parse_known_args(arguments)[0]
-    preset = PRESETS[known.preset or ("paper" if known.data else "demo")]
+    name = known.preset or ("paper" if known.data else "demo")
+    preset = {**PRESETS[name], **(RECIPES.get(known.dataset, {}) if name == "paper" else {})}
 
     parser = argparse.ArgumentParser(
-        description="Train API-Net, or the baseline, on CUB-200-2011 or on the embedded birds.",
+        description="Train API-Net, or the baseline, on one of the paper's five data sets or on the embedded birds.",
         epilog="An interrupted run goes on after its last whole epoch when started again with the same command.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         conflict_handler="resolve",
@@ -117,6 +124,9 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         json.loads(chosen["backbone_args"])
     except json.JSONDecodeError as error:
         parser.error(f"--backbone-args must be JSON, got {chosen['backbone_args']!r}: {error}")
+    if chosen["dataset"] != "cub" and not chosen["data"]:
+        archive = ARCHIVES[chosen["dataset"]]
+        parser.error(f"--dataset {chosen['dataset']} needs --data, {archive.expected}. {archive.source}")
     return Settings(**chosen)
 
 
@@ -128,7 +138,7 @@ def run_folder(settings: Settings) -> Path:
 
 def differences(old: dict[str, Any], settings: Settings) -> list[str]:
     """What differs between the settings of two runs, less what changes no result."""
-    new = asdict(settings)
+    new, old = asdict(settings), asdict(Settings()) | old  # a setting newer than the run had its default meaning
     harmless = {"output", "workers", "cache_images", "device", "eval_batch", "threads"}
     return [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"

@@ -1,7 +1,8 @@
-"""Train API-Net, or its baseline, on CUB-200-2011 or on the embedded birds.
+"""Train API-Net, or its baseline, on one of the paper's five data sets or on the embedded birds.
 
-python examples/cub/train.py                                       # the demo: embedded birds, minutes on a CPU
-python examples/cub/train.py --data CUB_200_2011 --preset paper    # the paper's setup
+python examples/cub/train.py                                          # the demo: embedded birds, minutes on a CPU
+python examples/cub/train.py --data CUB_200_2011 --preset paper       # the paper's setup
+python examples/cub/train.py --dataset dogs --data StanfordDogs       # the paper's setup for Stanford Dogs
 """
 
 import json
@@ -148,7 +149,7 @@ class Trainer:
         logits, labels = predict(self.net, self.test_loader, self.accelerator.device)
         result = {
             **final,
-            **confusion(logits, labels, self.data.classes),
+            **confusion(logits, labels, self.data.classes, self.data.families),
             "seconds": sum(row["seconds"] for row in progress.history),
             "best_test_top1": progress.best,
         }

@@ -1,0 +1,189 @@
+"""What the gates of a pair of images see: heat maps of the channels that they open most."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apinet_head.checks import describe
+from apinet_head.chunked import ChunkedBackbone
+from apinet_head.model import APINet
+from apinet_head.pairs import Pairs
+
+
+class PairExplanation(NamedTuple):
+    """Two images compared, D the channels of the features, k those looked at, largest first.
+
+    Attributes:
+        gates: [2,D], of each image, in (0, 1).
+        channels: [2,k] int64, those with the largest gates.
+        heatmaps: [2,k,H,W] in [0, 1], where in the image each of `channels` is active.
+        plain_channels: [2,k] int64, those with the largest pooled activations: what a net without gates looks at.
+        plain_heatmaps: [2,k,H,W] in [0, 1], of `plain_channels`.
+        similarity: scalar, the cosine of the two features.
+    """
+
+    gates: Tensor
+    channels: Tensor
+    heatmaps: Tensor
+    plain_channels: Tensor
+    plain_heatmaps: Tensor
+    similarity: Tensor
+
+
+def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanation:
+    """The channels that the gates of two images open most, and where in the images those are active.
+
+    This is what the paper's section "Visualization" shows: the gates tell which channels of the features distinguish
+    the two images, and a channel's map, before pooling, tells where it is active. A gate is one number per channel:
+    it scales a map, and scaled to [0, 1] the map is the same with and without it. What differs between `heatmaps` and
+    `plain_heatmaps` is which channels are picked.
+
+    The net computes in eval mode and without gradients, and is left as it was.
+
+    Args:
+        net: an `APINet` whose backbone pools a feature map over the image, as nearly all of timm's do.
+        images: [2,3,H,W], prepared as for training; the first is the anchor of the pair, the second its partner.
+        top_k: k, channels to look at, at most D.
+
+    Returns:
+        A `PairExplanation`. Each heat map is scaled by itself, its least value to 0 and its largest to 1; one without
+        any variation is 0. Channels of equal gates come in ascending order.
+
+    Raises:
+        ValueError: there are not two images, top_k is out of range, or the backbone has no feature map whose channels
+            are those of the gates; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from apinet_head import APINet
+        >>> net = APINet("resnet18", num_classes=10)
+        >>> seen = explain_pair(net, torch.randn(2, 3, 64, 64), top_k=3)
+        >>> seen.channels.shape, seen.heatmaps.shape
+        (torch.Size([2, 3]), torch.Size([2, 3, 64, 64]))
+    """
+    if images.ndim != 4 or len(images) != 2:
+        raise ValueError(f"images must be two, [2, 3, H, W], got {describe(images)}")
+    if not 1 <= top_k <= net.dim:
+        raise ValueError(f"top_k must be from 1 to the {net.dim} channels of the features, got {top_k}")
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        # Not inference_mode: its tensors could not be used in anything that learns.
+        with torch.no_grad():
+            net.eval()
+            features, maps = features_and_maps(net.backbone, images)
+            pair = torch.tensor([[0], [1], [False], [True]], device=images.device)
+            gates = torch.cat(net.head.gates(features, Pairs(pair[0], pair[1], pair[2].bool(), pair[3].bool())))
+    finally:
+        for module, training in modes:  # one by one: a part of the net may be in another mode than the rest
+            module.training = training
+    channels, plain_channels = _largest(gates, top_k), _largest(features, top_k)
+    return PairExplanation(
+        gates=gates,
+        channels=channels,
+        heatmaps=heat_maps(maps, channels, images.shape[-2:]),
+        plain_channels=plain_channels,
+        plain_heatmaps=heat_maps(maps, plain_channels, images.shape[-2:]),
+        similarity=F.cosine_similarity(features[0], features[1], dim=0),
+    )
+
+
+def _largest(values: Tensor, top_k: int) -> Tensor:
+    # A stable sort, because topk leaves open which of equal values come first, and gates of idle channels are all 1/2.
+    return values.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+
+
+def heat_maps(maps: Tensor, channels: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Chosen channels [N,k] of feature maps [N,D,h,w], enlarged to an image of `size` and scaled to [0, 1]."""
+    rows = torch.arange(len(maps), device=maps.device)[:, None]
+    chosen = F.interpolate(maps[rows, channels].float(), tuple(size), mode="bilinear", align_corners=False)
+    # From the least value and not from 0: after GELU or LayerNorm, activations are negative where there is nothing.
+    least, largest = chosen.amin((2, 3), keepdim=True), chosen.amax((2, 3), keepdim=True)
+    span = largest - least
+    return torch.where(span > 0, (chosen - least) / span, torch.zeros_like(chosen))
+
+
+def features_and_maps(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled features [B,D] of images [B,3,H,W], and the feature maps [B,D,h,w] that were pooled.
+
+    Raises:
+        ValueError: the backbone has no such maps; the message says why.
+    """
+    if isinstance(backbone, ChunkedBackbone):
+        backbone = backbone.backbone
+    name = type(backbone).__name__
+    # What timm calls the last map before pooling, whatever the architecture. The features are not pooled from it here:
+    # what the backbone does on the way, norms and all, is its own affair.
+    forward_features = getattr(backbone, "forward_features", None)
+    if forward_features is None:
+        raise ValueError(
+            f"{name} has no forward_features(images) that gives the feature map before pooling, [B, D, h, w]: take a "
+            "timm backbone, or give yours this method"
+        )
+    _refuse_mixed_channels(backbone)
+    maps = forward_features(images)
+    features: Tensor = backbone(images)
+    if not isinstance(maps, Tensor) or maps.ndim not in (3, 4):
+        got = describe(maps) if isinstance(maps, Tensor) else f"a {type(maps).__name__}"
+        raise ValueError(f"forward_features of {name} must give one map [B, D, h, w] or [B, tokens, D], got {got}")
+    maps = _fold_tokens(backbone, maps, images) if maps.ndim == 3 else _channels_first(backbone, maps)
+    if maps.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"the {features.shape[1]} channels of the features of {name} are not the {maps.shape[1]} of its last feature "
+            "map: between the two it has a layer that mixes channels, so that a gate has no place in the image; take a "
+            "backbone that pools last, such as resnet, convnext, efficientnet, vit or swin"
+        )
+    return features, maps
+
+
+def _refuse_mixed_channels(backbone: nn.Module) -> None:
+    # Layers after pooling that mix channels without changing their number would go unnoticed otherwise.
+    if getattr(backbone, "attn_pool", None) is not None:
+        raise ValueError(
+            f"{type(backbone).__name__} pools by attention, which mixes channels: those of the gates are not those of the "
+            "feature map; take global_pool='avg' or 'token', as in APINet(..., backbone_args={'global_pool': 'avg'})"
+        )
+    for name, module in backbone.named_modules():
+        # timm's name for a hidden layer between pooling and classifier
+        if name.rpartition(".")[2] == "pre_logits" and any(True for _ in module.parameters()):
+            raise ValueError(
+                f"{type(backbone).__name__} has a hidden layer ({name}) after pooling, which mixes channels: those of the "
+                "gates are not those of the feature map; take a backbone that pools last, such as resnet or convnext"
+            )
+
+
+def _channels_first(backbone: nn.Module, maps: Tensor) -> Tensor:
+    # timm: architectures that compute in NHWC say so. The shape could not tell: 7 x 7 x 7 is anything.
+    return maps.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", None) == "NHWC" else maps
+
+
+def _fold_tokens(backbone: nn.Module, tokens: Tensor, images: Tensor) -> Tensor:
+    """[B,D,h,w] of [B,T,D]: prefix tokens (class, registers) dropped, the others being the patches, row by row."""
+    height, width = _grid(backbone, images)
+    # Some architectures (coat, volo) have a class token in front and no num_prefix_tokens.
+    prefix = getattr(backbone, "num_prefix_tokens", None)
+    if prefix is None:
+        prefix = tokens.shape[1] - height * width
+    patches = tokens[:, max(prefix, 0) :]
+    if patches.shape[1] != height * width:
+        raise ValueError(
+            f"forward_features of {type(backbone).__name__} gives {tokens.shape[1]} tokens for {describe(images)}: without "
+            f"{max(prefix, 0)} prefix tokens, those are no grid of {height} x {width} patches"
+        )
+    return patches.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _grid(backbone: nn.Module, images: Tensor) -> tuple[int, int]:
+    """Height and width of the grid of tokens that the backbone makes of the images."""
+    # feature_info has it also for architectures that merge patches on the way, which patch_embed.grid_size leaves out;
+    # and it goes by the images, which need not have the size that the backbone was made for.
+    try:
+        reduction = backbone.feature_info[-1]["reduction"]  # type: ignore[index]
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ValueError(
+            f"forward_features of {type(backbone).__name__} gives tokens, and without a feature_info such as timm's "
+            "(a list whose last item has 'reduction', the pixels per patch) their grid is unknown"
+        ) from None
+    return math.ceil(images.shape[-2] / reduction), math.ceil(images.shape[-1] / reduction)

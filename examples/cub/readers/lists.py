@@ -1,0 +1,135 @@
+"""Reads the lists of a data set, text or MATLAB's, row by row; every error names the file and the place in it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+Parse = Callable[..., tuple[Any, Any]]
+
+
+def read_lines(file: Path, form: str, parse: Parse) -> dict[Any, Any]:
+    """What `parse` makes of the columns of each line: (key, value).
+
+    `form` shows a line, with each column in <>; the last column may contain spaces.
+    """
+    columns = form.count("<")
+    # surrogateescape: file names need not be UTF-8, and are spelt like this in listings of folders too.
+    lines = file.read_text("utf-8-sig", errors="surrogateescape").split("\n")
+    rows = ((line, line.strip().split(maxsplit=columns - 1)) for line in lines)
+    return _collect(file, "line", rows, columns, repr(form), parse)
+
+
+def read_mat(file: Path, names: Sequence[str], parse: Parse, *, struct: str | None = None) -> dict[Any, Any]:
+    """What `parse` makes of the entries of these variables, taken together: (key, value).
+
+    With `struct`, they are the fields of this array of structures.
+
+    Raises:
+        ValueError: the file is no MATLAB file or a broken one, or the variables are missing or don't fit together.
+    """
+    from scipy.io import loadmat  # here, so that the other data sets do without SciPy
+
+    try:
+        loaded = loadmat(file, squeeze_me=True)
+    except Exception as error:  # a broken file lets SciPy stumble anywhere: ValueError, TypeError, zlib.error, ...
+        size = file.stat().st_size
+        raise ValueError(f"{file} ({size} bytes) is no .mat file that SciPy can read: {error}; replace it") from error
+    table, there = loaded, [name for name in loaded if not name.startswith("__")]
+    if struct in there:
+        table = loaded[struct]
+        there = list(table.dtype.names or ()) if isinstance(table, np.ndarray) else []
+    missing = [name for name in names if name not in there]
+    if missing:
+        inside = f" in {struct!r}" if struct else ""
+        raise ValueError(f"{file} has no {', '.join(missing)}{inside}, only {', '.join(there) or 'none'}; replace it")
+    columns = [np.atleast_1d(table[name]).tolist() for name in names]
+    lengths = [len(column) for column in columns]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"{file}: {', '.join(names)} have {', '.join(map(str, lengths))} entries; replace it")
+    rows = ((row, row) for row in zip(*columns, strict=True))
+    return _collect(file, "row", rows, len(names), f"({', '.join(names)})", parse)
+
+
+def _collect(
+    file: Path, kind: str, rows: Iterable[tuple[Any, Sequence[Any]]], columns: int, form: str, parse: Parse
+) -> dict[Any, Any]:
+    """{key: value} as `parse` gives them for each (text of the line, its fields)."""
+    collected: dict[Any, Any] = {}
+    for number, (text, fields) in enumerate(rows, 1):
+        if not fields:
+            continue
+        try:
+            if len(fields) < columns:
+                raise ValueError(f"{len(fields)} of {columns} columns")
+            key, value = parse(*fields)
+            if key in collected:
+                raise ValueError(f"id {key} was in an earlier {kind}")
+        except (ValueError, OverflowError) as error:
+            problem = f"{file}, {kind} {number}, {text!r}: {error}"
+            raise ValueError(f"{problem}; expected {form}; unpack the archive anew") from error
+        collected[key] = value
+    if not collected:
+        raise ValueError(f"{file} is empty, expected {kind}s {form}; unpack the archive anew")
+    return collected
+
+
+def flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(f"must be 0 or 1, not {text!r}")
+    return text == "1"
+
+
+def whole(value: Any) -> int:
+    """A number of a .mat file, where MATLAB likes to keep whole ones as doubles."""
+    if not isinstance(value, Real) or value != int(value):
+        raise ValueError(f"must be a whole number, not {value!r}")
+    return int(value)
+
+
+def inner(text: Any, folder: str) -> PurePosixPath:
+    """The path that a list gives to a file in `folder`."""
+    if not isinstance(text, str):
+        raise ValueError(f"must be a path, not {text!r}")
+    windows = PureWindowsPath(text)  # knows both separators and drive letters
+    if windows.anchor or ".." in windows.parts:
+        raise ValueError(f"the path leaves {folder}/")
+    return PurePosixPath(text)
+
+
+def check_ids(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[Any], what: str = "image id") -> None:
+    """Both lists must have the same ids."""
+    ids, other_ids = set(ids), set(other_ids)
+    check_known(file, ids, other, other_ids, what)
+    check_known(other, other_ids, file, ids, what)
+
+
+def check_known(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[Any], what: str = "image id") -> None:
+    """The other list must have all ids of the one."""
+    unknown = set(ids) - set(other_ids)
+    if unknown:
+        raise ValueError(f"{some(what, unknown)} of {file} not in {other}; unpack the archive anew")
+
+
+def check_apart(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[Any], what: str = "image id") -> None:
+    """No image may be for training and for testing."""
+    shared = set(ids) & set(other_ids)
+    if shared:
+        raise ValueError(f"{some(what, shared)} of {file} also in {other}; unpack the archive anew")
+
+
+def check_trained(split: Path, trained: Iterable[Any], names: Path, classes: Iterable[Any], what: str) -> None:
+    """Every class must have training images."""
+    untrained = set(classes) - set(trained)
+    if untrained:
+        lacking = f"{split} has no training images for {some(what, untrained)}"
+        raise ValueError(f"{lacking}; each class of {names} needs at least one")
+
+
+def some(what: str, items: Iterable[Any], shown: int = 5) -> str:
+    """The count and the first few: "7 images (1, 2, 3, 4, 5, ...)"."""
+    items = sorted(items)
+    first = [*map(str, items[:shown]), *["..."] * (len(items) > shown)]
+    return f"{len(items)} {what}{'s' * (len(items) != 1)} ({', '.join(first)})"
