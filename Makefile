@@ -26,7 +26,7 @@ demo: $(READY)  ## train baseline and API-Net on the embedded birds, and compare
 	$(BIN)/python examples/cub/demo.py
 
 ablate: $(READY)  ## the paper's ablation on the embedded birds: a table and a plot (most of an hour, on 2 cores)
-	$(BIN)/python examples/cub/ablate.py
+	$(BIN)/python examples/cub/ablate.py --epochs 60
 
 test: $(READY)  ## all tests but the slow ones and those for a GPU
 	$(BIN)/python -m pytest

@@ -14,6 +14,7 @@ from apinet_head.sampler import BalancedBatchSampler
 
 if TYPE_CHECKING:
     from apinet_head.checkpoint import load_official_checkpoint
+    from apinet_head.explain import PairExplanation, explain_pair
     from apinet_head.model import APINet
 
 __version__ = "0.1.0"
@@ -25,9 +26,11 @@ __all__ = [
     "BalancedBatchSampler",
     "ChunkedBackbone",
     "LossTerms",
+    "PairExplanation",
     "Pairs",
     "api_loss",
     "api_loss_terms",
+    "explain_pair",
     "load_official_checkpoint",
     "mine_pairs",
     "random_pairs",
@@ -35,7 +38,12 @@ __all__ = [
 
 
 # These pull in huggingface_hub and timm; who only wants the head should not wait for them.
-_ON_FIRST_USE = {"APINet": "apinet_head.model", "load_official_checkpoint": "apinet_head.checkpoint"}
+_ON_FIRST_USE = {
+    "APINet": "apinet_head.model",
+    "PairExplanation": "apinet_head.explain",
+    "explain_pair": "apinet_head.explain",
+    "load_official_checkpoint": "apinet_head.checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -139,8 +139,10 @@ class APIHead(nn.Module):
             return features if isinstance(classify, nn.Identity) else classify(self.drop(features))
 
         check_labels(labels, features)
-        if keys is not None and key_labels is None:
-            raise ValueError("keys need key_labels, got key_labels=None")
+        if (keys is None) != (key_labels is None):
+            raise ValueError(
+                f"keys need key_labels and the other way round, got only {'key_labels' if keys is None else 'keys'}"
+            )
         if pairs is None:
             pairs = mine_pairs(
                 features, labels, intra=self.intra, inter=self.inter,

@@ -59,7 +59,8 @@ def mine_pairs(
         key_offset: the row of `keys` that holds query 0, the others following, so that no image is paired with
             itself; None if the queries are not in `keys`.
         generator: source of "random" partners, on the features' device; None is torch's default one.
-        backend: "auto" or "dense" (one [B,M] matrix of distances).
+        backend: "dense" (one [B,M] matrix of distances), "tiled" (tile by tile: half the products, and hardly any
+            memory beyond the features) or "auto".
 
     Returns:
         Pairs with P = 2B: rows [0,B) the intra-class pairs in order of their anchors, rows [B,2B) the inter-class

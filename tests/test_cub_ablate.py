@@ -5,7 +5,7 @@ import csv
 import ablate
 import pytest
 from settings import parse
-from test_cub_train import TINY, birds  # noqa: F401
+from test_cub_train import TINY
 
 
 def test_rows_are_all_of_the_papers_parts_and_their_flags_are_understood():
@@ -20,7 +20,7 @@ def test_rows_are_all_of_the_papers_parts_and_their_flags_are_understood():
         assert (changed != parse([])) == bool(row.flags)
 
 
-def test_a_part_runs_and_goes_on_where_it_stopped(birds, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_part_runs_and_goes_on_where_it_stopped(birds, tmp_path, monkeypatch, capsys):
     flags = ["--only", "gate", "--seeds", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
     flags += [*TINY, "--data", str(birds), "--epochs", "1"]
     monkeypatch.setattr("sys.argv", ["ablate.py", *flags])

@@ -9,7 +9,6 @@ import evaluate
 import pytest
 import torch
 import train
-from birds import write_birds
 from birds_cache import open_data
 from run_folder import RunFolder
 from settings import PRESETS, Settings, differences, parse, run_folder
@@ -20,14 +19,6 @@ TINY = [
     "--preset", "demo", "--backbone", "test_resnet", "--backbone-args", "{}", "--resize", "40", "--crop", "32",
     "--n-classes", "3", "--n-samples", "2", "--epochs", "3", "--eval-every", "2", "--device", "cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def birds(tmp_path_factory):
-    return write_birds(
-        tmp_path_factory.mktemp("data") / "CUB_200_2011", species=6, images_per_species=6, size=40, workers=0,
-        progress=False,
-    )  # fmt: skip
 
 
 def run(birds, output, *flags):
@@ -147,13 +138,14 @@ def test_confusion_counts():
 @pytest.mark.parametrize(
     "flags",
     [["--mutual", "sum", "--gate", "single", "--rank-weight", "0"], ["--pairs", "random"], ["--intra", "none"],
-     ["--intra", "dissimilar", "--inter", "random"]],
+     ["--intra", "dissimilar", "--inter", "random"], ["--chunk-size", "2"]],
 )  # fmt: skip
 def test_variants_of_the_method_reach_the_net(birds, tmp_path, flags):
     run(birds, tmp_path / "run", "--epochs", "1", *flags)
     net = APINet.from_pretrained(tmp_path / "run" / "last")
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert net.head.gate == settings["gate"]
+    assert (net.chunk_size or 0) == settings["chunk_size"]
     assert (net.head.intra or "none", net.head.inter or "none") == (settings["intra"], settings["inter"])
     assert ("mutual.fc1.weight" in net.head.state_dict()) == (settings["mutual"] == "mlp")
 

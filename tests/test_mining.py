@@ -1,5 +1,7 @@
 """`mine_pairs` and `random_pairs` against brute force."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,11 @@ from reference import check_partners
 from strategies import DTYPES, KINDS, batches, make_batch
 
 from apinet_head import Pairs, mine_pairs, random_pairs
+from apinet_head.mining import BACKENDS, tiled
 
+# Tiles so small that the tests' batches have many, whole ones and parts.
+BACKENDS["tiled by 16"] = partial(tiled.mine, tile=16)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 HOWS = ("similar", "dissimilar", "random")
 
 
@@ -27,29 +33,32 @@ def check(features, labels, *, intra="similar", inter="similar", **keys):
     return pairs
 
 
-@settings(max_examples=150, deadline=None)
-@given(batches(), st.sampled_from(HOWS), st.sampled_from(HOWS))
-def test_any_batch(batch, intra, inter):
-    check(*batch, intra=intra, inter=inter)
+@each_backend
+@settings(max_examples=80, deadline=None)
+@given(batch=batches(), intra=st.sampled_from(HOWS), inter=st.sampled_from(HOWS))
+def test_any_batch(backend, batch, intra, inter):
+    check(*batch, intra=intra, inter=inter, backend=backend)
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_adversarial(kind, dtype):
+def test_adversarial(kind, dtype, backend):
     features, labels = make_batch(seed=1, size=120, dim=64, classes=30, dtype=dtype, kind=kind)
-    check(features, labels)
-    check(features, labels, intra="dissimilar", inter="dissimilar")
+    check(features, labels, backend=backend)
+    check(features, labels, intra="dissimilar", inter="dissimilar", backend=backend)
 
 
-@settings(max_examples=100, deadline=None)
-@given(batches(max_size=60, max_dim=40), st.data())
-def test_keys_elsewhere(batch, data):
+@each_backend
+@settings(max_examples=60, deadline=None)
+@given(batch=batches(max_size=60, max_dim=40), data=st.data())
+def test_keys_elsewhere(backend, batch, data):
     keys, key_labels = batch
     size = data.draw(st.integers(1, len(keys)))
     offset = data.draw(st.none() | st.integers(0, len(keys) - size))
     start = offset or 0
     features, labels = keys[start : start + size], key_labels[start : start + size]
-    check(features, labels, keys=keys, key_labels=key_labels, key_offset=offset,
+    check(features, labels, backend=backend, keys=keys, key_labels=key_labels, key_offset=offset,
           intra=data.draw(st.sampled_from(HOWS)), inter=data.draw(st.sampled_from(HOWS)))  # fmt: skip
 
 
@@ -61,13 +70,37 @@ def test_keys_with_offset_zero_are_the_batch_itself():
         assert torch.equal(field, other)
 
 
-def test_ties_go_to_the_lowest_index():
+@each_backend
+def test_backends_agree_on_a_larger_batch(backend):
+    features, labels = make_batch(seed=8, size=2500, dim=24, classes=300, dtype=torch.float64, kind="normal")
+    for how in ("similar", "dissimilar"):
+        found = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
+        for field, expected in zip(found, mine_pairs(features, labels, intra=how, inter=how), strict=True):
+            assert torch.equal(field, expected)
+
+
+@each_backend
+def test_ties_go_to_the_lowest_index_among_many(backend):
+    # Small integers of mean 0: equal distances are equal in floating point too, and there are many of them.
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randint(-1, 2, (60, 3), generator=generator).double()
+    features, labels = torch.cat([half, -half]), torch.randint(4, (120,), generator=generator)
+    for how in ("similar", "dissimilar"):
+        pairs = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
+        distance = torch.cdist(features, features).square().round() * (1 if how == "similar" else -1)
+        same = labels[:, None] == labels
+        for allowed, partner in zip((same & ~torch.eye(120).bool(), ~same), pairs.partner.view(2, -1), strict=True):
+            assert partner.tolist() == distance.masked_fill(~allowed, torch.inf).argmin(1).tolist()
+
+
+@each_backend
+def test_ties_go_to_the_lowest_index(backend):
     # The mean is 0 and all numbers are small integers, so that equal distances are equal in floating point too.
     features = torch.tensor([[0.0], [2.0], [-2.0], [2.0], [-2.0], [0.0]])
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    similar = mine_pairs(features, labels)
+    similar = mine_pairs(features, labels, backend=backend)
     assert similar.partner.tolist() == [1, 0, 0, 5, 5, 3] + [5, 3, 4, 1, 2, 0]
-    dissimilar = mine_pairs(features, labels, intra="dissimilar", inter="dissimilar")
+    dissimilar = mine_pairs(features, labels, intra="dissimilar", inter="dissimilar", backend=backend)
     assert dissimilar.partner.tolist() == [1, 2, 1, 4, 3, 3] + [3, 4, 3, 2, 1, 1]
 
 
@@ -97,10 +130,11 @@ def test_distances_are_of_detached_features():
     assert torch.equal(features.detach(), before), "mining changed its input"
 
 
-def test_autocast_does_not_reach_the_distances():
+@each_backend
+def test_autocast_does_not_reach_the_distances(backend):
     features, labels = make_batch(seed=5, size=150, dim=300, classes=10, dtype=torch.float32, kind="normal")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = mine_pairs(features, labels)
+        inside = mine_pairs(features, labels, backend=backend)
     assert torch.equal(inside.partner, mine_pairs(features, labels).partner)
 
 

@@ -1,13 +1,12 @@
 """Pair mining with one [B,M] matrix of distances: the plain way, and the fastest for batches of a few thousand."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from apinet_head.mining.contract import Found, Search
-from apinet_head.mining.rows import prepare
+from apinet_head.mining.rows import exact_products, prepare
 
 
 def mine(
@@ -23,7 +22,7 @@ def mine(
     queries, keys, finite = prepare(features, keys)
     distance = None
     if any(search.how != "random" for search in searches):
-        with _no_autocast(features.device.type):
+        with exact_products(features.device.type):
             # |q - k|² less |q|², which is the same for all candidates of a row.
             distance = torch.addmm(keys.square().sum(1), queries, keys.T, alpha=-2)
 
@@ -43,10 +42,3 @@ def _choose(how: str, distance: Tensor | None, candidate: Tensor, generator: tor
     else:
         cost = distance if how == "similar" else -distance
     return Found(cost.masked_fill(~candidate, torch.inf).argmin(1), candidate.any(1))
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[None]:
-    # Autocast would take the product in half precision, too coarse to rank near neighbours.
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

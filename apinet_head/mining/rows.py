@@ -1,6 +1,7 @@
 """Feature rows made ready for distances: one dtype, one scale, one centre, and a note of which are finite."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -38,3 +39,10 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     edge = math.sqrt(torch.finfo(dtype).max) / (4 * rows.shape[1])
     others = (others * scale).sub(mean).clamp(-edge, edge).where(peaks(others).isfinite()[:, None], 0)
     return others, centred, finite
+
+
+def exact_products(device_type: str) -> AbstractContextManager[None]:
+    """Within it, no autocast takes products in half precision, which is too coarse to rank near neighbours."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -6,10 +6,8 @@ Writes one table (Markdown, CSV) and one plot. Finished runs are kept: the same 
 import argparse
 import csv
 import os
-import platform
 import statistics
 from collections.abc import Iterable
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +16,10 @@ import matplotlib
 matplotlib.use("Agg")  # no window, also where there is a screen
 
 import matplotlib.pyplot as plt
-import timm
-import torch
 from birds_cache import open_data
 from run_folder import write_text
 from settings import Settings, parse
-from sweep import Job, run_jobs, spread
+from sweep import Job, origin, run_jobs, spread
 
 
 class Row(NamedTuple):
@@ -152,15 +148,7 @@ def main() -> None:
 
     output = options.output or options.runs
     output.mkdir(parents=True, exist_ok=True)
-    seconds = sum(run["seconds"] for runs in results.values() for run in runs)
-    origin = (
-        f"{date.today()}: {data.name}, {len(data.classes)} classes, {len(data.train)} training and {len(data.test)} "
-        f"test images; {settings.backbone}, {settings.epochs} epochs, {options.seeds} seeds; {len(jobs)} runs, "
-        f"{options.jobs} at a time, {seconds / 60:.0f} minutes of training in all; {platform.machine()} CPU with "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"timm {timm.__version__}. Mean ± standard deviation over the seeds; differences are taken seed by seed."
-    )
-    table = f"{make_table(rows, results)}\n\n{origin}\n"
+    table = f"{make_table(rows, results)}\n\n{origin(data, settings, results)}\n"
     write_text(output / "ablation.md", table)
     write_csv(output / "ablation.csv", rows, results)
     draw(output / "ablation.png", rows, results)

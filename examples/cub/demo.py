@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from birds_cache import open_data
 from run_folder import write_text
 from settings import parse
-from sweep import Job, read_log, run_jobs, spread
+from sweep import Job, origin, read_log, run_jobs, spread
 
 METHODS = {"baseline": "Baseline", "api": "API-Net"}
 COLOURS = {"baseline": "tab:gray", "api": "tab:blue"}
@@ -27,7 +27,6 @@ Results = dict[str, list[dict[str, Any]]]
 
 def train_all(folder: Path, seeds: int, parallel: int, flags: list[str]) -> Results:
     """Train with each method and seed, with the same flags otherwise; for each method a result per seed."""
-    open_data(parse(flags))  # drawn once, before the runs would all do it
     # Seed by seed, so that an interrupted demo has runs of both methods to compare.
     jobs = [
         Job(f"{method}-seed{seed}", [*flags, "--method", method, "--seed", str(seed)])
@@ -96,8 +95,10 @@ def main() -> None:
     options, flags = parser.parse_known_args()
 
     start = time.perf_counter()
+    settings = parse(flags)
+    data = open_data(settings)  # drawn once, before the runs would all do it
     results = train_all(options.output, options.seeds, options.jobs, flags)
-    table = make_table(results)
+    table = f"{make_table(results)}\n\n{origin(data, settings, results)}"
     write_text(options.output / "table.md", table + "\n")
     draw(options.output, results, options.output / "comparison.png")
     print(f"\n{table}\n\n{options.output}/table.md and comparison.png, in {time.perf_counter() - start:.0f} s")

@@ -37,6 +37,7 @@ class Settings:
     backbone: str = setting("resnet101", "any timm model name")
     backbone_args: str = setting("{}", "further arguments of timm.create_model, as JSON")
     pretrained: bool = setting(True, "start from timm's weights for the backbone (ImageNet)")
+    chunk_size: int = setting(0, "images that go through the backbone at a time, to save memory; 0: the whole batch")
     hidden_dim: int = setting(512, "width of the mutual vector's MLP")
     dropout: float = setting(0.5, "in that MLP and before the classifier")
     mutual: str = setting("mlp", "the mutual vector", MUTUALS)

@@ -2,14 +2,20 @@
 
 import csv
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
+import torch
+from data import ImageSet
 from run_folder import RunFolder
 from settings import Settings, parse
 from tqdm import tqdm
@@ -69,6 +75,20 @@ def spread(values: Sequence[float], digits: int | None = None) -> str:
         digits = 2 if max(map(abs, values)) < 10 else 1
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def origin(data: ImageSet, settings: Settings, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Where a table's figures come from: date, data, budget, machine, versions."""
+    runs = [run for of_name in results.values() for run in of_name]
+    seeds = max(map(len, results.values()))
+    return (
+        f"{date.today()}: {data.name}, {len(data.classes)} classes, {len(data.train)} training and {len(data.test)} "
+        f"test images; {settings.backbone} {settings.backbone_args}, {settings.crop} x {settings.crop} pixels, "
+        f"{settings.epochs} epochs, {seeds} seeds, {len(runs)} runs, {sum(run['seconds'] for run in runs) / 60:.0f} "
+        f"minutes of training in all; {platform.machine()} CPU with {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}. "
+        "Mean ± standard deviation over the seeds; differences are taken seed by seed."
+    )
 
 
 def _is_finished(path: Path, settings: Settings) -> bool:

@@ -175,6 +175,7 @@ def make_net(settings: Settings, num_classes: int) -> APINet:
         settings.backbone,
         num_classes,
         pretrained=settings.pretrained,
+        chunk_size=settings.chunk_size or None,
         backbone_args=json.loads(settings.backbone_args),
         hidden_dim=settings.hidden_dim,
         dropout=settings.dropout,
