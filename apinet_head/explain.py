@@ -98,11 +98,14 @@ def _largest(values: Tensor, top_k: int) -> Tensor:
 def heat_maps(maps: Tensor, channels: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Chosen channels [N,k] of feature maps [N,D,h,w], enlarged to an image of `size` and scaled to [0, 1]."""
     rows = torch.arange(len(maps), device=maps.device)[:, None]
-    chosen = F.interpolate(maps[rows, channels].float(), tuple(size), mode="bilinear", align_corners=False)
+    chosen = maps[rows, channels].float()
+    # Before enlarging, for that rounds: its noise in a channel that is the same everywhere is not to be scaled up.
+    span = chosen.amax((2, 3), keepdim=True) - chosen.amin((2, 3), keepdim=True)
+    varies = span > 1e-6 * chosen.abs().amax((2, 3), keepdim=True)
+    large = F.interpolate(chosen, tuple(size), mode="bilinear", align_corners=False)
     # From the least value and not from 0: after GELU or LayerNorm, activations are negative where there is nothing.
-    least, largest = chosen.amin((2, 3), keepdim=True), chosen.amax((2, 3), keepdim=True)
-    span = largest - least
-    return torch.where(span > 0, (chosen - least) / span, torch.zeros_like(chosen))
+    large = large - large.amin((2, 3), keepdim=True)
+    return torch.where(varies, large / large.amax((2, 3), keepdim=True), torch.zeros_like(large))
 
 
 def features_and_maps(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,9 +134,9 @@ def features_and_maps(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tens
     maps = _fold_tokens(backbone, maps, images) if maps.ndim == 3 else _channels_first(backbone, maps)
     if maps.shape[1] != features.shape[1]:
         raise ValueError(
-            f"the {features.shape[1]} channels of the features of {name} are not the {maps.shape[1]} of its last feature "
-            "map: between the two it has a layer that mixes channels, so that a gate has no place in the image; take a "
-            "backbone that pools last, such as resnet, convnext, efficientnet, vit or swin"
+            f"the {features.shape[1]} channels of the features of {name} are not the {maps.shape[1]} of its last "
+            "feature map: between the two it has a layer that mixes channels, so that a gate has no place in the "
+            "image; take a backbone that pools last, such as resnet, convnext, efficientnet, vit or swin"
         )
     return features, maps
 
@@ -142,15 +145,16 @@ def _refuse_mixed_channels(backbone: nn.Module) -> None:
     # Layers after pooling that mix channels without changing their number would go unnoticed otherwise.
     if getattr(backbone, "attn_pool", None) is not None:
         raise ValueError(
-            f"{type(backbone).__name__} pools by attention, which mixes channels: those of the gates are not those of the "
-            "feature map; take global_pool='avg' or 'token', as in APINet(..., backbone_args={'global_pool': 'avg'})"
+            f"{type(backbone).__name__} pools by attention, which mixes channels: those of the gates are not those of "
+            "the feature map; take another pooling, as in APINet(..., backbone_args={'global_pool': 'avg'})"
         )
     for name, module in backbone.named_modules():
         # timm's name for a hidden layer between pooling and classifier
         if name.rpartition(".")[2] == "pre_logits" and any(True for _ in module.parameters()):
             raise ValueError(
-                f"{type(backbone).__name__} has a hidden layer ({name}) after pooling, which mixes channels: those of the "
-                "gates are not those of the feature map; take a backbone that pools last, such as resnet or convnext"
+                f"{type(backbone).__name__} has a hidden layer ({name}) after its last feature map, which mixes "
+                "channels: those of the gates are not those of the map; take a backbone that pools last, such as "
+                "resnet or convnext"
             )
 
 
@@ -160,19 +164,23 @@ def _channels_first(backbone: nn.Module, maps: Tensor) -> Tensor:
 
 
 def _fold_tokens(backbone: nn.Module, tokens: Tensor, images: Tensor) -> Tensor:
-    """[B,D,h,w] of [B,T,D]: prefix tokens (class, registers) dropped, the others being the patches, row by row."""
+    """[B,D,h,w] of [B,T,D]: prefix tokens (class, registers) dropped, the others being the patches, row by row.
+
+    Where the class token is the feature, no map was pooled; patches and class token have their channels in common all
+    the same, for every block adds to both alike.
+    """
     height, width = _grid(backbone, images)
     # Some architectures (coat, volo) have a class token in front and no num_prefix_tokens.
     prefix = getattr(backbone, "num_prefix_tokens", None)
     if prefix is None:
-        prefix = tokens.shape[1] - height * width
-    patches = tokens[:, max(prefix, 0) :]
+        prefix = max(tokens.shape[1] - height * width, 0)
+    patches = tokens[:, prefix:]
     if patches.shape[1] != height * width:
         raise ValueError(
-            f"forward_features of {type(backbone).__name__} gives {tokens.shape[1]} tokens for {describe(images)}: without "
-            f"{max(prefix, 0)} prefix tokens, those are no grid of {height} x {width} patches"
+            f"forward_features of {type(backbone).__name__} gives {tokens.shape[1]} tokens for {describe(images)}, "
+            f"{prefix} of them prefix tokens: the others are no grid of {height} x {width} patches"
         )
-    return patches.transpose(1, 2).unflatten(2, (height, width))
+    return patches.transpose(1, 2).reshape(len(patches), -1, height, width)
 
 
 def _grid(backbone: nn.Module, images: Tensor) -> tuple[int, int]:

@@ -1,0 +1,263 @@
+"""explain_pair: the channels that it names, where its heat maps are hot, and that it leaves the net as it was."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from apinet_head import APINet, ChunkedBackbone, Pairs
+from apinet_head.explain import explain_pair, features_and_maps
+
+
+class Tiny(nn.Module):
+    """A backbone of one convolution; its map is a fourth of the image, in NCHW, NHWC or as tokens."""
+
+    num_features = 6
+
+    def __init__(self, layout="NCHW", prefix=0, reduction=4):
+        super().__init__()
+        self.layout, self.num_prefix_tokens = layout, prefix
+        self.conv = nn.Conv2d(3, 6, 4, stride=4)
+        self.norm = nn.BatchNorm2d(6)
+        self.drop = nn.Dropout(0.5)
+        if layout == "NHWC":
+            self.output_fmt = "NHWC"
+        if layout == "tokens":
+            self.feature_info = [{"reduction": reduction}]
+
+    def grid(self, images):
+        return self.drop(self.norm(self.conv(images)))
+
+    def forward_features(self, images):
+        maps = self.grid(images)
+        if self.layout == "NHWC":
+            return maps.permute(0, 2, 3, 1)
+        if self.layout == "tokens":
+            return F.pad(maps.flatten(2).transpose(1, 2), (0, 0, self.num_prefix_tokens, 0), value=100.0)
+        return maps
+
+    def forward(self, images):
+        return self.grid(images).mean((2, 3))
+
+
+def two(*size, seed=0):
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def make(backbone, **args):
+    torch.manual_seed(0)
+    net = APINet(backbone() if isinstance(backbone, type) else backbone, 3, backbone_args=args or None)
+    with torch.no_grad():  # gates far enough apart to be told from rounding
+        net.head.mutual.fc2.weight.mul_(20)
+    return net
+
+
+def expected_maps(maps, channels, size):
+    """By the definition: enlarge one channel, subtract its least value, divide by the largest that is left."""
+    rows = []
+    for image, chosen in enumerate(channels.tolist()):
+        for channel in chosen:
+            heat = F.interpolate(maps[image : image + 1, channel : channel + 1], size, mode="bilinear")[0, 0]
+            heat = heat - heat.min()
+            rows.append(heat / heat.max())
+    return torch.stack(rows).unflatten(0, channels.shape)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "tokens"])
+@pytest.mark.parametrize("size", [(24, 24), (16, 32)])
+def test_heat_maps_are_the_channels_of_the_map(layout, size):
+    torch.manual_seed(1)
+    net = make(Tiny(layout, prefix=3 if layout == "tokens" else 0)).eval()
+    images = two(*size)
+    seen = explain_pair(net, images, top_k=4)
+    with torch.no_grad():
+        maps = net.backbone.grid(images)
+    torch.testing.assert_close(seen.heatmaps, expected_maps(maps, seen.channels, size))
+    torch.testing.assert_close(seen.plain_heatmaps, expected_maps(maps, seen.plain_channels, size))
+    assert seen.plain_channels.tolist() == maps.mean((2, 3)).topk(4).indices.tolist()
+    one, other = maps.mean((2, 3))
+    assert seen.similarity.shape == ()
+    torch.testing.assert_close(seen.similarity, one @ other / one.norm() / other.norm())
+
+
+@pytest.mark.parametrize("head", [{}, {"gate": "single"}, {"mutual": "individual"}])
+def test_channels_are_those_of_the_largest_gates(head):
+    torch.manual_seed(2)
+    net = APINet("test_resnet", 3, **head).eval()
+    images = two(64, 64)
+    seen = explain_pair(net, images, top_k=7)
+    pair = Pairs(torch.tensor([0]), torch.tensor([1]), torch.tensor([False]), torch.tensor([True]))
+    with torch.no_grad():
+        first, second = net.head.gates(net.backbone(images), pair)
+    torch.testing.assert_close(seen.gates, torch.stack([first[0], second[0]]))
+    for gates, channels in zip(seen.gates, seen.channels, strict=True):
+        order = sorted(range(net.dim), key=lambda channel: (-gates[channel].item(), channel))
+        assert channels.tolist() == order[:7]
+
+
+MODELS = {
+    "resnet18": (64, 64), "test_resnet": (64, 96), "test_vit": (160, 160), "test_vit2": (160, 160),
+    "test_vit4": (160, 160), "test_convnext": (64, 96), "test_efficientnet": (64, 96), "test_nfnet": (64, 64),
+    "levit_128s": (224, 224), "coat_lite_tiny": (224, 224), "pvt_v2_b0": (64, 64), "efficientformer_l1": (224, 224),
+    "mobilenetv2_035": (64, 64),
+}  # fmt: skip
+
+
+def check(net, images, top_k=3):
+    seen = explain_pair(net, images, top_k=top_k)
+    assert seen.gates.shape == (2, net.dim)
+    assert 0 <= seen.gates.min() <= seen.gates.max() <= 1
+    for channels, maps in ((seen.channels, seen.heatmaps), (seen.plain_channels, seen.plain_heatmaps)):
+        assert channels.dtype == torch.int64
+        assert channels.shape == (2, top_k)
+        assert all(len(set(row)) == top_k for row in channels.tolist())
+        assert maps.shape == (2, top_k, *images.shape[-2:])
+        assert maps.min() == 0
+        assert set(maps.amax((2, 3)).unique().tolist()) <= {0, 1}  # 0: a channel that is the same everywhere
+    assert not any(isinstance(field, torch.Tensor) and field.requires_grad for field in seen)
+    return seen
+
+
+@pytest.mark.parametrize(("model", "size"), MODELS.items(), ids=MODELS)
+def test_architectures_of_timm(model, size):
+    check(make(model), two(*size))
+
+
+@pytest.mark.parametrize("model", ["resnet18", "test_vit2", "test_convnext", "test_efficientnet", "pvt_v2_b0"])
+def test_the_map_is_what_was_pooled(model):
+    # Average pooling and at most a norm lie between the two, so that a channel mix-up would show.
+    net = make(model).eval()
+    images = two(160, 160)
+    with torch.no_grad():
+        features, maps = features_and_maps(net.backbone, images)
+    assert torch.corrcoef(torch.stack([features[0], maps.mean((2, 3))[0]]))[0, 1] > 0.99
+
+
+def test_swin_of_an_oblong_image():
+    net = make(
+        "swin_tiny_patch4_window7_224", img_size=(64, 96), window_size=2, depths=(1, 1, 1, 1), embed_dim=16,
+        num_heads=(1, 1, 1, 1),
+    )  # fmt: skip
+    check(net, two(64, 96))
+    assert features_and_maps(net.backbone, two(64, 96))[1].shape == (2, 128, 2, 3)
+
+
+@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}])
+def test_vit_drops_prefix_tokens_and_folds_patches_as_timm_does(prefix):
+    net = make("test_vit", dynamic_img_size=True, **prefix).eval()
+    images = two(64, 96)
+    check(net, images)
+    with torch.no_grad():
+        maps = features_and_maps(net.backbone, images)[1]
+        folded = net.backbone.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)[0]
+    assert maps.shape == (2, 64, 4, 6)
+    torch.testing.assert_close(maps, folded)
+
+
+def test_a_bright_corner_is_where_the_heat_is():
+    net = make(Tiny).eval()
+    images = torch.zeros(2, 3, 32, 16)
+    images[:, :, 24:28, 4:8] = 5  # one cell of the map: row 6, column 1
+    with torch.no_grad():
+        net.backbone.conv.weight.abs_()
+    seen = explain_pair(net, images, top_k=6)
+    for heat in seen.heatmaps.flatten(0, 1):
+        row, column = divmod(int(heat.argmax()), 16)
+        assert 24 <= row < 28
+        assert 4 <= column < 8
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "why"),
+    [
+        ("mobilenetv3_small_050", {}, "1024 channels of the features of MobileNetV3 are not the 288 of its last"),
+        ("test_mambaout", {}, r"hidden layer \(head.pre_logits\) after its last feature map"),
+        ("test_vit3", {}, r"pools by attention.*global_pool"),
+        ("pit_ti_224", {}, "gives 1 tokens.*no grid of 7 x 7 patches"),
+        ("crossvit_9_240", {}, "must give one map.*got a list"),
+    ],
+)  # fmt: skip
+def test_models_whose_gates_have_no_map_are_refused(model, args, why):
+    net = make(model, **args).train()
+    with pytest.raises(ValueError, match=why):
+        explain_pair(net, two(*net.backbone.default_cfg["input_size"][1:]))
+    assert all(module.training for module in net.modules())
+
+
+def test_vgg_is_refused():
+    with torch.device("meta"):  # 130 million parameters
+        net = APINet("vgg11", 3)
+        with pytest.raises(ValueError, match=r"hidden layer \(pre_logits\)"):
+            explain_pair(net, torch.empty(2, 3, 224, 224))
+
+
+def test_a_module_without_forward_features_is_refused():
+    net = APINet(nn.Sequential(nn.Flatten(), nn.Linear(48, 4)), 3, dim=4)
+    with pytest.raises(ValueError, match=r"Sequential has no forward_features\(images\)"):
+        explain_pair(net, two(4, 4), top_k=2)
+
+
+def test_tokens_of_an_unknown_grid_are_refused():
+    backbone = Tiny("tokens")
+    del backbone.feature_info
+    with pytest.raises(ValueError, match="grid is unknown"):
+        explain_pair(make(backbone), two(16, 16))
+    with pytest.raises(ValueError, match="no grid of 2 x 2 patches"):
+        explain_pair(make(Tiny("tokens", reduction=8)), two(16, 16))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 3, 16, 16), (3, 3, 16, 16)])
+def test_other_than_two_images_are_refused(shape):
+    with pytest.raises(ValueError, match=r"images must be two.*got float32 \["):
+        explain_pair(make(Tiny), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_top_k_out_of_range_is_refused(top_k):
+    with pytest.raises(ValueError, match=f"from 1 to the 6 channels of the features, got {top_k}"):
+        explain_pair(make(Tiny), two(16, 16), top_k=top_k)
+
+
+def test_the_net_is_left_as_it_was():
+    net = make("test_resnet").train().freeze_backbone(batch_norm="eval")
+    next(net.backbone.parameters()).requires_grad_(True)
+    images = two(64, 64).requires_grad_()
+    net(images, torch.tensor([0, 1])).logits_self.sum().backward()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+    modes = [module.training for module in net.modules()]
+    assert len(set(modes)) == 2
+    random_state = torch.get_rng_state()
+    explain_pair(net, images)
+    assert [module.training for module in net.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, parameter in net.named_parameters():
+        assert (parameter.grad is None) == (gradients[name] is None)
+        assert parameter.grad is None or torch.equal(parameter.grad, gradients[name])
+    assert torch.is_grad_enabled()
+
+
+def test_train_and_eval_mode_explain_alike():
+    net, images = make(Tiny), two(16, 16)
+    assert all(
+        torch.equal(a, b) for a, b in zip(explain_pair(net, images), explain_pair(net.eval(), images), strict=True)
+    )
+
+
+def test_idle_channels_are_cold_and_ties_go_to_the_lowest():
+    net = make(Tiny).eval()
+    with torch.no_grad():
+        net.backbone.conv.weight.zero_()
+    seen = explain_pair(net, two(16, 16), top_k=6)
+    assert seen.heatmaps.eq(0).all()
+    with torch.no_grad():
+        net.head.mutual.fc2.weight.zero_()
+        net.head.mutual.fc2.bias.zero_()
+    assert explain_pair(net, two(16, 16), top_k=6).channels.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+
+
+def test_chunks_and_half_precision():
+    net = APINet(ChunkedBackbone(Tiny(), 1), 3, dim=6)
+    check(net, two(16, 16))
+    check(make(Tiny).to(torch.bfloat16), two(16, 16).to(torch.bfloat16))
