@@ -74,8 +74,8 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
         with torch.no_grad():
             net.eval()
             features, maps = features_and_maps(net.backbone, images)
-            pair = torch.tensor([[0], [1], [False], [True]], device=images.device)
-            gates = torch.cat(net.head.gates(features, Pairs(pair[0], pair[1], pair[2].bool(), pair[3].bool())))
+            pair = Pairs(*(torch.tensor([value], device=images.device) for value in (0, 1, False, True)))
+            gates = torch.cat(net.head.gates(features, pair))
     finally:
         for module, training in modes:  # one by one: a part of the net may be in another mode than the rest
             module.training = training
