@@ -89,7 +89,7 @@ def main() -> None:
         epilog="Further flags go to train.py.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each method (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="default: %(default)s")
     options, flags = parser.parse_known_args()
