@@ -85,7 +85,7 @@ DEMO: dict[str, Any] = {
     "pretrained": False,
     "hidden_dim": 64,
     "n_classes": 10,
-    "epochs": 80,
+    "epochs": 100,
     "lr": 0.05,
     "frozen_epochs": 0,
     "threads": 1,
