@@ -198,9 +198,10 @@ class APIHead(nn.Module):
 
     def _check(self, features: Tensor) -> None:
         check_features(features, dim=self.dim)
-        weight = next(self.parameters(), None)
-        if weight is None:
+        weights = list(self.parameters())
+        if not weights:
             return
+        weight = weights[0]
         check_device(features, "features", weight, "the head's weights")
         if features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
             raise ValueError(

@@ -43,6 +43,7 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
 
 def exact_products(device_type: str) -> AbstractContextManager[None]:
     """Within it, no autocast takes products in half precision, which is too coarse to rank near neighbours."""
-    if torch.amp.is_autocast_available(device_type):
+    # Only where there is one to switch off: traced graphs stay plain, and the meta device knows none.
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
