@@ -1,5 +1,6 @@
 """`load_official_checkpoint` on state dicts of the published layout, made here with torchvision."""
 
+import copy
 import pickle
 
 import pytest
@@ -35,8 +36,8 @@ def test_logits_are_those_of_plain_torch(published, wrapped, tmp_path):
     torch.save({"epoch": 3, "state_dict": state, "best_prec1": 88.6}, tmp_path / "checkpoint.pth.tar")
     net = APINet("resnet101", num_classes=11)
     net.load_state_dict(load_official_checkpoint(tmp_path / "checkpoint.pth.tar"))
-    net.eval()
-    images, labels = torch.randn(3, 3, 64, 64), torch.tensor([0, 0, 1])
+    net, published = net.double().eval(), copy.deepcopy(published).double()
+    images, labels = torch.randn(3, 3, 64, 64, dtype=torch.float64), torch.tensor([0, 0, 1])
     with torch.no_grad():
         x = published.conv(images).mean((2, 3))
         torch.testing.assert_close(net(images), published.fc(x), rtol=0, atol=1e-6)
