@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from apinet_head.chunked import ChunkedBackbone
+from apinet_head.distributed import gather_features
 from apinet_head.head import APIHead, APIOutput
 from apinet_head.loss import LossTerms, api_loss, api_loss_terms
 from apinet_head.pairs import Pairs, mine_pairs, random_pairs
@@ -31,6 +32,7 @@ __all__ = [
     "api_loss",
     "api_loss_terms",
     "explain_pair",
+    "gather_features",
     "load_official_checkpoint",
     "mine_pairs",
     "random_pairs",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from apinet_head.checks import check_device, check_features, check_integer, check_labels, describe
+from apinet_head.distributed import gather_features, mean_over_ranks, world_size
 from apinet_head.mutual import MutualMLP, make_mutual
 from apinet_head.pairs import Pairs, mine_pairs, searches_of
 
@@ -20,6 +21,9 @@ class APIOutput(NamedTuple):
         labels: [2P], class indices.
         valid: [2P] bool, False where the pair doesn't exist and the row is to count for nothing.
         pairs: the P pairs.
+        num_rows: scalar that the loss divides its sums over rows by, None for the number of valid rows. Where one
+            batch spans many ranks, it is their mean number of valid rows, so that the mean of the ranks' losses is
+            the loss of the whole batch.
     """
 
     logits_self: Tensor
@@ -27,6 +31,7 @@ class APIOutput(NamedTuple):
     labels: Tensor
     valid: Tensor
     pairs: Pairs
+    num_rows: Tensor | None = None
 
 
 class APIHead(nn.Module):
@@ -49,7 +54,10 @@ class APIHead(nn.Module):
             logits_other is logits_self: train that with rank_weight=0.
         intra: partner of the same class: "similar", "dissimilar", "random" or None, see `mine_pairs`.
         inter: partner of another class, likewise.
-        gather: mine over all ranks' features.
+        gather: take the batches of all ranks of torch.distributed for one: each rank searches the partners of its own
+            images among the features of all. After DDP's averaging, loss and gradients are those of one process with
+            the whole batch. Every rank must then call the head with labels, and with as many images as the others.
+            Without a process group it changes nothing.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -92,11 +100,9 @@ class APIHead(nn.Module):
         if gate == "single" and mutual == "individual":
             raise ValueError("gate='single' is a function of the mutual vector, and mutual='individual' has none")
         searches_of(intra, inter)
-        if gather:
-            raise ValueError("gather must be False in this version: mining over all ranks is yet to come")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_classes = dim, num_classes
-        self.gate, self.intra, self.inter = gate, intra, inter
+        self.gate, self.intra, self.inter, self.gather = gate, intra, inter, gather
         self.mutual = (
             mutual if isinstance(mutual, nn.Module) else make_mutual(mutual, dim, hidden_dim, dropout, **factory)
         )
@@ -119,7 +125,8 @@ class APIHead(nn.Module):
         Args:
             features: [B,D], floating point.
             labels: [B], class indices of an integer dtype.
-            pairs: take these instead of mining.
+            pairs: take these instead of mining; their partners are rows of `keys`, or of `features` (of all ranks',
+                with gather=True).
             classifier: your own, mapping [N,D] to [N,C], in place of the head's.
             keys: [M,D], where partners are searched instead of in `features`, see `mine_pairs`.
             key_labels: [M], their classes.
@@ -143,6 +150,9 @@ class APIHead(nn.Module):
             raise ValueError(
                 f"keys need key_labels and the other way round, got only {'key_labels' if keys is None else 'keys'}"
             )
+        across_ranks = self.gather and world_size() > 1
+        if across_ranks and keys is None:
+            keys, key_labels, key_offset = gather_features(features, labels)
         if pairs is None:
             pairs = mine_pairs(
                 features, labels, intra=self.intra, inter=self.inter,
@@ -155,13 +165,15 @@ class APIHead(nn.Module):
         if not isinstance(classify, nn.Identity):
             own = classify(self.drop(own))
             other = own if self.gate == "single" else classify(self.drop(other))
+        valid = pairs.valid.repeat(2)
         partner_labels = (labels if key_labels is None else key_labels).index_select(0, pairs.partner)
         return APIOutput(
             logits_self=own,
             logits_other=other,
             labels=torch.cat([labels.index_select(0, pairs.anchor), partner_labels]),
-            valid=pairs.valid.repeat(2),
+            valid=valid,
             pairs=pairs,
+            num_rows=mean_over_ranks(valid.sum()) if across_ranks else None,
         )
 
     def gates(self, features: Tensor, pairs: Pairs, *, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def api_loss_terms(
         ranking = mean of max(0, p_other - p_self + margin) over the 2P rows
 
     Rows that are not valid count for nothing; if none is valid, all is 0, with zero gradients. Computed in float32
-    at least, under autocast too.
+    at least, under autocast too. Of a head with gather=True, the mean over the ranks is the loss of the whole batch.
 
     Args:
         output: of an APIHead with a classifier, logits [2P,C]; labels of valid rows in [0,C).
@@ -66,10 +66,10 @@ def api_loss_terms(
     _check(output, label_smoothing)
     valid = output.valid
     labels = output.labels.where(valid, 0)[:, None]
-    rows = valid.sum().clamp(min=1)
+    rows = valid.sum().clamp(min=1) if output.num_rows is None else output.num_rows
 
     def mean(per_row: Tensor) -> Tensor:
-        return per_row.where(valid, 0).sum() / rows
+        return per_row.where(valid, 0).sum() / rows.to(per_row.dtype)
 
     def log_probabilities(logits: Tensor) -> Tensor:
         # Masked before, not only after: whatever an invalid row holds, infinity included, its gradient is zero.
@@ -90,7 +90,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check(output: "APIOutput", label_smoothing: float) -> None:
-    own, other, labels, valid, _ = output
+    own, other, labels, valid = output[:4]
     if own.ndim != 2 or own.shape != other.shape:
         raise ValueError(f"logits must be two [2P, C], got {describe(own)} and {describe(other)}")
     if not own.shape[:1] == labels.shape == valid.shape:

@@ -65,16 +65,28 @@ def check_partners(
         assert abs(distance[query, chosen] - best) <= 16 * eps * norm, f"row {query} got {chosen}"
 
 
-def head(x: Tensor, labels: Tensor, partners: list[Tensor], weights: dict[str, Tensor], margin: float = 0.05) -> dict:
-    """Logits and loss of the published head without dropout, pair by pair. `partners`: one [B] per kind of pair."""
+def head(
+    x: Tensor,
+    labels: Tensor,
+    partners: list[Tensor],
+    weights: dict[str, Tensor],
+    margin: float = 0.05,
+    valid: Tensor | None = None,
+) -> dict:
+    """Logits and loss of the published head without dropout, pair by pair. `partners`: one [B] per kind of pair.
+
+    Pairs that are not `valid` [P] are left out.
+    """
 
     def linear(name: str, value: Tensor) -> Tensor:
         return weights[f"{name}_weight"] @ value + weights[f"{name}_bias"]
 
     rows: list[tuple[int, Tensor, Tensor]] = []
     seconds: list[tuple[int, Tensor, Tensor]] = []
-    for partner in partners:
+    for kind, partner in enumerate(partners):
         for a, b in enumerate(partner.tolist()):
+            if valid is not None and not valid[kind * len(x) + a]:
+                continue
             mutual = linear("map2", linear("map1", torch.cat([x[a], x[b]])))
             gate_a, gate_b = torch.sigmoid(mutual * x[a]), torch.sigmoid(mutual * x[b])
             rows.append((int(labels[a]), x[a] + x[a] * gate_a, x[a] + x[a] * gate_b))

@@ -252,7 +252,6 @@ HEAD = APIHead(10, 3)
         (lambda: APIHead(10, mutual="attention"), r"mutual must be a module or one of 'mlp'.*'attention'"),
         (lambda: APIHead(10, gate="triple"), r"gate must be 'pair' or 'single', got 'triple'"),
         (lambda: APIHead(10, mutual="individual", gate="single"), r"'individual' has none"),
-        (lambda: APIHead(10, gather=True), r"gather must be False"),
         (lambda: APIHead(10, intra="nearest"), r"intra must be one of.*'nearest'"),
         (lambda: APIHead(10, dropout=1.5), r"dropout"),
     ],
