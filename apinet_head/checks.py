@@ -9,7 +9,11 @@ def describe(tensor: Tensor) -> str:
 
 
 def check_features(features: Tensor, name: str = "features", dim: int | None = None) -> None:
-    """Raise ValueError unless `features` is a floating point [B,D], with D = dim where that is given."""
+    """Raise unless `features` is a floating point [B,D], with D = dim where that is given."""
+    if not isinstance(features, Tensor):
+        raise TypeError(
+            f"{name} must be one tensor [B, D], got {type(features).__name__}: take the pooled features of it"
+        )
     if features.ndim != 2:
         advice = ": pool it first, for example x.mean((2, 3))" if features.ndim == 4 else ""
         raise ValueError(f"{name} must be [B, D], got {describe(features)}{advice}")

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from apinet_head.checks import describe
@@ -19,8 +21,14 @@ class ChunkedBackbone(nn.Module):
     dropout, drop-path and autocast are replayed. BatchNorm normalises each chunk by its own statistics, and its running
     statistics end as after one pass over the chunks. 8 chunks of 15 are what the published training computes on 8 GPUs.
 
+    Where no gradient will come (eval under `no_grad`, a frozen backbone), nothing runs twice. The backbone may be
+    compiled, and may do gradient checkpointing of its own (timm: `set_grad_checkpointing`); that counts the running
+    statistics of its BatchNorm twice, as it does without chunks. `torch.compile` around this module leaves the chunks
+    as they are: compile the backbone instead.
+
     Args:
-        backbone: any module that maps images [B,...] to one tensor [B,...], each image by itself but for BatchNorm.
+        backbone: any module that maps images [B,...] to features [B,...], each image by itself but for BatchNorm; or to
+            a tuple, list, dict or transformers output of such tensors.
         chunk_size: images at a time.
 
     Raises:
@@ -39,39 +47,41 @@ class ChunkedBackbone(nn.Module):
         self.backbone = backbone
         self.chunk_size = check_chunk_size(chunk_size)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         return run_in_chunks(self.backbone, images, self.chunk_size)
 
     def extra_repr(self) -> str:
         return f"chunk_size={self.chunk_size}"
 
 
-def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Tensor:
+# The compiler could not trace what checkpoint does with the running statistics.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
     """What `ChunkedBackbone` does, without a module of its own.
 
     Raises:
-        ValueError: a chunk would hold one image for BatchNorm to normalise by, or the backbone gives no tensor.
+        ValueError: a chunk would hold one image for BatchNorm to normalise by, or what the backbone gives for the
+            chunks cannot be joined.
     """
-    if len(images) <= chunk_size:
-        return _features(backbone(images))
-    left_over = len(images) % chunk_size or chunk_size
-    if left_over == 1 and any(isinstance(module, _NormBase) and module.training for module in backbone.modules()):
+    smallest = min(len(images), len(images) % chunk_size or chunk_size)
+    if smallest == 1 and any(isinstance(module, _BatchNorm) and module.training for module in backbone.modules()):
         raise ValueError(
             f"chunk_size={chunk_size} leaves a chunk of one image of {describe(images)}, which BatchNorm in train mode "
             "would normalise by itself: take another chunk_size or batch, or put BatchNorm in eval mode"
         )
+    if len(images) <= chunk_size:
+        return backbone(images)
     # Where no gradient will come, there is nothing to keep, and nothing to compute a second time.
     learns = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in backbone.parameters()))
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _running_statistics_kept(backbone)
 
-    def run(chunk: Tensor) -> Tensor:
-        if not learns:
-            return _features(backbone(chunk))
-        return _features(checkpoint(backbone, chunk, use_reentrant=False, context_fn=contexts))
+    def run(chunk: Tensor) -> Any:
+        return checkpoint(backbone, chunk, use_reentrant=False, context_fn=contexts) if learns else backbone(chunk)
 
-    return torch.cat([run(chunk) for chunk in torch.split(images, chunk_size)])
+    first, *others = [run(chunk) for chunk in torch.split(images, chunk_size)]
+    return tree_map(_join, first, *others)
 
 
 def check_chunk_size(chunk_size: int) -> int:
@@ -104,7 +114,13 @@ def _running_statistics_kept(backbone: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
 
 
-def _features(output: object) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise ValueError(f"the backbone must give one tensor to run in chunks, got {type(output).__name__}")
-    return output
+def _join(*parts: Any) -> Any:
+    """What the chunks have in one place of the backbone's output, as the whole batch would have it."""
+    if all(isinstance(part, Tensor) and part.ndim for part in parts):
+        return torch.cat(parts)
+    if any(isinstance(part, Tensor) or part != parts[0] for part in parts):
+        shown = " and ".join(describe(part) if isinstance(part, Tensor) else repr(part) for part in parts[:2])
+        raise ValueError(
+            f"the backbone's output cannot be joined over chunks: it has {shown}, where tensors [B, ...] were expected"
+        )
+    return parts[0]

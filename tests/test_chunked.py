@@ -5,18 +5,10 @@ import copy
 import pytest
 import timm
 import torch
+from chunks import assert_same_gradients, assert_same_statistics, batch, chunked_and_plain, one_after_the_other, small
 from torch import nn
 
 from apinet_head import APINet, ChunkedBackbone, api_loss
-
-
-def small(norm=nn.BatchNorm2d):
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3), norm(6), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(6, 8, 3), norm(8), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    ).double()  # fmt: skip
-
 
 BACKBONES = {
     "BatchNorm": small,
@@ -24,17 +16,10 @@ BACKBONES = {
     "not affine": lambda: small(lambda channels: nn.BatchNorm2d(channels, affine=False)),
     "SyncBatchNorm": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(small()),
     "timm BatchNormAct": lambda: timm.create_model("test_efficientnet", num_classes=0, drop_path_rate=0.3).double(),
+    "timm SyncBatchNormAct": lambda: timm.layers.convert_sync_batchnorm(BACKBONES["timm BatchNormAct"]()),
     "timm ResNet": lambda: timm.create_model("test_resnet", num_classes=0, drop_path_rate=0.3, drop_rate=0.2).double(),
     "timm ViT": lambda: timm.create_model("test_vit", num_classes=0, drop_path_rate=0.3, img_size=32).double(),
 }
-
-
-def batch(size):
-    return torch.randn(size, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
-
-
-def one_after_the_other(backbone, images, chunk_size):
-    return torch.cat([backbone(chunk) for chunk in images.split(chunk_size)])
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -42,8 +27,6 @@ def one_after_the_other(backbone, images, chunk_size):
 def test_features_gradients_and_statistics(name, size, chunk_size):
     plain = BACKBONES[name]().train()
     chunked = ChunkedBackbone(copy.deepcopy(plain), chunk_size)
-    if name == "SyncBatchNorm":  # which runs on a GPU alone
-        plain, chunked.backbone = plain.eval(), chunked.backbone.eval()
     images = [batch(size).requires_grad_() for _ in range(2)]
     torch.manual_seed(1)
     expected = one_after_the_other(plain, images[0], chunk_size)
@@ -54,11 +37,9 @@ def test_features_gradients_and_statistics(name, size, chunk_size):
     weight = torch.randn_like(expected)
     (expected.sin() * weight).sum().backward()
     (found.sin() * weight).sum().backward()
-    for (key, right), value in zip(plain.named_parameters(), chunked.backbone.parameters(), strict=True):
-        assert torch.equal(value.grad, right.grad), key
     assert torch.equal(images[1].grad, images[0].grad)
-    for (key, right), value in zip(plain.named_buffers(), chunked.backbone.buffers(), strict=True):
-        assert torch.equal(value, right), key
+    assert_same_gradients(chunked, plain)
+    assert_same_statistics(chunked, plain)
 
 
 def test_without_batch_norm_it_is_the_whole_batch():
@@ -111,35 +92,6 @@ def test_without_gradient_nothing_runs_twice():
     assert counting.calls == [4, 4, 2]
 
 
-def test_autocast_is_replayed():
-    backbone = small().float()
-    plain = copy.deepcopy(backbone)
-    images = batch(8).float()
-    torch.manual_seed(1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = one_after_the_other(plain, images, 4)
-    torch.manual_seed(1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ChunkedBackbone(backbone, 4)(images)
-    assert torch.equal(found, expected)
-    found.float().sum().backward()
-    expected.float().sum().backward()
-    for one, other in zip(backbone.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
-
-
-def test_gradients_accumulate_over_steps():
-    plain = small()
-    chunked = ChunkedBackbone(copy.deepcopy(plain), 3)
-    for size in (6, 9):
-        torch.manual_seed(size)
-        one_after_the_other(plain, batch(size), 3).sum().backward()
-        torch.manual_seed(size)
-        chunked(batch(size)).sum().backward()
-    for one, other in zip(plain.parameters(), chunked.backbone.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
-
-
 def test_apinet_in_chunks_has_the_same_names_and_gradients():
     torch.manual_seed(0)
     whole = APINet("test_vit", 4, dropout=0.0, backbone_args={"img_size": 32}).double()
@@ -156,18 +108,60 @@ def test_apinet_in_chunks_has_the_same_names_and_gradients():
     assert chunked.eval()(batch(8)).shape == (8, 4)
 
 
+def test_other_outputs_than_one_tensor():
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small()
+
+        def forward(self, images):
+            maps = self.net[:3](images)
+            return {"maps": [maps, maps.mean((2, 3))], "features": self.net[3:](maps), "stride": 4, "mask": None}
+
+    chunked, _, plain = chunked_and_plain(Pyramid())
+    torch.manual_seed(1)
+    parts = [plain(chunk) for chunk in batch(10).split(4)]
+    torch.manual_seed(1)
+    found = chunked(batch(10))
+    assert (found["stride"], found["mask"]) == (4, None)
+    features = torch.cat([part["features"] for part in parts])
+    maps = [torch.cat(pieces) for pieces in zip(*(part["maps"] for part in parts), strict=True)]
+    assert torch.equal(found["features"], features)
+    assert all(torch.equal(one, other) for one, other in zip(found["maps"], maps, strict=True))
+    (features.sum() + maps[1].square().sum()).backward()
+    (found["features"].sum() + found["maps"][1].square().sum()).backward()
+    assert_same_gradients(chunked, plain)
+    assert_same_statistics(chunked, plain)
+
+
+class Returning(nn.Module):
+    """Gives what `make` makes of the images, without weights."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, images):
+        return self.make(images)
+
+
 def test_errors_show_what_came():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         ChunkedBackbone(small(), 0)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         APINet("test_resnet", 4, chunk_size=0)
-    with pytest.raises(ValueError, match=r"chunk_size=4 leaves a chunk of one image of float64 \[9, 3, 32, 32\]"):
-        ChunkedBackbone(small(), 4)(batch(9))
-    assert ChunkedBackbone(small().eval(), 4)(batch(9)).shape == (9, 8)
+    for size, chunk_size in ((9, 4), (3, 1), (1, 4)):
+        message = rf"chunk_size={chunk_size} leaves a chunk of one image of float64 \[{size}, 3, 32, 32\]"
+        with pytest.raises(ValueError, match=message):
+            ChunkedBackbone(small(), chunk_size)(batch(size))
+        assert ChunkedBackbone(small().eval(), chunk_size)(batch(size)).shape == (size, 8)
+        # InstanceNorm has running statistics too, but looks at each image by itself.
+        alone = small(lambda channels: nn.InstanceNorm2d(channels, track_running_stats=True))
+        assert ChunkedBackbone(alone, chunk_size)(batch(size)).shape == (size, 8)
 
-    class Pair(nn.Module):
-        def forward(self, images):
-            return images, images
-
-    with pytest.raises(ValueError, match="one tensor to run in chunks, got tuple"):
-        ChunkedBackbone(Pair(), 4)(batch(8))
+    with pytest.raises(ValueError, match=r"cannot be joined over chunks: it has float64 \[\] on cpu and float64"):
+        ChunkedBackbone(Returning(lambda images: images.mean()), 4)(batch(8))
+    with pytest.raises(ValueError, match=r"cannot be joined over chunks: it has 4 and 2, where tensors"):
+        ChunkedBackbone(Returning(len), 4)(batch(6))
+    with pytest.raises(TypeError, match=r"features must be one tensor \[B, D\], got tuple"):
+        APINet(Returning(lambda images: (images, images)), 4, dim=3, chunk_size=4)(batch(8))
