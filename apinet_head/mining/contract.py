@@ -15,7 +15,7 @@ class Search(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The partners of all queries: their rows in keys [B] int64, arbitrary where `valid` [B] is False."""
+    """The partners of all queries in S searches: their rows in keys [S,B] int64, arbitrary where not `valid` [S,B]."""
 
     partner: Tensor
     valid: Tensor
@@ -33,6 +33,6 @@ class Backend(Protocol):
         key_offset: int | None,
         searches: Sequence[Search],
         generator: torch.Generator | None,
-    ) -> list[Found]:
-        """One result per search; keys None means that features are searched themselves, with key_offset 0."""
+    ) -> Found:
+        """The results in order of the searches; keys None: features are searched themselves, with key_offset 0."""
         ...

@@ -17,28 +17,42 @@ def mine(
     key_offset: int | None,
     searches: Sequence[Search],
     generator: torch.Generator | None,
-) -> list[Found]:
+) -> Found:
     """See `contract.Backend`."""
-    queries, keys, finite = prepare(features, keys)
-    distance = None
-    if any(search.how != "random" for search in searches):
-        with exact_products(features.device.type):
-            # |q - k|² less |q|², which is the same for all candidates of a row.
-            distance = torch.addmm(keys.square().sum(1), queries, keys.T, alpha=-2)
+    queries, rows, finite = prepare(features, keys)
+    with exact_products(features.device.type):
+        products = _symmetric_products(rows) if keys is None else queries @ rows.T
+    # |q - k|² less |q|², which is the same for all candidates of a row.
+    squares = products.diagonal() if keys is None else rows.square().sum(1)
+    distance = torch.sub(squares, products, alpha=2)
 
-    candidate = finite.expand(queries.shape[0], -1)
-    if key_offset is not None:
-        own = torch.arange(queries.shape[0], device=labels.device)[:, None] + key_offset
-        candidate = candidate & (torch.arange(keys.shape[0], device=labels.device) != own)
     same = labels[:, None] == key_labels
-    return [_choose(search.how, distance, candidate & (same if search.same_class else ~same), generator)
-            for search in searches]  # fmt: skip
+    candidate = torch.stack([same if search.same_class else ~same for search in searches]).logical_and_(finite)
+    if key_offset is not None:
+        candidate.diagonal(key_offset, 1, 2).fill_(False)  # a row and itself
+    if any(search.how != "similar" for search in searches):
+        distance = torch.stack([_cost(search.how, distance, generator) for search in searches])
+    # Of equal ones, min takes the first.
+    cost, partner = torch.where(candidate, distance, torch.inf).min(2)
+    return Found(partner, cost < torch.inf)
 
 
-def _choose(how: str, distance: Tensor | None, candidate: Tensor, generator: torch.Generator | None) -> Found:
-    """The candidate of each row with the lowest cost; argmin takes the lowest index of equal ones."""
-    if how == "random" or distance is None:
-        cost = torch.rand(candidate.shape, generator=generator, device=candidate.device)
-    else:
-        cost = distance if how == "similar" else -distance
-    return Found(cost.masked_fill(~candidate, torch.inf).argmin(1), candidate.any(1))
+def _cost(how: str, distance: Tensor, generator: torch.Generator | None) -> Tensor:
+    if how == "random":
+        return torch.rand(distance.shape, generator=generator, device=distance.device, dtype=distance.dtype)
+    return distance if how == "similar" else -distance
+
+
+def _symmetric_products(rows: Tensor) -> Tensor:
+    """rows @ rows.T."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():  # a traced size can't be split
+        return rows @ rows.T
+    # What lies below the diagonal is known from above it. On a CPU, a third less to multiply outweighs the copies.
+    products = rows.new_empty(rows.shape[0], rows.shape[0])
+    first = 0
+    for block in rows.tensor_split(3):
+        last = first + block.shape[0]
+        products[first:last, first:] = block @ rows[first:].T
+        products[last:, first:last] = products[first:last, last:].T
+        first = last
+    return products

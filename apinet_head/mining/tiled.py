@@ -25,7 +25,7 @@ def mine(
     generator: torch.Generator | None,
     *,
     tile: int = TILE,
-) -> list[Found]:
+) -> Found:
     """See `contract.Backend`; `tile` is the side of a tile."""
     symmetric = keys is None
     queries, keys, finite = prepare(features, keys)
@@ -47,7 +47,8 @@ def mine(
                     one.offer(distance, same, own, finite[columns], rows, left)
                     if symmetric and left > top:
                         one.offer(distance.T, same.T, None, finite[rows], columns, top)
-    return [one.found() for one in best]
+    cost, partner = (torch.stack([getattr(one, name) for one in best]) for name in ("cost", "partner"))
+    return Found(partner, cost < torch.inf)
 
 
 class _Best:
@@ -75,9 +76,6 @@ class _Best:
         better = cost < self.cost[rows]
         self.cost[rows] = torch.where(better, cost, self.cost[rows])
         self.partner[rows] = torch.where(better, partner + first, self.partner[rows])
-
-    def found(self) -> Found:
-        return Found(self.partner, self.cost < torch.inf)
 
 
 def _own(rows: slice, columns: slice, offset: int, device: torch.device) -> Tensor:
