@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from settings import parse
+from torch.distributed.run import get_args_parser as torchrun_flags
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "cub" / "README.md"]
@@ -47,6 +48,14 @@ def test_command_has_its_script_and_flags(command):
     else:
         found = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
         assert all(flag in found.stdout for flag in flags if flag.startswith("--"))
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("torchrun")])
+def test_torchrun_starts_a_command_that_the_processes_can_share(command):
+    launch = torchrun_flags().parse_args(shlex.split(command)[1:])
+    assert (ROOT / launch.training_script).exists()
+    if launch.training_script.endswith("train.py"):
+        assert parse(launch.training_script_args).n_classes % int(launch.nproc_per_node) == 0
 
 
 @pytest.mark.parametrize("target", [command.split()[1] for command in COMMANDS if command.startswith("make ")])

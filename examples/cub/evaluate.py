@@ -1,6 +1,7 @@
 """Score a trained model: top-1, top-5, and what it confuses within and across families.
 
 python examples/cub/evaluate.py runs/birds-api-resnet10t-seed0/best
+torchrun --nproc_per_node=2 examples/cub/evaluate.py runs/birds-api-resnet10t-seed0/best   # on two GPUs
 """
 
 import argparse
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from birds_cache import open_data
 from data import ImageDataset, ImageSet, test_transform
+from processes import first_process_first, join_processes, share
 from run_folder import load_model, write_text
 from settings import Settings
 from timm.utils import accuracy
@@ -22,13 +26,14 @@ from tqdm import tqdm
 
 @torch.inference_mode()
 def predict(net: nn.Module, loader: DataLoader[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits [N,C] and labels [N] of all images, on the CPU; leaves the net in eval mode."""
+    """Logits [N,C] and labels [N] of the images of all processes' loaders, on the CPU; leaves the net in eval mode."""
     net.eval()
     logits, labels = [], []
-    for images, targets, _ in tqdm(loader, desc="testing", leave=False):
+    for images, targets, _ in tqdm(loader, desc="testing", leave=False, disable=not PartialState().is_main_process):
         logits.append(net(images.to(device, memory_format=torch.channels_last)).float())
         labels.append(targets)
-    return torch.cat(logits).cpu(), torch.cat(labels)
+    parts = gather_object([(torch.cat(logits).cpu(), torch.cat(labels))])
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -64,9 +69,9 @@ def confusion(logits: Tensor, labels: Tensor, classes: list[str], families: list
 
 
 def test_loader(data: ImageSet, settings: Settings) -> DataLoader[Any]:
-    """The test images in order, prepared as `settings` say."""
+    """This process's share of the test images, in order, prepared as `settings` say."""
     transform = test_transform(settings.resize, settings.crop)
-    images = ImageDataset(data.test, transform, resize=settings.resize, cache=settings.cache_images)
+    images = ImageDataset(share(data.test), transform, resize=settings.resize, cache=settings.cache_images)
     return DataLoader(images, batch_size=settings.eval_batch, num_workers=settings.workers)
 
 
@@ -100,17 +105,20 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     options = parser.parse_args(arguments)
 
-    net, run = load_model(options.model)
-    settings = Settings(**run["settings"])
-    data = open_data(settings, options.data)
-    if data.classes != run["classes"]:
-        raise SystemExit(f"{data.name} has other classes than {options.model} was trained on: give its --data")
+    processes = join_processes(options.device)
+    with first_process_first():
+        net, run = load_model(options.model)
+        settings = Settings(**run["settings"])
+        data = open_data(settings, options.data)
+        if data.classes != run["classes"]:
+            raise SystemExit(f"{data.name} has other classes than {options.model} was trained on: give its --data")
     device = torch.device(options.device)
     logits, labels = predict(net.to(device), test_loader(data, settings), device)
     found = {**scores(logits, labels), **confusion(logits, labels, data.classes, data.families)}
-    print(report(found))
-    if options.json:
-        write_text(options.json, json.dumps(found, indent=2))
+    if processes.is_main_process:
+        print(report(found))
+        if options.json:
+            write_text(options.json, json.dumps(found, indent=2))
     return found
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils.constants import RNG_STATE_NAME
 from settings import Settings, differences
 
 from apinet_head import APINet
@@ -58,11 +59,19 @@ class RunFolder:
             write_text(file, json.dumps(asdict(settings), indent=2))
 
     def save_state(self, accelerator: Accelerator, progress: Progress) -> None:
-        """Store all that the next epoch depends on; the epoch before's is removed only when that is done."""
+        """Store all that the next epoch depends on; the epoch before's is removed only when that is done.
+
+        All processes take part: each has a random state of its own.
+        """
         target = self.path / "state" / f"epoch-{progress.epoch:04d}"
         partial = target.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
         write_text(partial / "progress.json", json.dumps(asdict(progress)))
         partial.replace(target)
         for old in self.path.glob("state/*"):
@@ -70,10 +79,20 @@ class RunFolder:
                 shutil.rmtree(old)
 
     def load_state(self, accelerator: Accelerator) -> Progress:
-        """Restore the newest state there is; a fresh Progress if there is none."""
+        """Restore the newest state there is; a fresh Progress if there is none.
+
+        Raises:
+            SystemExit: another number of processes saved it.
+        """
         states = sorted(path for path in self.path.glob("state/epoch-*") if path.suffix != ".partial")
         if not states:
             return Progress()
+        saved, here = len(list(states[-1].glob(f"{RNG_STATE_NAME}_*.pkl"))), accelerator.num_processes
+        if saved != here:  # the missing random states would be passed over in silence
+            raise SystemExit(
+                f"{self.path} holds a run of {saved} process(es), and here are {here}: go on with "
+                f"`torchrun --nproc_per_node={saved}`, or choose another --output"
+            )
         accelerator.load_state(str(states[-1]))
         return Progress(**json.loads((states[-1] / "progress.json").read_text()))
 

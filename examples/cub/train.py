@@ -3,6 +3,7 @@
 python examples/cub/train.py                                          # the demo: embedded birds, minutes on a CPU
 python examples/cub/train.py --data CUB_200_2011 --preset paper       # the paper's setup
 python examples/cub/train.py --dataset dogs --data StanfordDogs       # the paper's setup for Stanford Dogs
+torchrun --nproc_per_node=2 examples/cub/train.py --data CUB_200_2011 # the paper's setup on two GPUs
 """
 
 import json
@@ -18,6 +19,7 @@ from birds_cache import open_data
 from curves import draw_curves
 from data import ImageDataset, ImageSet, train_transform
 from evaluate import confusion, predict, report, scores, test_loader
+from processes import average_gradients, first_process_first, join_processes, share_buffers
 from run_folder import Progress, RunFolder
 from settings import Settings, parse, run_folder
 from timm.optim import create_optimizer_v2
@@ -52,7 +54,10 @@ class Trainer:
         self.scheduler = CosineLRScheduler(optimizer, t_initial=steps, t_in_epochs=False)
         # The loaders stay as they are: accelerate would deal the sampler's batches out among the processes, but each
         # batch is one set of classes to compare, and the sampler itself gives each process its share.
-        self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
+        self.accelerator.prepare_model(self.net, evaluation_mode=True)  # it is `fit` that wraps it for many processes
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        if self.accelerator.process_index:  # same weights on all, but each with dropout and augmentation of its own
+            set_seed(settings.seed, device_specific=True)
         images = ImageDataset(
             data.train, train_transform(settings.resize, settings.crop),
             resize=settings.resize, cache=settings.cache_images,
@@ -65,15 +70,18 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch, from where the run folder is; the run's result."""
-        progress = self.folder.load_state(self.accelerator)
-        if progress.epoch:
-            print(f"going on after epoch {progress.epoch} of {self.settings.epochs}", flush=True)
+        with first_process_first():
+            progress = self.folder.load_state(self.accelerator)
+            if progress.epoch:
+                print(f"going on after epoch {progress.epoch} of {self.settings.epochs}", flush=True)
         while progress.epoch < self.settings.epochs:
             start = time.perf_counter()
             self.net.freeze_backbone(
                 progress.epoch < self.settings.frozen_epochs, batch_norm=self.settings.frozen_batch_norm
             )
+            self.model = average_gradients(self.net)
             row = self.train_epoch(progress)
+            share_buffers(self.net)
             progress.epoch += 1
             row |= {"epoch": progress.epoch, "step": progress.step, "seconds": time.perf_counter() - start}
             if progress.epoch == self.settings.epochs or progress.epoch % self.settings.eval_every == 0:
@@ -87,14 +95,14 @@ class Trainer:
         self.sampler.set_epoch(progress.epoch)
         sums: dict[str, Tensor | float] = {}
         title = f"epoch {progress.epoch + 1}/{self.settings.epochs}"
-        bar = tqdm(self.loader, desc=title, mininterval=0.5)
+        bar = tqdm(self.loader, desc=title, mininterval=0.5, disable=not self.accelerator.is_main_process)
         for count, (images, labels, _) in enumerate(bar, start=1):
             self.scheduler.step_update(progress.step)
             figures = self.step(images, labels)
             progress.step += 1
             sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
             if count % 10 == 0 or count == len(self.loader):  # reading a figure waits for the device
-                means = {name: float(value) / count for name, value in sums.items()}
+                means = {name: float(value) / count for name, value in self.accelerator.reduce(sums, "mean").items()}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
                 self.accelerator.log(means, step=progress.step)
         return {"lr": self.optimizer.param_groups[-1]["lr"], **means}
@@ -132,20 +140,21 @@ class Trainer:
 
     def record(self, progress: Progress, row: dict[str, float]) -> None:
         """Note an epoch's figures, and save what is to outlive this process."""
-        if row.get("test_top1", -1.0) > progress.best:
+        first = self.accelerator.is_main_process
+        if first and row.get("test_top1", -1.0) > progress.best:
             self.folder.save_model("best", self.net, self.settings, self.data.classes, row)
         progress.history.append(row)
         tested = {name: value for name, value in row.items() if name.startswith("test")}
         self.accelerator.log(tested, step=progress.step)
-        self.folder.write_log(progress.history)
-        if tested:
+        if first:
+            self.folder.write_log(progress.history)
+        if first and tested:
             draw_curves(progress.history, self.folder.path / "curves.png")
         self.folder.save_state(self.accelerator, progress)
 
     def finish(self, progress: Progress) -> dict[str, Any]:
         """Save the net as it is after the last epoch, and what it confuses."""
         final = progress.history[-1]
-        self.folder.save_model("last", self.net, self.settings, self.data.classes, final)
         logits, labels = predict(self.net, self.test_loader, self.accelerator.device)
         result = {
             **final,
@@ -153,7 +162,9 @@ class Trainer:
             "seconds": sum(row["seconds"] for row in progress.history),
             "best_test_top1": progress.best,
         }
-        self.folder.write_result(result)
+        if self.accelerator.is_main_process:
+            self.folder.save_model("last", self.net, self.settings, self.data.classes, final)
+            self.folder.write_result(result)
         self.accelerator.end_training()
         return result
 
@@ -183,6 +194,7 @@ def make_net(settings: Settings, num_classes: int) -> APINet:
         gate=settings.gate,
         intra=None if settings.intra == "none" else settings.intra,
         inter=None if settings.inter == "none" else settings.inter,
+        gather=settings.pairs == "mined",  # random pairs are drawn among each process's own images
     )
 
 
@@ -190,19 +202,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = parse(arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    data = open_data(settings)
-    try:
-        folder = RunFolder(run_folder(settings), settings)
-    except FileExistsError as error:
-        raise SystemExit(str(error)) from None
-    print(
-        f"{settings.method} on {data.name}: {len(data.classes)} classes, {len(data.train)} training and "
-        f"{len(data.test)} test images; writing to {folder.path}",
-        flush=True,
-    )
-    result = Trainer(settings, data, folder).fit()
-    print(f"{settings.method} after {result['epoch']} epochs: {report(result)}")
-    print(f"(best epoch, chosen on the test images: top-1 {result['best_test_top1']:.2f} %)")
+    processes = join_processes(settings.device)
+    with first_process_first():
+        data = open_data(settings)
+        try:
+            folder = RunFolder(run_folder(settings), settings)
+        except FileExistsError as error:
+            raise SystemExit(str(error)) from None
+        print(
+            f"{settings.method} on {data.name}: {len(data.classes)} classes, {len(data.train)} training and "
+            f"{len(data.test)} test images; writing to {folder.path}",
+            flush=True,
+        )
+        trainer = Trainer(settings, data, folder)
+    result = trainer.fit()
+    if processes.is_main_process:
+        print(f"{settings.method} after {result['epoch']} epochs: {report(result)}")
+        print(f"(best epoch, chosen on the test images: top-1 {result['best_test_top1']:.2f} %)")
     return result
 
 

@@ -1,0 +1,89 @@
+"""The processes of a run: this one alone, or those that torchrun started, each with a GPU and a share of the images."""
+
+import io
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def join_processes(device: str) -> PartialState:
+    """Join the processes that torchrun started, if it did; to be called before anything else of accelerate.
+
+    Raises:
+        SystemExit: there is no GPU for each process.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return PartialState(cpu=device == "cpu")
+    started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and not gpus):
+        return PartialState(cpu=True)  # without a GPU, accelerate joins processes only if told to use the CPU
+    if started > gpus:
+        if os.environ["LOCAL_RANK"] != "0":
+            _await_the_end()
+        advice = f"--nproc_per_node={gpus}" if gpus else "--device cpu"
+        raise SystemExit(f"torchrun started {started} processes here, each needs a GPU, torch finds {gpus}: {advice}")
+    return PartialState(backend="cpu:gloo,cuda:nccl")  # gloo too: what is said about shapes needs no wait for the GPU
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process does what is in the block before the others, which do nothing of it if it fails.
+
+    So what it draws, downloads or makes is there for them, and what it prints or raises is seen once.
+    """
+    processes, done = PartialState(), [False]
+    if not processes.is_main_process:
+        dist.broadcast_object_list(done)
+        if not done[0]:
+            _await_the_end()
+        with redirect_stdout(io.StringIO()):
+            yield
+        return
+    try:
+        yield
+        done = [True]
+    finally:
+        if processes.num_processes > 1:
+            dist.broadcast_object_list(done)
+
+
+def _await_the_end() -> None:
+    # torchrun ends all processes once one has failed: that must not be this one, before the first has said why.
+    time.sleep(30)
+    raise SystemExit(1)
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of the items: every item is in one process's part, and they are in order."""
+    joined = dist.is_available() and dist.is_initialized()
+    rank, count = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    return items[len(items) * rank // count : len(items) * (rank + 1) // count]
+
+
+def average_gradients(net: nn.Module) -> nn.Module:
+    """What to call in the net's place in training, so that backward() leaves the mean gradient on all processes.
+
+    It notes which parameters learn: make it anew when that changes. Made anew each epoch, it also sums gradients in the
+    same order whether the run was interrupted or not.
+    """
+    if PartialState().num_processes == 1:
+        return net
+    # static_graph: don't wait for gradients of what the loss doesn't depend on, such as the baseline's mutual vector.
+    return DistributedDataParallel(net, static_graph=True)
+
+
+def share_buffers(net: nn.Module) -> None:
+    """Give all processes the first one's buffers: each has its own running statistics of BatchNorm from training."""
+    if PartialState().num_processes > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, src=0)
