@@ -1,7 +1,6 @@
 """A batch through the backbone chunk by chunk: the memory of one chunk, the gradient of the whole batch."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
     learns = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in backbone.parameters()))
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _running_statistics_kept(backbone)
+        return nullcontext(), _RunningStatisticsKept(backbone)
 
     def run(chunk: Tensor) -> Any:
         return checkpoint(backbone, chunk, use_reentrant=False, context_fn=contexts) if learns else backbone(chunk)
@@ -94,24 +93,30 @@ def check_chunk_size(chunk_size: int) -> int:
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@contextmanager
-def _running_statistics_kept(backbone: nn.Module) -> Iterator[None]:
-    # The second pass over a chunk must not count in the running statistics again, so it counts in copies of them. (It
-    # must have some: autograd notes them with the other tensors of the first pass, and both passes have to agree.)
-    kept = [
-        (module, name, buffer)
-        for module in backbone.modules()
-        if module.training
-        for name in STATISTICS
-        if (buffer := module._buffers.get(name)) is not None
-    ]
-    for module, name, buffer in kept:
-        module._buffers[name] = buffer.clone()
-    try:
-        yield
-    finally:
-        for module, name, buffer in kept:
-            module._buffers[name] = buffer
+class _RunningStatisticsKept(AbstractContextManager[None]):
+    """Within it, BatchNorm's running statistics may change, and afterwards are what they were.
+
+    The second pass over a chunk must not count in them again. It can come more than once: `retain_graph=True`.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+
+    def __enter__(self) -> None:
+        self.kept = [
+            (buffer, buffer.clone())
+            for module in self.backbone.modules()
+            if module.training
+            for name in STATISTICS
+            if (buffer := module._buffers.get(name)) is not None
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for buffer, before in self.kept:
+            # Through .data: autograd, which has noted the buffer for the backward pass, would take this for a change of
+            # what it needs. In train mode it needs no running statistics.
+            buffer.data.copy_(before)
+        self.kept.clear()
 
 
 def _join(*parts: Any) -> Any:

@@ -55,6 +55,27 @@ def test_without_batch_norm_it_is_the_whole_batch():
         torch.testing.assert_close(one, other)
 
 
+def test_two_backward_passes_through_one_graph():
+    chunked, reference, plain = chunked_and_plain(small())
+    for run in (chunked, reference):
+        torch.manual_seed(1)
+        loss = run(batch(10)).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert_same_gradients(chunked, plain)
+    assert_same_statistics(chunked, plain)
+
+
+def test_beside_a_pass_of_the_same_backbone_without_chunks():
+    # Both graphs hold the running statistics; keeping them for one must not look like a change to the other.
+    chunked, reference, plain = chunked_and_plain(small())
+    for run, backbone in ((chunked, chunked.backbone), (reference, plain)):
+        torch.manual_seed(1)
+        (backbone(batch(6)).square().sum() + run(batch(10)).square().sum()).backward()
+    assert_same_gradients(chunked, plain)
+    assert_same_statistics(chunked, plain)
+
+
 class Counting(nn.Module):
     """Counts its calls, and how many images they held."""
 
