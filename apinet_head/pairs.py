@@ -102,7 +102,7 @@ def mine_pairs(
     return Pairs(
         anchor=anchor,
         partner=found.partner.flatten().where(valid, fallback),
-        same_class=row < size * searches[0].same_class,
+        same_class=row < (size if searches[0].same_class else 0),
         valid=valid,
     )
 

@@ -245,6 +245,8 @@ def test_given_pairs_have_partners_from_all_ranks(ranks):
 
 @pytest.mark.parametrize("case", ["gathered", "gathered as on GPUs"])
 def test_gather_features(ranks, case):
+    if "Gloo does not support reduce_scatter" in str(ranks[0][case]):
+        pytest.skip("gloo of this torch has no reduce_scatter")
     features, labels = make_batch(len(ranks))
     for number, rank in enumerate(of(ranks, case)):
         assert torch.equal(rank["features"], features)
