@@ -86,8 +86,7 @@ def mine_pairs(
         raise ValueError(f"generator must be on the features' device {features.device}, got {generator.device}")
 
     size = features.shape[0]  # not len(): export would take that for a constant
-    row = torch.arange(len(searches) * size, device=features.device)
-    anchor = row % size if size else row
+    anchor = torch.arange(size, device=features.device).repeat(len(searches))
     if keys is None:
         if key_labels is not None or key_offset is not None:
             raise ValueError("key_labels and key_offset need keys, got keys=None")
@@ -102,7 +101,7 @@ def mine_pairs(
     return Pairs(
         anchor=anchor,
         partner=found.partner.flatten().where(valid, fallback),
-        same_class=row < (size if searches[0].same_class else 0),
+        same_class=torch.arange(anchor.shape[0], device=anchor.device) < (size if searches[0].same_class else 0),
         valid=valid,
     )
 
