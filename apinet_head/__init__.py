@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from apinet_head.chunked import ChunkedBackbone
 from apinet_head.head import APIHead, APIOutput
 from apinet_head.loss import LossTerms, api_loss, api_loss_terms
+from apinet_head.memory import FeatureMemory
 from apinet_head.pairs import Pairs, mine_pairs, random_pairs
 from apinet_head.sampler import BalancedBatchSampler
 
@@ -25,6 +26,7 @@ __all__ = [
     "APIOutput",
     "BalancedBatchSampler",
     "ChunkedBackbone",
+    "FeatureMemory",
     "LossTerms",
     "PairExplanation",
     "Pairs",
