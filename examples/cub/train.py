@@ -18,6 +18,7 @@ from birds_cache import open_data
 from curves import draw_curves
 from data import ImageDataset, ImageSet, train_transform
 from evaluate import confusion, predict, report, scores, test_loader
+from look_back import look_back
 from run_folder import Progress, RunFolder
 from settings import Settings, parse, run_folder
 from timm.optim import create_optimizer_v2
@@ -53,6 +54,8 @@ class Trainer:
         # The loaders stay as they are: accelerate would deal the sampler's batches out among the processes, but each
         # batch is one set of classes to compare, and the sampler itself gives each process its share.
         self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
+        if settings.memory and settings.method == "api":
+            look_back(self.net, settings.memory, self.accelerator)
         images = ImageDataset(
             data.train, train_transform(settings.resize, settings.crop),
             resize=settings.resize, cache=settings.cache_images,
