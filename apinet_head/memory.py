@@ -21,7 +21,8 @@ class FeatureMemory(nn.Module):
 
     Features kept here are those of the weights of their time: the more the net has changed since, the less they say,
     and a larger memory is an older one, size / B steps back at its oldest. So the paper starts it only after a warm-up
-    of the net. Here that is up to who pushes: as long as nothing was pushed, nothing is found.
+    of the net. Here that is up to who pushes: as long as nothing was pushed, nothing is found. An image that comes
+    again while it is remembered may be paired with its own past feature, so size should be well below an epoch.
 
     Args:
         size: M, how many features to keep.

@@ -1,4 +1,4 @@
-"""Train API-Net with and without a memory of past batches, with shared seeds and budget.
+"""Train API-Net in small batches with and without a memory of past ones, with shared seeds and budget.
 
 Writes one table (Markdown, CSV). Finished runs are kept: the same command goes on where it stopped.
 """
@@ -13,11 +13,13 @@ from run_folder import write_text
 from settings import parse
 from sweep import origin
 
+SMALL_BATCHES = ["--n-classes", "8", "--n-samples", "2", "--epochs", "60"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Further flags go to train.py.",
+        epilog=f"Further flags go to train.py, after {' '.join(SMALL_BATCHES)}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/memory"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of the table (default: that of the runs)")
     options, flags = parser.parse_known_args()
+    flags = [*SMALL_BATCHES, *flags]
 
     settings = parse(flags)
     data = open_data(settings)  # drawn once, before the runs would all do it
