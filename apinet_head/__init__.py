@@ -10,6 +10,7 @@ from apinet_head.chunked import ChunkedBackbone
 from apinet_head.distributed import gather_features
 from apinet_head.head import APIHead, APIOutput
 from apinet_head.loss import LossTerms, api_loss, api_loss_terms
+from apinet_head.memory import FeatureMemory
 from apinet_head.pairs import Pairs, mine_pairs, random_pairs
 from apinet_head.sampler import BalancedBatchSampler
 
@@ -26,6 +27,7 @@ __all__ = [
     "APIOutput",
     "BalancedBatchSampler",
     "ChunkedBackbone",
+    "FeatureMemory",
     "LossTerms",
     "PairExplanation",
     "Pairs",

@@ -31,6 +31,13 @@ EXACT = [
     *TINY, "--backbone", "test_vit", "--backbone-args", '{"img_size": 32}', "--dropout", "0", "--lr", "0.01",
 ]  # fmt: skip
 
+RUNS = {
+    "api": API,
+    "api-exact": EXACT,
+    "baseline-exact": [*EXACT, "--method", "baseline"],
+    "memory-exact": [*EXACT, "--memory", "12"],  # with 8 images a batch, full in the second
+}
+
 
 def torchrun(script, *arguments):
     """The finished process; every rank ends with it, also when it takes too long."""
@@ -77,11 +84,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(cache, tmp_path_factory):
-    """Three runs: their folders, and what they printed."""
+    """The folders of all runs, and what they printed."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = {"api": API, "api-exact": EXACT, "baseline-exact": [*EXACT, "--method", "baseline"]}
     found = on_two_ranks(
-        *[{"flags": [*flags, "--output", str(folder / name)], "plain": name != "api"} for name, flags in runs.items()]
+        *[{"flags": [*flags, "--output", str(folder / name)], "plain": name != "api"} for name, flags in RUNS.items()]
     )
     assert found.returncode == 0, found.stderr
     return folder, found
@@ -91,15 +97,15 @@ def test_birds_are_drawn_by_one_rank_and_all_is_said_once(finished, cache):
     folder, found = finished
     assert found.stdout.count("drawing the embedded birds") == 1
     assert [path.name.startswith("birds-") for path in (cache / "apinet-head").iterdir()] == [True]
-    for name in ("api", "api-exact", "baseline-exact"):
+    for name in RUNS:
         assert found.stdout.count(f"writing to {folder / name}\n") == 1
-    assert len(re.findall(r"after 3 epochs: top-1", found.stdout)) == 3
-    assert found.stderr.count("epoch 1/3:   0%") == 3
+    assert len(re.findall(r"after 3 epochs: top-1", found.stdout)) == len(RUNS)
+    assert found.stderr.count("epoch 1/3:   0%") == len(RUNS)
 
 
 def test_ranks_end_with_the_same_net_and_differ_in_chance(finished):
     folder, _ = finished
-    for name in ("api", "api-exact", "baseline-exact"):
+    for name in RUNS:
         first, second = told(folder / name)
         assert same(first["weights"], second["weights"])
         assert same(first["weights"], APINet.from_pretrained(folder / name / "last").state_dict())
@@ -126,16 +132,16 @@ def test_every_test_image_is_scored_once(finished):
         assert alone.items() <= rank["result"].items()
 
 
-@pytest.mark.parametrize("method", ["api", "baseline"])
-def test_two_ranks_train_as_one_process_with_the_whole_batch(finished, cache, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize("name", ["api-exact", "baseline-exact", "memory-exact"])
+def test_two_ranks_train_as_one_process_with_the_whole_batch(finished, cache, tmp_path, monkeypatch, name):
     folder, _ = finished
     monkeypatch.setattr(train, "train_transform", plain_transform)
-    train.main([*EXACT, "--method", method, "--output", str(tmp_path / "run")])
-    here, there = (output / "last" for output in (tmp_path / "run", folder / f"{method}-exact"))
+    train.main([*RUNS[name], "--output", str(tmp_path / "run")])
+    here, there = (output / "last" for output in (tmp_path / "run", folder / name))
     here, there = (APINet.from_pretrained(path).state_dict() for path in (here, there))
-    for name in here:
-        torch.testing.assert_close(there[name], here[name], atol=1e-5, rtol=1e-4)
-    for one, other in zip(rows(tmp_path / "run"), rows(folder / f"{method}-exact"), strict=True):
+    for key in here:
+        torch.testing.assert_close(there[key], here[key], atol=1e-5, rtol=1e-4)
+    for one, other in zip(rows(tmp_path / "run"), rows(folder / name), strict=True):
         figures = [{k: float(v or 0) for k, v in row.items() if k != "seconds"} for row in (one, other)]
         assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 

@@ -69,6 +69,21 @@ def _changed(flag: str, value: str) -> tuple[str, ...]:
     return () if value == "similar" else (flag, value)
 
 
+def train_rows(
+    folder: Path, rows: Iterable[Row], seeds: int, parallel: int, flags: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Train with the changes of each row, and without any, for each seed; by key a result per seed."""
+    keys = {row.key: row.flags for row in rows} | {"default": ()}
+    # Seed by seed, so that an interrupted run of it has something of every row.
+    jobs = [
+        Job(f"{key}-seed{seed}", [*flags, *changes, "--seed", str(seed)])
+        for seed in range(seeds)
+        for key, changes in keys.items()
+    ]
+    found = run_jobs(folder, jobs, parallel)
+    return {key: [found[f"{key}-seed{seed}"] for seed in range(seeds)] for key in keys}
+
+
 def make_table(rows: Iterable[Row], results: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown, a line per row; the rows that are the unchanged method are in bold."""
     lines = ["| part | variant | test top-1 (%) | against API-Net | training top-1 (%) | time per run (s) |"]
@@ -137,14 +152,7 @@ def main() -> None:
     settings = parse(flags)
     data = open_data(settings)  # drawn once, before the runs would all do it
     rows = [row for row in rows_of(settings) if options.only in (None, row.group)]
-    keys = {row.key: row.flags for row in rows} | {"default": ()}
-    jobs = [
-        Job(f"{key}-seed{seed}", [*flags, *changes, "--seed", str(seed)])
-        for seed in range(options.seeds)
-        for key, changes in keys.items()
-    ]
-    found = run_jobs(options.runs, jobs, options.jobs)
-    results = {key: [found[f"{key}-seed{seed}"] for seed in range(options.seeds)] for key in keys}
+    results = train_rows(options.runs, rows, options.seeds, options.jobs, flags)
 
     output = options.output or options.runs
     output.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,7 @@ class Settings:
     pairs: str = setting("mined", "mined by distance, or drawn at random without regard to class", ("mined", "random"))
     intra: str = setting("similar", "the partner of the same class, if mined", SEARCHES)
     inter: str = setting("similar", "the partner of another class, if mined", SEARCHES)
+    memory: int = setting(0, "past features that mined partners are also searched in, besides the batch; 0: none")
     # loss
     margin: float = setting(0.05, "of the ranking term")
     rank_weight: float = setting(1.0, "of the ranking term")

@@ -19,13 +19,14 @@ from birds_cache import open_data
 from curves import draw_curves
 from data import ImageDataset, ImageSet, train_transform
 from evaluate import confusion, predict, report, scores, test_loader
+from look_back import look_back
 from processes import average_gradients, first_process_first, join_processes, share_buffers
 from run_folder import Progress, RunFolder
 from settings import Settings, parse, run_folder
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import accuracy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -54,8 +55,11 @@ class Trainer:
         self.scheduler = CosineLRScheduler(optimizer, t_initial=steps, t_in_epochs=False)
         # The loaders stay as they are: accelerate would deal the sampler's batches out among the processes, but each
         # batch is one set of classes to compare, and the sampler itself gives each process its share.
-        self.accelerator.prepare_model(self.net, evaluation_mode=True)  # it is `fit` that wraps it for many processes
+        self.accelerator.prepare_model(self.net, evaluation_mode=True)
+        self.model: nn.Module = self.net  # `fit` wraps it where there are many processes
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        if settings.memory and settings.method == "api":
+            look_back(self.net, settings.memory, self.accelerator)
         if self.accelerator.process_index:  # same weights on all, but each with dropout and augmentation of its own
             set_seed(settings.seed, device_specific=True)
         images = ImageDataset(

@@ -1,0 +1,108 @@
+"""A memory of past batches to search for partners in.
+
+Wang, Zhang, Huang, Scott: "Cross-Batch Memory for Embedding Learning", CVPR 2020.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from apinet_head.checks import check_device, check_features, check_labels, describe
+
+
+class FeatureMemory(nn.Module):
+    """The last `size` features and labels of past batches, as `keys` for `mine_pairs` and `APIHead`.
+
+    A ring buffer on the device: the n-th row ever pushed, counted from 0, goes to slot n % size, over what was there.
+    Shapes are fixed, nothing waits for the device, and the state dict holds all of it. Features are kept without
+    their history, so that no gradient goes through them. Empty slots hold NaN, which is never chosen as a partner:
+    while the memory fills, a pair that finds no partner is not valid.
+
+    Features kept here are those of the weights of their time: the more the net has changed since, the less they say,
+    and a larger memory is an older one, size / B steps back at its oldest. So the paper starts it only after a warm-up
+    of the net. Here that is up to who pushes: as long as nothing was pushed, nothing is found. An image that comes
+    again while it is remembered may be paired with its own past feature, so size should be well below an epoch.
+
+    Args:
+        size: M, how many features to keep.
+        dim: channels D of the features.
+        device: of the memory.
+        dtype: of the kept features, into which others are converted.
+
+    Attributes:
+        features: [M,D], NaN where nothing was pushed yet.
+        labels: [M] int64, -1 there.
+        num_pushed: 0-d int64, how many rows were ever pushed.
+
+    Raises:
+        ValueError: size or dim is below 1.
+
+    Example:
+        Search the batch and the memory, then keep the batch. Partners in the batch, which come first and so have
+        `key_offset=0`, get a gradient, those in the memory none.
+
+        >>> from apinet_head import APIHead, FeatureMemory, api_loss
+        >>> head, memory = APIHead(dim=16, num_classes=5), FeatureMemory(size=64, dim=16)
+        >>> for labels in torch.tensor([[0, 1, 2, 3], [3, 4, 0, 1]]):  # batches with one image of a class
+        ...     features = torch.randn(4, 16, requires_grad=True)  # from a backbone
+        ...     keys = torch.cat([features, memory.features])
+        ...     key_labels = torch.cat([labels, memory.labels])
+        ...     output = head(features, labels, keys=keys, key_labels=key_labels, key_offset=0)
+        ...     api_loss(output).backward()
+        ...     memory.push(features, labels)
+        ...     print(output.pairs.valid[:4].tolist())  # who found a partner of the same class
+        [False, False, False, False]
+        [True, False, True, True]
+    """
+
+    features: Tensor
+    labels: Tensor
+    num_pushed: Tensor
+
+    def __init__(
+        self, size: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.size, self.dim = size, dim
+        self.register_buffer("features", torch.full((size, dim), math.nan, device=device, dtype=dtype))
+        self.register_buffer("labels", torch.full((size,), -1, device=device, dtype=torch.int64))
+        self.register_buffer("num_pushed", torch.zeros((), device=device, dtype=torch.int64))
+
+    @property
+    def filled(self) -> Tensor:
+        """How many slots are in use, 0-d int64 on the device: they are the first ones, `features[:filled]`."""
+        return self.num_pushed.clamp(max=self.size)
+
+    def push(self, features: Tensor, labels: Tensor) -> None:
+        """Keep a batch, over the oldest rows; of one larger than the memory, its last `size` rows.
+
+        Args:
+            features: [B,D], of any floating point dtype.
+            labels: [B], class indices of any integer dtype.
+
+        Raises:
+            ValueError: shapes, dtypes or devices don't fit; the message shows what came.
+        """
+        check_features(features)
+        if features.shape[1] != self.dim:
+            raise ValueError(
+                f"features must be [B, {self.dim}] for this memory, got {describe(features)}; make the memory with "
+                f"dim={features.shape[1]}, or check that the backbone gives pooled features"
+            )
+        check_labels(labels, features)
+        check_device(features, "features", self.features, "the memory")
+        pushed = features.shape[0]
+        features, labels = features.detach()[-self.size :], labels[-self.size :]
+        # No slot comes twice among them, so that the copy has one possible result.
+        kept = torch.arange(pushed - features.shape[0], pushed, device=features.device)
+        slots = (self.num_pushed + kept) % self.size
+        self.features.index_copy_(0, slots, features.to(self.features.dtype))
+        self.labels.index_copy_(0, slots, labels.to(self.labels.dtype))
+        self.num_pushed.add_(pushed)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, dim={self.dim}"
