@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from apinet_head.checks import check_device, check_features, check_integer, check_labels, describe
 from apinet_head.distributed import gather_features, mean_over_ranks, world_size
+from apinet_head.dropout import Dropout
 from apinet_head.mutual import MutualMLP, make_mutual
 from apinet_head.pairs import Pairs, mine_pairs, searches_of
 
@@ -106,7 +108,7 @@ class APIHead(nn.Module):
         self.mutual = (
             mutual if isinstance(mutual, nn.Module) else make_mutual(mutual, dim, hidden_dim, dropout, **factory)
         )
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.classifier = nn.Linear(dim, num_classes, **factory) if num_classes else nn.Identity()
 
     def forward(
@@ -158,13 +160,15 @@ class APIHead(nn.Module):
                 features, labels, intra=self.intra, inter=self.inter,
                 keys=keys, key_labels=key_labels, key_offset=key_offset,
             )  # fmt: skip
-        anchor, partner, gate_anchor, gate_partner = self._compare(features, pairs, keys)
-        both = torch.cat([anchor, partner])
-        own = both * (1 + torch.cat([gate_anchor, gate_partner]))
-        other = own if self.gate == "single" else both * (1 + torch.cat([gate_partner, gate_anchor]))
+        table, rows = self._images(features, pairs, keys)
+        mutual = self._mutual(table, rows, repeated=keys is None)
+        # What the gates make of the features takes more memory to keep for the backward pass than time to make again.
+        gated: list[Tensor] = checkpoint(
+            self._gated, table, rows, mutual, use_reentrant=False, preserve_rng_state=False
+        )  # fmt: skip
         if not isinstance(classify, nn.Identity):
-            own = classify(self.drop(own))
-            other = own if self.gate == "single" else classify(self.drop(other))
+            gated = [classify(self.drop(features)) for features in gated]
+        own, other = gated[0], gated[-1]
         valid = pairs.valid.repeat(2)
         partner_labels = (labels if key_labels is None else key_labels).index_select(0, pairs.partner)
         return APIOutput(
@@ -184,29 +188,41 @@ class APIHead(nn.Module):
             gate="single".
         """
         self._check(features)
-        _, _, gate_anchor, gate_partner = self._compare(features, pairs, keys)
-        return gate_anchor, gate_partner
+        table, rows = self._images(features, pairs, keys)
+        anchor, partner = self._gates(_take(table, rows), self._mutual(table, rows, repeated=keys is None))
+        return anchor, partner
 
-    def _compare(self, features: Tensor, pairs: Pairs, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features and gates, each [P,D]: anchor, partner, gate_anchor, gate_partner."""
+    def _images(self, features: Tensor, pairs: Pairs, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A table of features, and the rows [2,P] in it of the anchors and of the partners."""
         check_integer(pairs.anchor, "pairs.anchor")
         check_device(pairs.anchor, "pairs.anchor", features, "features")
-        anchor = features.index_select(0, pairs.anchor)
         if keys is None:
-            partner = features.index_select(0, pairs.partner)
-        else:
-            check_features(keys, "keys", self.dim)
-            # A pair that doesn't exist points at any row of keys; were that one not finite, it would spoil the
-            # gradients although the loss leaves the pair out.
-            partner = keys.index_select(0, pairs.partner).where(pairs.valid[:, None], anchor)
-        if keys is None and isinstance(self.mutual, MutualMLP):
-            mutual = self.mutual.of_rows(features, pairs.anchor, pairs.partner)
-        else:
-            mutual = self.mutual(anchor, partner)
-        if self.gate == "single":
-            gate = torch.sigmoid(mutual)
-            return anchor, partner, gate, gate
-        return anchor, partner, torch.sigmoid(mutual * anchor), torch.sigmoid(mutual * partner)
+            return features, torch.stack([pairs.anchor, pairs.partner])
+        check_features(keys, "keys", self.dim)
+        # A pair that doesn't exist points at any row of keys; were that one not finite, it would spoil the gradients
+        # although the loss leaves the pair out.
+        anchor = features.index_select(0, pairs.anchor)
+        partner = keys.index_select(0, pairs.partner).where(pairs.valid[:, None], anchor)
+        rows = torch.arange(partner.shape[0], device=features.device) + features.shape[0]
+        return torch.cat([features, partner]), torch.stack([pairs.anchor, rows])
+
+    def _mutual(self, table: Tensor, rows: Tensor, repeated: bool) -> Tensor:
+        """The mutual vectors [P,D] of the rows [2,P] of the table; `repeated`: each row is in several pairs."""
+        if repeated and isinstance(self.mutual, MutualMLP):
+            return self.mutual.of_rows(table, *rows)
+        mutual: Tensor = self.mutual(*_take(table, rows))
+        return mutual
+
+    def _gates(self, images: Tensor, mutual: Tensor) -> Tensor:
+        """Gates of images [2,P,D], the anchors and the partners."""
+        return torch.sigmoid(mutual.expand_as(images) if self.gate == "single" else mutual * images)
+
+    def _gated(self, table: Tensor, rows: Tensor, mutual: Tensor) -> list[Tensor]:
+        """The images under their own gates [2P,D] and, with two gates, then under each other's."""
+        images = _take(table, rows)
+        gates = self._gates(images, mutual)
+        of_each = [gates, gates.flip(0)] if self.gate == "pair" else [gates]
+        return [torch.addcmul(images, images, gate).flatten(0, 1) for gate in of_each]  # x + x * g
 
     def _check(self, features: Tensor) -> None:
         check_features(features, dim=self.dim)
@@ -224,3 +240,8 @@ class APIHead(nn.Module):
     def extra_repr(self) -> str:
         names = ("dim", "num_classes", "gate", "intra", "inter")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _take(table: Tensor, rows: Tensor) -> Tensor:
+    """table[rows], [2,P,D]; index_select has the quicker backward pass."""
+    return table.index_select(0, rows.flatten()).view(*rows.shape, table.shape[1])

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apinet_head.dropout import Dropout
+
 
 class MutualMLP(nn.Module):
     """m = fc2(drop(fc1([x_a, x_b]))), without an activation in between, as published (equation 1).
@@ -23,12 +25,11 @@ class MutualMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(2 * dim, hidden_dim, **factory)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.fc2 = nn.Linear(hidden_dim, dim if out_dim is None else out_dim, **factory)
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        left, right = self.fc1.weight.chunk(2, dim=1)
-        return self._finish(F.linear(anchor, left, self.fc1.bias) + F.linear(partner, right))
+        return self._finish(self.fc1(torch.cat([anchor, partner], 1)))
 
     def of_rows(self, features: Tensor, anchor: Tensor, partner: Tensor) -> Tensor:
         """The same for the pairs (features[anchor[p]], features[partner[p]]) of the rows of features [B,D].
@@ -36,9 +37,11 @@ class MutualMLP(nn.Module):
         fc1 is linear: [x_a, x_b] W = x_a W_left + x_b W_right. Each image is in several pairs, so projecting it once
         and gathering the short results costs less than gathering the pairs and projecting those.
         """
-        left, right = self.fc1.weight.chunk(2, dim=1)
-        hidden = F.linear(features, left, self.fc1.bias).index_select(0, anchor)
-        return self._finish(hidden + F.linear(features, right).index_select(0, partner))
+        # A row of the weight is [W_left, W_right] of one hidden channel: seen as two rows, all takes one product.
+        projected = F.linear(features, self.fc1.weight.reshape(-1, features.shape[1]))
+        left, right = projected.view(-1, self.fc1.out_features, 2).unbind(2)
+        hidden = left.index_select(0, anchor) + right.index_select(0, partner)
+        return self._finish(hidden + self.fc1.bias)
 
     def _finish(self, hidden: Tensor) -> Tensor:
         mutual: Tensor = self.fc2(self.drop(hidden))
