@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apinet_head.checks import check_device, check_features, check_integer, check_labels
-from apinet_head.mining import BACKENDS, Backend, Search
+from apinet_head.mining import BACKENDS, Search, choose
 
 SEARCHES = ("similar", "dissimilar", "random")
 
@@ -60,7 +60,7 @@ def mine_pairs(
             itself; None if the queries are not in `keys`.
         generator: source of "random" partners, on the features' device; None is torch's default one.
         backend: "dense" (one [B,M] matrix of distances), "tiled" (tile by tile: half the products, and hardly any
-            memory beyond the features) or "auto".
+            memory beyond the features), or "auto" for the quicker one ("dense" under `torch.compile`).
 
     Returns:
         Pairs with P = 2B: rows [0,B) the intra-class pairs in order of their anchors, rows [B,2B) the inter-class
@@ -81,7 +81,7 @@ def mine_pairs(
     check_features(features)
     check_labels(labels, features)
     searches = searches_of(intra, inter)
-    mine = _backend(backend)
+    _check_backend(backend)
     if generator is not None and generator.device.type != features.device.type:
         raise ValueError(f"generator must be on the features' device {features.device}, got {generator.device}")
 
@@ -96,7 +96,9 @@ def mine_pairs(
         fallback = torch.zeros_like(anchor) if key_offset is None else anchor + key_offset
     if size == 0:
         return Pairs(anchor, anchor, anchor.bool(), anchor.bool())
-    found = mine(features, labels, keys, key_labels, key_offset, searches, generator)
+    if backend == "auto":
+        backend = choose(features.device.type, size, key_labels.shape[0])
+    found = BACKENDS[backend](features, labels, keys, key_labels, key_offset, searches, generator)
     valid = found.valid.flatten()
     return Pairs(
         anchor=anchor,
@@ -148,11 +150,10 @@ def searches_of(intra: str | None, inter: str | None) -> list[Search]:
     return searches
 
 
-def _backend(name: str) -> Backend:
+def _check_backend(name: str) -> None:
     known = ("auto", *BACKENDS)
     if name not in known:
         raise ValueError(f"backend must be one of {', '.join(map(repr, known))}, got {name!r}")
-    return BACKENDS["dense" if name == "auto" else name]
 
 
 def _check_keys(features: Tensor, keys: Tensor, key_labels: Tensor | None, key_offset: int | None) -> Tensor:

@@ -1,6 +1,7 @@
 """`mine_pairs` and `random_pairs` against brute force."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from reference import check_partners
 from strategies import DTYPES, KINDS, batches, make_batch
 
 from apinet_head import Pairs, mine_pairs, random_pairs
-from apinet_head.mining import BACKENDS, tiled
+from apinet_head.mining import BACKENDS, choose, tiled
 
 # Tiles so small that the tests' batches have many, whole ones and parts.
 BACKENDS["tiled by 16"] = partial(tiled.mine, tile=16)
@@ -75,8 +76,16 @@ def test_backends_agree_on_a_larger_batch(backend):
     features, labels = make_batch(seed=8, size=2500, dim=24, classes=300, dtype=torch.float64, kind="normal")
     for how in ("similar", "dissimilar"):
         found = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
-        for field, expected in zip(found, mine_pairs(features, labels, intra=how, inter=how), strict=True):
-            assert torch.equal(field, expected)
+        expected = mine_pairs(features, labels, intra=how, inter=how, backend="dense")
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_auto_takes_tiles_for_large_batches_and_never_for_a_graph():
+    assert [choose("cpu", size, size) for size in (120, 8192)] == ["dense", "tiled"]
+    assert choose("cpu", 120, 65536) == "tiled"
+    assert [choose("cuda", size, size) for size in (120, 65536)] == ["dense", "tiled"]
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        assert choose("cpu", 65536, 65536) == "dense"
 
 
 @each_backend

@@ -30,17 +30,25 @@ def mine(
     candidate = torch.stack([same if search.same_class else ~same for search in searches]).logical_and_(finite)
     if key_offset is not None:
         candidate.diagonal(key_offset, 1, 2).fill_(False)  # a row and itself
-    if any(search.how != "similar" for search in searches):
-        distance = torch.stack([_cost(search.how, distance, generator) for search in searches])
     # Of equal ones, min takes the first.
-    cost, partner = torch.where(candidate, distance, torch.inf).min(2)
+    cost, partner = torch.where(candidate, cost_of(searches, distance, generator), torch.inf).min(2)
     return Found(partner, cost < torch.inf)
 
 
-def _cost(how: str, distance: Tensor, generator: torch.Generator | None) -> Tensor:
-    if how == "random":
-        return torch.rand(distance.shape, generator=generator, device=distance.device, dtype=distance.dtype)
-    return distance if how == "similar" else -distance
+def cost_of(searches: Sequence[Search], distance: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What each search wants least of, given distances [rows,columns]: that, or one such matrix per search."""
+    if all(search.how == "similar" for search in searches):
+        return distance
+    costs = {
+        "similar": lambda: distance,
+        "dissimilar": lambda: -distance,
+        "random": lambda: _noise(distance, generator),
+    }
+    return torch.stack([costs[search.how]() for search in searches])
+
+
+def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def _symmetric_products(rows: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from apinet_head.mining.contract import Found, Search
+from apinet_head.mining.dense import cost_of
 from apinet_head.mining.rows import exact_products, prepare
-
-TILE = 1024
 
 
 def mine(
@@ -24,61 +23,47 @@ def mine(
     searches: Sequence[Search],
     generator: torch.Generator | None,
     *,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> Found:
     """See `contract.Backend`; `tile` is the side of a tile."""
+    if tile is None:  # on a CPU, what stays in its caches; elsewhere, what takes few launches
+        tile = 512 if features.device.type == "cpu" else 4096
     symmetric = keys is None
-    queries, keys, finite = prepare(features, keys)
-    best = [_Best(search, queries, generator) for search in searches]
-    query_squares = queries.square().sum(1, keepdim=True)
-    key_squares = query_squares.T if symmetric else keys.square().sum(1)[None]
+    queries, rows, finite = prepare(features, keys)
+    squares = rows.square().sum(1)
+    query_squares = squares if symmetric else queries.square().sum(1)
+    best = _Best(len(searches), queries)
     # Tiles come so that each row meets its candidates in ascending order: first, as a column, those before its own
     # tile, then the others. So the first of equal distances is that of the lowest index.
-    with exact_products(features.device.type):
-        for top in range(0, queries.shape[0], tile):
-            rows = slice(top, min(top + tile, queries.shape[0]))
-            for left in range(top if symmetric else 0, keys.shape[0], tile):
-                columns = slice(left, min(left + tile, keys.shape[0]))
-                distance = torch.addmm(key_squares[:, columns], queries[rows], keys[columns].T, alpha=-2)
-                distance.add_(query_squares[rows])
-                same = labels[rows, None] == key_labels[columns]
-                own = None if key_offset is None else _own(rows, columns, key_offset, labels.device)
-                for one in best:
-                    one.offer(distance, same, own, finite[columns], rows, left)
-                    if symmetric and left > top:
-                        one.offer(distance.T, same.T, None, finite[rows], columns, top)
-    cost, partner = (torch.stack([getattr(one, name) for one in best]) for name in ("cost", "partner"))
-    return Found(partner, cost < torch.inf)
+    for top in range(0, queries.shape[0], tile):
+        for left in range(top if symmetric else 0, rows.shape[0], tile):
+            down, across = slice(top, top + tile), slice(left, left + tile)
+            with exact_products(features.device.type):
+                distance = torch.addmm(squares[across], queries[down], rows[across].T, alpha=-2)
+            distance.add_(query_squares[down, None])
+            same = labels[down, None] == key_labels[across]
+            candidate = torch.stack([same if search.same_class else ~same for search in searches])
+            if key_offset is not None and -same.shape[0] < top + key_offset - left < same.shape[1]:
+                candidate.diagonal(top + key_offset - left, 1, 2).fill_(False)  # a row and itself
+            cost = cost_of(searches, distance, generator)
+            best.offer(down, torch.where(candidate & finite[across], cost, torch.inf), 2, left)
+            if symmetric and left > top:
+                cost = cost_of(searches, distance, generator)
+                best.offer(across, torch.where(candidate & finite[down, None], cost, torch.inf), 1, top)
+    return Found(best.partner, best.cost < torch.inf)
 
 
 class _Best:
-    """The best partner so far of every query, for one search."""
+    """The best partners so far of all queries, for S searches."""
 
-    def __init__(self, search: Search, queries: Tensor, generator: torch.Generator | None) -> None:
-        self.search, self.generator = search, generator
-        size, device = queries.shape[0], queries.device
-        self.cost = torch.full((size,), torch.inf, dtype=queries.dtype, device=device)
-        self.partner = torch.zeros(size, dtype=torch.int64, device=device)
+    def __init__(self, searches: int, queries: Tensor) -> None:
+        shape, device = (searches, queries.shape[0]), queries.device
+        self.cost = torch.full(shape, torch.inf, dtype=queries.dtype, device=device)
+        self.partner = torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def offer(
-        self, distance: Tensor, same: Tensor, own: Tensor | None, finite: Tensor, rows: slice, first: int
-    ) -> None:
-        """Let the queries `rows` choose among the keys from `first` on, given their distances [rows, keys]."""
-        candidate = (same if self.search.same_class else ~same) & finite
-        if own is not None:
-            candidate = candidate & ~own
-        cost = distance
-        if self.search.how == "dissimilar":
-            cost = -distance
-        elif self.search.how == "random":
-            cost = torch.rand(distance.shape, generator=self.generator, device=distance.device, dtype=distance.dtype)
-        cost, partner = cost.masked_fill(~candidate, torch.inf).min(1)
-        better = cost < self.cost[rows]
-        self.cost[rows] = torch.where(better, cost, self.cost[rows])
-        self.partner[rows] = torch.where(better, partner + first, self.partner[rows])
-
-
-def _own(rows: slice, columns: slice, offset: int, device: torch.device) -> Tensor:
-    """[rows, columns] bool: where a query meets itself."""
-    query = torch.arange(rows.start, rows.stop, device=device) + offset
-    return query[:, None] == torch.arange(columns.start, columns.stop, device=device)
+    def offer(self, queries: slice, cost: Tensor, dim: int, first: int) -> None:
+        """Let the queries choose along `dim` of their costs [S,rows,columns], where the keys from `first` on are."""
+        lowest, partner = cost.min(dim)
+        better = lowest < self.cost[:, queries]
+        self.cost[:, queries] = torch.where(better, lowest, self.cost[:, queries])
+        self.partner[:, queries] = torch.where(better, partner + first, self.partner[:, queries])
