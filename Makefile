@@ -47,8 +47,9 @@ types: $(READY)  ## mypy, strict, on the package
 wheel: $(READY)  ## dist/*.whl and *.tar.gz
 	$(BIN)/python -m build
 
-figures: $(READY)  ## draw the pictures of the README anew
+figures: $(READY)  ## draw the pictures of the documents anew
 	$(BIN)/python docs/figures/method.py
+	$(BIN)/python docs/figures/ranks.py
 
 clean:  ## remove what make and the tools made; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
