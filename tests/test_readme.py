@@ -14,6 +14,8 @@ from torch.distributed.run import get_args_parser as torchrun_flags
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "cub" / "README.md"]
 
+LINKING = [*DOCUMENTS, ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+
 
 def blocks(document, language):
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
