@@ -15,7 +15,7 @@ import train
 from accelerate import PartialState
 from data import test_transform
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 finish, step = train.Trainer.finish, train.Trainer.step
 destroy_process_group = PartialState.destroy_process_group
 

@@ -65,8 +65,8 @@ def test_the_first_batch_is_as_without_and_the_second_is_not(birds, tmp_path):
         one.model.train()
         batches = [batch for _, batch in zip(range(2), one.loader, strict=False)]
         losses[name] = [one.step(images, labels)["loss"].item() for images, labels, _ in batches]
-    assert losses["with"][0] == losses["without"][0]
-    assert losses["with"][1] != losses["without"][1]
+    assert losses["with"][0] == pytest.approx(losses["without"][0], rel=1e-5)  # computed in another order
+    assert losses["with"][1] != pytest.approx(losses["without"][1], rel=1e-3)
 
 
 def test_resumed_run_ends_as_the_run_never_interrupted(birds, tmp_path, monkeypatch, mined):
