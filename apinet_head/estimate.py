@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from apinet_head.chunked import check_chunk_size
 from apinet_head.fake_step import Loss, fake_copy, peak_of_step
@@ -55,13 +55,15 @@ class ChunkChoice(NamedTuple):
     memory: int
 
     def __str__(self) -> str:
-        size, needed = self.chunk_size, gib(self.needed[self.chunk_size])
-        chunks = "the whole batch" if size is None else f"{-(-self.batch_size // size)} chunks of up to {size}"
-        others = [f"{name} {gib(amount)}" for name, amount in _named(self.needed).items() if name != _name(size)]
-        tried = f" (and {', '.join(others)})" if others else ""
+        chunks = "the whole batch"
+        if self.chunk_size is not None:
+            count, uneven = -(-self.batch_size // self.chunk_size), self.batch_size % self.chunk_size
+            chunks = f"{count} chunks of {'up to ' if uneven else ''}{self.chunk_size}"
+        needed = gib(self.needed[self.chunk_size])
+        others = {size: amount for size, amount in self.needed.items() if size != self.chunk_size}
         return (
-            f"{chunks}, for a batch of {self.batch_size}: estimated to take {needed}{tried}, where {gib(self.budget)} "
-            f"are to be used of {gib(self.memory)}"
+            f"{chunks} for a batch of {self.batch_size}: {needed} by estimate, of {gib(self.budget)} to be used "
+            f"({gib(self.memory)} less the margin)" + "".join(f"; {line}" for line in _lines(others))
         )
 
 
@@ -184,10 +186,9 @@ def pick_chunk_size(
         else:
             high, fails = middle, point
     if low == 0:
-        tried = ", ".join(f"{name} {gib(amount)}" for name, amount in _named(needed).items())
         raise ValueError(
-            f"no chunk size brings a batch of {batch_size} into {gib(budget)}, which are to be used of {gib(memory)}: "
-            f"estimated are {tried}. Take mixed precision (amp), smaller images, a smaller net or a smaller batch"
+            f"no chunk size brings a batch of {batch_size} into {gib(budget)} ({gib(memory)} less the margin). By "
+            f"estimate, {', '.join(_lines(needed))}. Take mixed precision (amp), smaller images, net or batch"
         )
     return ChunkChoice(sizes[low - 1], batch_size, needed, budget, memory)
 
@@ -209,7 +210,7 @@ def _sizes(batch_size: int, batch_norm: bool) -> list[int]:
 
 def _has_batch_norm(net: nn.Module) -> bool:
     """Whether anything normalises by the images of a chunk while the net trains."""
-    return any(isinstance(module, _NormBase) and module.training for module in fake_copy(net).train().modules())
+    return any(isinstance(module, _BatchNorm) and module.training for module in fake_copy(net).train().modules())
 
 
 def _free_memory() -> int:
@@ -218,9 +219,5 @@ def _free_memory() -> int:
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def _name(chunk_size: int | None) -> str:
-    return "the whole batch" if chunk_size is None else f"chunks of {chunk_size}"
-
-
-def _named(needed: dict[int | None, int]) -> dict[str, int]:
-    return {_name(size): amount for size, amount in needed.items()}
+def _lines(needed: dict[int | None, int]) -> list[str]:
+    return [f"{'the whole batch' if size is None else f'chunks of {size}'}: {gib(needed[size])}" for size in needed]

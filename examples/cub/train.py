@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from birds_cache import open_data
+from chunk_auto import with_chunk_size
 from curves import draw_curves
 from data import ImageDataset, ImageSet, train_transform
 from evaluate import confusion, predict, report, scores, test_loader
@@ -191,6 +192,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     data = open_data(settings)
+    settings = with_chunk_size(settings, run_folder(settings), lambda plain: make_net(plain, len(data.classes)))
     try:
         folder = RunFolder(run_folder(settings), settings)
     except FileExistsError as error:
