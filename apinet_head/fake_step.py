@@ -105,10 +105,14 @@ def fake_copy(net: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
 
     def fake(tensor: Tensor) -> Tensor:
         with mode:
-            copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
-    return copy.deepcopy(net, {id(tensor): fake(tensor) for tensor in (*net.parameters(), *net.buffers())})
+    copied = copy.deepcopy(net, {id(tensor): fake(tensor) for tensor in (*net.parameters(), *net.buffers())})
+    gathering: list[Any] = [module for module in copied.modules() if getattr(module, "gather", False) is True]
+    for module in gathering:
+        module.gather = False  # the other ranks take no part in this
+    return copied
 
 
 def _set_chunk_size(net: nn.Module, images: Tensor, chunk_size: int | None) -> None:

@@ -225,6 +225,19 @@ def test_a_chunked_backbone_in_a_net_of_ones_own():
         assert step_memory(Net(), 12, 32, chunk_size=size) == step_memory(small(), 12, 32, chunk_size=size)
 
 
+def test_other_ranks_are_not_asked():
+    class Gathering(nn.Linear):
+        gather = True
+
+        def forward(self, images):
+            assert not self.gather, "would wait for the other ranks"
+            return super().forward(images)
+
+    net = Gathering(4, 4)
+    step_memory(net, 4, (4,), loss=summed)
+    assert net.gather
+
+
 def test_errors_show_what_came(monkeypatch):
     net = APINet("test_resnet", 5)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
