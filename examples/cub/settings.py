@@ -12,6 +12,7 @@ from readers import ARCHIVES
 from apinet_head.mutual import MUTUALS
 
 SEARCHES = ("similar", "dissimilar", "random", "none")
+AUTO = "auto"
 
 
 def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -37,7 +38,10 @@ class Settings:
     backbone: str = setting("resnet101", "any timm model name")
     backbone_args: str = setting("{}", "further arguments of timm.create_model, as JSON")
     pretrained: bool = setting(True, "start from timm's weights for the backbone (ImageNet)")
-    chunk_size: int = setting(0, "images that go through the backbone at a time, to save memory; 0: the whole batch")
+    chunk_size: int | str = setting(
+        0,
+        "images that go through the backbone at a time, to save memory; 0: the whole batch; auto: as many as fit",
+    )
     hidden_dim: int = setting(512, "width of the mutual vector's MLP")
     dropout: float = setting(0.5, "in that MLP and before the classifier")
     mutual: str = setting("mlp", "the mutual vector", MUTUALS)
@@ -117,6 +121,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     for item in fields(Settings):
         default = preset.get(item.name, item.default)
         kind: dict[str, Any] = {"type": type(default), "choices": item.metadata["choices"]}
+        if item.name == "chunk_size":
+            kind["type"] = chunk_size
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(f"--{item.name.replace('_', '-')}", default=default, help=item.metadata["help"], **kind)
@@ -132,6 +138,11 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     return Settings(**chosen)
 
 
+def chunk_size(text: str) -> int | str:
+    """The value of --chunk-size."""
+    return text if text == AUTO else int(text)
+
+
 def run_folder(settings: Settings) -> Path:
     """Where the run writes."""
     data = Path(settings.data).name if settings.data else "birds"
@@ -142,6 +153,8 @@ def differences(old: dict[str, Any], settings: Settings) -> list[str]:
     """What differs between the settings of two runs, less what changes no result."""
     new, old = asdict(settings), asdict(Settings()) | old  # a setting newer than the run had its default meaning
     harmless = {"output", "workers", "cache_images", "device", "eval_batch", "threads"}
+    if settings.chunk_size == AUTO:  # takes the number of the run that it goes on with
+        harmless.add("chunk_size")
     return [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted(old.keys() | new.keys())

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from birds_cache import open_data
+from chunk_auto import with_chunk_size
 from curves import draw_curves
 from data import ImageDataset, ImageSet, train_transform
 from evaluate import confusion, predict, report, scores, test_loader
@@ -209,6 +210,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     processes = join_processes(settings.device)
     with first_process_first():
         data = open_data(settings)
+        settings = with_chunk_size(settings, run_folder(settings), lambda plain: make_net(plain, len(data.classes)))
         try:
             folder = RunFolder(run_folder(settings), settings)
         except FileExistsError as error:

@@ -1,0 +1,59 @@
+"""What `--chunk-size auto` stands for: the chunk size with which a training step fits into the memory there is."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+from settings import AUTO, Settings
+from torch import Tensor, nn
+
+from apinet_head.estimate import pick_chunk_size
+
+DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def with_chunk_size(settings: Settings, folder: Path, make_net: Callable[[Settings], nn.Module]) -> Settings:
+    """The settings with a number for "auto", and say which: the number that the run in `folder` began with, if any.
+
+    Raises:
+        SystemExit: no chunk size fits, or this torch can't tell.
+    """
+    if settings.chunk_size != AUTO:
+        return settings
+    begun = folder / "settings.json"
+    if begun.exists():
+        size, reason = json.loads(begun.read_text()).get("chunk_size", 0), f"the number with which {folder} began"
+    else:
+        processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as LOCAL_RANK and LOCAL_WORLD_SIZE are
+        try:
+            choice = pick_chunk_size(
+                make_net(replace(settings, chunk_size=0, pretrained=False)),
+                settings.n_classes * settings.n_samples // processes,
+                settings.crop,
+                memory=free_memory(settings.device),
+                amp=DTYPES[settings.amp],
+                moments=1 if processes == 1 else 2,  # SGD's; many processes also average the gradients in buffers
+                loss=None if settings.method == "api" else cross_entropy,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise SystemExit(f"--chunk-size auto: {error}") from None
+        size, reason = choice.chunk_size or 0, choice
+    print(f"--chunk-size auto: {size} ({reason})", flush=True)
+    return replace(settings, chunk_size=size)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process may still take, on its GPU or, without one, of this machine's memory."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def cross_entropy(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The baseline's loss."""
+    return F.cross_entropy(net(images), labels)

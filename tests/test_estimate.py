@@ -1,0 +1,285 @@
+"""Estimates of memory against counts by hand, against what a real step allocates, and choices against brute force."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from apinet_head import APIHead, APINet, ChunkedBackbone, api_loss, fake_step
+from apinet_head.estimate import StepMemory, pick_chunk_size, step_memory
+
+pytest.importorskip("torch.distributed._tools.mem_tracker", reason="of torch 2.5 and newer")
+
+GIB = 2**30
+
+
+def summed(net, images, labels):
+    return net(images).sum()
+
+
+def resnet101():
+    with torch.device("meta"):
+        return APINet("resnet101", num_classes=200)
+
+
+def small(norm=nn.BatchNorm2d):
+    layers = [nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return APINet(nn.Sequential(*layers), num_classes=5, dim=4)
+
+
+def group_norm(channels):
+    """For a backbone in which each image is by itself."""
+    return nn.GroupNorm(2, channels)
+
+
+@pytest.mark.parametrize(("batch", "inputs", "outputs"), [(8, 300, 100), (5, 7, 11), (64, 16, 1)])
+def test_one_linear_layer_by_hand(batch, inputs, outputs):
+    weights = 4 * (inputs * outputs + outputs)
+    # The peak is at the end of forward: images, labels (int64), output and its sum, and the gradients of before.
+    alive = 4 * batch * inputs + 8 * batch + 4 * batch * outputs + 4
+    found = step_memory(nn.Linear(inputs, outputs), batch, (inputs,), loss=summed, moments=2)
+    assert found == StepMemory(4 * weights + alive, weights, weights, 2 * weights, alive)
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_one_linear_layer_in_mixed_precision_by_hand(amp):
+    batch, inputs, outputs = 8, 300, 100
+    weights = 4 * (inputs * outputs + outputs)
+    # Beside what float32 has, autocast makes copies of images and weights, and halves the output and its sum.
+    alive = (4 + 2) * batch * inputs + 8 * batch + weights // 2 + 2 * batch * outputs + 2
+    found = step_memory(nn.Linear(inputs, outputs), batch, (inputs,), loss=summed, amp=amp)
+    assert found == StepMemory(3 * weights + alive, weights, weights, weights, alive)
+
+
+def test_what_does_not_learn_has_no_gradient_and_no_moments():
+    net = nn.Sequential(nn.Linear(10, 20), nn.BatchNorm1d(20), nn.Linear(20, 1))
+    net[0].requires_grad_(False)
+    found = step_memory(net, 4, (10,), loss=summed, moments=2)
+    learning = 4 * (20 + 20 + 20 + 1)
+    assert (found.gradients, found.optimizer) == (learning, 2 * learning)
+    assert found.parameters == learning + 4 * (10 * 20 + 20) + 4 * (20 + 20) + 8  # BatchNorm's buffers: two and a count
+    assert found.total == sum(found[1:])
+
+
+def allocated(net, batch, size, amp, folder):
+    """Bytes at the peak of a real step, from torch's profiler, with the parameters and buffers."""
+    net.train()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        images, labels = torch.randn(batch, 3, size, size), torch.arange(batch) // 4
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+            loss = api_loss(net(images, labels))
+        for parameter in net.parameters():
+            parameter.grad = None
+        loss.backward()
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    alive = peak = sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
+    for _, change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("test_efficientnet", 64)])
+def test_it_is_what_a_real_step_allocates(name, size, chunk_size, amp, tmp_path):
+    net = APINet(name, 20, chunk_size=chunk_size)
+    found = step_memory(net, 13, size, chunk_size=chunk_size, amp=amp, moments=0).total
+    # Kernels for a CPU allocate scratch memory of their own, in bfloat16 more than in float32.
+    assert found == pytest.approx(
+        allocated(net, 13, size, amp is not None, tmp_path), rel=0.01 if amp is None else 0.03
+    )
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: APINet("test_vit", 5), lambda: APINet("test_resnet", 5), small, lambda: small(group_norm)],
+    ids=["ViT", "ResNet", "BatchNorm", "GroupNorm"],
+)
+@pytest.mark.parametrize(("batch", "chunk_size"), [(24, 24), (24, 12), (24, 13), (24, 4), (27, 5)])
+def test_chunks_left_out_would_have_changed_nothing(make, batch, chunk_size, amp, monkeypatch):
+    net = make()
+    found = step_memory(net, batch, 160, chunk_size=chunk_size, amp=amp).total
+    monkeypatch.setattr(fake_step, "_LastChunks", lambda backbone, images, chunk_size: backbone)
+    features = 4 * batch * net.dim  # the gradient of all features, which only the first chunks of backward see whole
+    assert 0 <= found - step_memory(net, batch, 160, chunk_size=chunk_size, amp=amp).total <= features
+
+
+def test_a_frozen_backbone_keeps_nothing():
+    """Then nothing is recomputed, and forward has the peak."""
+    net = APINet("test_resnet", 5).freeze_backbone()
+    whole, chunked = (step_memory(net, 24, 160, chunk_size=size).activations for size in (None, 4))
+    images = 4 * 24 * 3 * 160**2
+    assert images < chunked < images + (whole - images) / 4
+
+
+@pytest.mark.parametrize(("chunk_size", "amp", "most"), [(15, None, 8), (8, torch.bfloat16, 3)])
+def test_resnet101_at_448_pixels_in_chunks(chunk_size, amp, most):
+    found = {batch: step_memory(resnet101(), batch, 448, chunk_size=chunk_size, amp=amp).total for batch in (120, 240)}
+    assert found[120] <= most * GIB
+    images_and_features = 120 * (4 * 3 * 448**2 + 4 * 2048)
+    assert found[240] - found[120] <= 1.05 * images_and_features
+
+
+def test_resnet101_at_448_pixels_whole():
+    """The figures of the design: 57 GiB, and 29 in bfloat16, without gradients of before and momentum."""
+    for amp, expected in ((None, 57), (torch.bfloat16, 29)):
+        found = step_memory(resnet101(), 120, 448, amp=amp, moments=0)
+        assert found.total == pytest.approx(expected * GIB, rel=0.02)
+
+
+def test_memory_grows_with_chunk_and_batch():
+    by_chunk = [step_memory(small(), 24, 32, chunk_size=size).total for size in range(3, 23)]
+    by_batch = [step_memory(small(), batch, 32, chunk_size=4).total for batch in range(6, 32, 2)]
+    assert by_chunk == sorted(set(by_chunk))
+    assert by_batch == sorted(set(by_batch))
+    assert by_chunk[-1] < step_memory(small(), 24, 32).total
+
+
+@pytest.mark.parametrize(
+    "last", [nn.LayerNorm(1000), nn.GroupNorm(2, 1000), nn.Softmax(1)], ids=lambda m: type(m).__name__
+)
+def test_norms_and_softmax_take_float32_in_mixed_precision_as_on_cuda(last):
+    found = step_memory(nn.Sequential(nn.Linear(1, 1000), last), 500, (1,), loss=summed, amp=torch.bfloat16)
+    one = 500 * 1000  # elements; input and output are there at once, and by the CPU's rules would take half of that
+    assert 2 * 4 * one < found.activations < 3 * 4 * one
+
+
+@pytest.mark.parametrize(("batch", "norm"), [(14, nn.BatchNorm2d), (15, nn.BatchNorm2d), (15, group_norm)])
+def test_it_picks_what_brute_force_picks(batch, norm):
+    net = small(norm)
+    needed = {
+        size: step_memory(net, batch, 32, chunk_size=size).total
+        for size in range(1, batch)
+        if norm is group_norm or (batch % size or size) > 1
+    }
+    least, whole = min(needed.values()), step_memory(net, batch, 32).total
+    for budget in range(least, whole, (whole - least) // 9):
+        fitting = [size for size, need in needed.items() if need <= budget]
+        expected = min(fitting, key=lambda size: (-(-batch // size), size))  # the fewest chunks, the most even ones
+        choice = pick_chunk_size(net, batch, 32, memory=budget, margin=0)
+        assert choice.chunk_size == expected
+        assert choice.needed[expected] == needed[expected] <= choice.budget == budget
+    assert pick_chunk_size(net, batch, 32, memory=whole, margin=0).chunk_size is None
+    with pytest.raises(ValueError, match=f"no chunk size brings a batch of {batch} into"):
+        pick_chunk_size(net, batch, 32, memory=least - 1, margin=0)
+
+
+def test_a_few_estimates_are_enough_and_the_choice_says_why():
+    choice = pick_chunk_size(resnet101(), 120, 448, amp=torch.bfloat16, memory=16 * GIB)
+    assert choice.chunk_size == 40
+    assert len(choice.needed) <= 5
+    assert choice.budget == int(0.85 * 16 * GIB)
+    text = str(choice)
+    assert text.startswith("3 chunks of 40 for a batch of 120: 10.")
+    assert "GiB by estimate, of 13.60 GiB to be used (16.00 GiB less the margin); the whole batch: 29." in text
+    assert "; chunks of 60: 15." in text
+
+
+def test_the_net_stays_as_it_is():
+    net = APINet("test_resnet", 5, chunk_size=3).eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    random = torch.get_rng_state()
+    step_memory(net, 8, 32, chunk_size=2, amp=torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert net.chunk_size == 3
+    assert not any(module.training for module in net.modules())
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_step_is_one_of_training():
+    net = small()
+    assert step_memory(net.eval(), 8, 32) == step_memory(net.train(), 8, 32)
+
+
+def test_batch_norm_counts_as_it_is_in_training():
+    net = small().freeze_backbone(batch_norm="eval")
+    net.backbone.requires_grad_()
+    needed = step_memory(net, 9, 32, chunk_size=2).total  # which leaves one image
+    assert pick_chunk_size(net, 9, 32, memory=needed, margin=0).chunk_size == 2
+    net.freeze_backbone(False).eval()
+    with pytest.raises(ValueError, match="no chunk size"):
+        pick_chunk_size(net, 9, 32, memory=needed, margin=0)
+
+
+def test_a_chunked_backbone_in_a_net_of_ones_own():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = ChunkedBackbone(small().backbone, 7)
+            self.head = APIHead(dim=4, num_classes=5)
+
+        def forward(self, images, labels):
+            return self.head(self.features(images), labels)
+
+    for size in (None, 4):
+        assert step_memory(Net(), 12, 32, chunk_size=size) == step_memory(small(), 12, 32, chunk_size=size)
+
+
+def test_other_ranks_are_not_asked():
+    class Gathering(nn.Linear):
+        gather = True
+
+        def forward(self, images):
+            assert not self.gather, "would wait for the other ranks"
+            return super().forward(images)
+
+    net = Gathering(4, 4)
+    step_memory(net, 4, (4,), loss=summed)
+    assert net.gather
+
+
+def test_errors_show_what_came(monkeypatch):
+    net = APINet("test_resnet", 5)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        step_memory(net, 0, 32)
+    with pytest.raises(ValueError, match="moments must be at least 0, got -1"):
+        step_memory(net, 4, 32, moments=-1)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        step_memory(net, 4, 32, chunk_size=0)
+    with pytest.raises(ValueError, match=r"amp must be .*, got torch.float32"):
+        step_memory(net, 4, 32, amp=torch.float32)
+    with pytest.raises(ValueError, match=r"chunk_size=2 is for an APINet, or .*: Linear has neither"):
+        step_memory(nn.Linear(4, 4), 4, (4,), chunk_size=2, loss=summed)
+    with pytest.raises(ValueError, match=r"share in \[0, 1\), got 1"):
+        pick_chunk_size(net, 4, 32, memory=GIB, margin=1)
+    with pytest.raises(ValueError, match=r"into 0.85 MiB \(1.00 MiB less .*the whole batch: .*chunks of 2: .*amp"):
+        pick_chunk_size(net, 4, 32, memory=2**20)
+    with pytest.raises(ValueError, match="leaves a chunk of one image"):
+        step_memory(net, 4, 32, chunk_size=3)
+
+    def reads_values(net, images, labels):
+        return net(images, labels).logits_self.sum() * images.sum().item()
+
+    with pytest.raises(ValueError, match="reads values of its tensors"):
+        step_memory(net, 4, 32, loss=reads_values)
+    for size in (None, 2):
+        with pytest.raises(ValueError, match="reads values of its tensors"):
+            step_memory(small(lambda channels: nn.BatchNorm2d(channels, momentum=None)), 4, 32, chunk_size=size)
+
+
+def test_torch_without_the_tracker_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
+    with pytest.raises(RuntimeError, match=r"torch 2.5 and newer, and torch \d+\.\d+.* has none"):
+        step_memory(APINet("test_resnet", 5), 4, 32)
+
+
+def test_free_memory_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="without a CUDA device memory must be given, in bytes"):
+        pick_chunk_size(APINet("test_resnet", 5), 8, 32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 * GIB, 8 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: GIB // 2)
+    choice = pick_chunk_size(APINet("test_resnet", 5), 8, 32)
+    assert (choice.memory, choice.budget) == (int(5.5 * GIB), int(0.85 * 5.5 * GIB))
