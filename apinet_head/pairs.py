@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apinet_head.checks import check_device, check_features, check_integer, check_labels
-from apinet_head.mining import BACKENDS, Backend, Found, Search
+from apinet_head.mining import BACKENDS, Backend, Search
 
 SEARCHES = ("similar", "dissimilar", "random")
 
@@ -86,7 +86,9 @@ def mine_pairs(
         raise ValueError(f"generator must be on the features' device {features.device}, got {generator.device}")
 
     size = features.shape[0]  # not len(): export would take that for a constant
-    anchor = torch.arange(size, device=features.device)
+    # All pairs at once, not one kind after the other: small batches cost a GPU as much as there are operations.
+    row = torch.arange(len(searches) * size, device=features.device)
+    anchor = row % size if size else row
     if keys is None:
         if key_labels is not None or key_offset is not None:
             raise ValueError("key_labels and key_offset need keys, got keys=None")
@@ -95,16 +97,12 @@ def mine_pairs(
         key_labels = _check_keys(features, keys, key_labels, key_offset)
         fallback = torch.zeros_like(anchor) if key_offset is None else anchor + key_offset
     if size == 0:
-        found = [Found(anchor, anchor.bool())] * len(searches)
-    else:
-        found = mine(features, labels, keys, key_labels, key_offset, searches, generator)
+        return Pairs(row, row, row.bool(), row.bool())
 
-    return Pairs(
-        anchor=anchor.repeat(len(searches)),
-        partner=torch.cat([partner.where(valid, fallback) for partner, valid in found]),
-        same_class=torch.cat([torch.full_like(anchor, search.same_class, dtype=torch.bool) for search in searches]),
-        valid=torch.cat([valid for _, valid in found]),
-    )
+    found = mine(features, labels, keys, key_labels, key_offset, searches, generator)
+    valid = torch.cat([valid for _, valid in found])
+    partner = torch.cat([partner for partner, _ in found]).where(valid, fallback)
+    return Pairs(anchor, partner, row < (size if searches[0].same_class else 0), valid)
 
 
 def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator | None = None) -> Pairs:
