@@ -60,7 +60,8 @@ def mine_pairs(
             itself; None if the queries are not in `keys`.
         generator: source of "random" partners, on the features' device; None is torch's default one.
         backend: "dense" (one [B,M] matrix of distances), "tiled" (tile by tile: half the products, and hardly any
-            memory beyond the features) or "auto".
+            memory beyond the features), "triton" (likewise, in fused kernels on a CUDA device; needs Triton, which
+            comes with PyTorch for CUDA) or "auto".
 
     Returns:
         Pairs with P = 2B: rows [0,B) the intra-class pairs in order of their anchors, rows [B,2B) the inter-class
