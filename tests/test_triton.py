@@ -63,6 +63,7 @@ def memory_of_threads(kernel, tmp_path) -> tuple[int, int]:
     return tuple(int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("STACK", "LOCAL"))
 
 
+@pytest.mark.skipif(not hasattr(triton, "knobs"), reason="this way of compiling is that of newer Tritons")
 @pytest.mark.parametrize("kind", ["direct", "float32", "half"])
 @pytest.mark.parametrize("capability", [80, 86, pytest.param(89, marks=pytest.mark.slow), 90])
 def test_compiles_without_spills(capability, kind, monkeypatch, tmp_path):
