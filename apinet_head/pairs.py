@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apinet_head.checks import check_device, check_features, check_integer, check_labels
-from apinet_head.mining import BACKENDS, Search, choose
+from apinet_head.mining import BACKENDS, Search, find
 
 SEARCHES = ("similar", "dissimilar", "random")
 
@@ -60,7 +60,9 @@ def mine_pairs(
             itself; None if the queries are not in `keys`.
         generator: source of "random" partners, on the features' device; None is torch's default one.
         backend: "dense" (one [B,M] matrix of distances), "tiled" (tile by tile: half the products, and hardly any
-            memory beyond the features), or "auto" for the quicker one ("dense" under `torch.compile`).
+            memory beyond the features), "triton" (likewise, in fused kernels on a CUDA device; needs Triton, which
+            comes with PyTorch for CUDA), or "auto": "dense" for small batches and under `torch.compile`, else
+            "tiled".
 
     Returns:
         Pairs with P = 2B: rows [0,B) the intra-class pairs in order of their anchors, rows [B,2B) the inter-class
@@ -86,6 +88,7 @@ def mine_pairs(
         raise ValueError(f"generator must be on the features' device {features.device}, got {generator.device}")
 
     size = features.shape[0]  # not len(): export would take that for a constant
+    # All pairs at once, not one kind after the other: small batches cost a GPU as much as there are operations.
     anchor = torch.arange(size, device=features.device).repeat(len(searches))
     if keys is None:
         if key_labels is not None or key_offset is not None:
@@ -96,9 +99,7 @@ def mine_pairs(
         fallback = torch.zeros_like(anchor) if key_offset is None else anchor + key_offset
     if size == 0:
         return Pairs(anchor, anchor, anchor.bool(), anchor.bool())
-    if backend == "auto":
-        backend = choose(features.device.type, size, key_labels.shape[0])
-    found = BACKENDS[backend](features, labels, keys, key_labels, key_offset, searches, generator)
+    found = find(backend, features, labels, keys, key_labels, key_offset, searches, generator)
     valid = found.valid.flatten()
     return Pairs(
         anchor=anchor,

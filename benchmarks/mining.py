@@ -71,7 +71,7 @@ def metric_learning() -> Side | None:
     return mine
 
 
-def sides() -> dict[str, Side]:
+def sides(device: torch.device) -> dict[str, Side]:
     found: dict[str, Side] = {
         LIMIT: lambda features, labels: (features @ features.T)[:0, 0],
         "ours, dense": lambda features, labels: mine_pairs(features, labels, backend="dense").partner,
@@ -79,6 +79,8 @@ def sides() -> dict[str, Side]:
         "published method": published,
         "torch.cdist": with_cdist,
     }
+    if device.type == "cuda":
+        found["ours, triton"] = lambda features, labels: mine_pairs(features, labels, backend="triton").partner
     learning = metric_learning()
     return found | ({"pytorch-metric-learning": learning} if learning else {})
 
@@ -89,10 +91,10 @@ def measure(size: int, dim: int, rounds: int, device: torch.device) -> dict[str,
     features = torch.randn(size, dim, generator=generator).relu().to(device)  # pooled features are not negative
     labels = (torch.arange(size) // 4).to(device)
     right = mine_pairs(features.double(), labels, backend="tiled").partner
-    seconds: dict[str, list[float]] = {name: [] for name in sides()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides(device)}
     agreement: dict[str, float | None] = {}
     for turn in range(rounds + 1):  # the first warms up
-        for name, side in sides().items():
+        for name, side in sides(device).items():
             _wait(device)
             start = time.perf_counter()
             partner = side(features, labels)

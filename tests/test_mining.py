@@ -1,5 +1,6 @@
 """`mine_pairs` and `random_pairs` against brute force."""
 
+import sys
 from functools import partial
 from unittest import mock
 
@@ -7,15 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import check_partners
+from reference import candidates, check_partners
 from strategies import DTYPES, KINDS, batches, make_batch
 
-from apinet_head import Pairs, mine_pairs, random_pairs
+from apinet_head import Pairs, mine_pairs, mining, random_pairs
 from apinet_head.mining import BACKENDS, choose, tiled
+from apinet_head.mining.draw import draw
+from apinet_head.mining.rows import finite_rows
 
 # Tiles so small that the tests' batches have many, whole ones and parts.
 BACKENDS["tiled by 16"] = partial(tiled.mine, tile=16)
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+# "triton" has tests of its own, because it needs a GPU, or a process of its own.
+each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 HOWS = ("similar", "dissimilar", "random")
 
 
@@ -155,6 +159,14 @@ def test_label_dtypes(label_dtype):
     assert [field.dtype for field in pairs] == [torch.int64, torch.int64, torch.bool, torch.bool]
 
 
+@each_backend
+def test_labels_of_keys_may_have_another_dtype(backend):
+    features, labels = make_batch(seed=6, size=30, dim=8, classes=5, dtype=torch.float32, kind="normal")
+    keys = {"keys": features, "key_labels": labels.int(), "key_offset": 0, "backend": backend}
+    assert torch.equal(mine_pairs(features, labels, **keys).partner, mine_pairs(features, labels).partner)
+    check(features, labels, intra="random", inter="random", **keys)
+
+
 def test_empty_batch_has_no_pairs():
     pairs = mine_pairs(torch.empty(0, 4), torch.empty(0, dtype=torch.long))
     assert [len(field) for field in pairs] == [0] * 4
@@ -216,6 +228,10 @@ X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
         (lambda: mine_pairs(X, Y, intra="nearest"), r"'similar', 'dissimilar', 'random' or None, got 'nearest'"),
         (lambda: mine_pairs(X, Y, intra=None, inter=None), r"both None"),
         (lambda: mine_pairs(X, Y, backend="faiss"), r"'auto', 'dense'.*got 'faiss'"),
+        (
+            lambda: mine_pairs(X, Y, backend="triton"),
+            r"'triton' needs (features on a CUDA device.*on cpu|Triton).*'auto'",
+        ),
         (lambda: mine_pairs(X, Y, key_labels=Y), r"need keys"),
         (lambda: mine_pairs(X, Y, keys=X), r"need key_labels"),
         (lambda: mine_pairs(X, Y, keys=X[:, :2], key_labels=Y), r"keys must be \[B, 3\].*\[4, 2\]"),
@@ -228,3 +244,30 @@ X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
 def test_errors_show_what_came(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_triton_may_be_missing(monkeypatch):
+    # As on macOS, on Windows, or with PyTorch for CPUs.
+    for name in [name for name in sys.modules if name.startswith("apinet_head.mining.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(mining, "triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match=r"needs Triton, which cannot be imported.*backend='auto'"):
+        mine_pairs(X, Y, backend="triton")
+
+
+@pytest.mark.parametrize("offset", [None, 0, 7])
+@pytest.mark.parametrize("same_class", [True, False])
+def test_drawn_partners_are_uniform_among_the_candidates(same_class, offset):
+    keys, key_labels = make_batch(seed=3, size=40, dim=5, classes=6, dtype=torch.float32, kind="non-finite")
+    labels = key_labels[(offset or 0) :][:20]
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(20, 40)
+    for _ in range(2000):
+        partner, valid = draw(finite_rows(keys), labels, key_labels, offset, same_class, generator)
+        counts[torch.arange(20)[valid], partner[valid]] += 1
+    finite = keys.isfinite().all(1).numpy()
+    allowed = torch.from_numpy(candidates(labels.numpy(), key_labels.numpy(), finite, same_class, offset))
+    expected = 2000 / allowed.sum(1, keepdim=True)
+    assert torch.equal(valid, allowed.any(1))
+    assert counts[~allowed].sum() == 0
+    assert ((counts - expected).abs()[allowed] <= (5 * expected.sqrt()).expand_as(counts)[allowed]).all()

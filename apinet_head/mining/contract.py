@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -22,7 +21,7 @@ class Found(NamedTuple):
 
 
 class Backend(Protocol):
-    """The search behind `mine_pairs`, on arguments it has checked: B >= 1, M >= 1, all on one device."""
+    """The search behind `mine_pairs`, on arguments it has checked: B >= 1, M >= 1, all on one device, none "random"."""
 
     def __call__(
         self,
@@ -32,7 +31,6 @@ class Backend(Protocol):
         key_labels: Tensor,
         key_offset: int | None,
         searches: Sequence[Search],
-        generator: torch.Generator | None,
     ) -> Found:
         """The results in order of the searches; keys None: features are searched themselves, with key_offset 0."""
         ...

@@ -16,7 +16,6 @@ def mine(
     key_labels: Tensor,
     key_offset: int | None,
     searches: Sequence[Search],
-    generator: torch.Generator | None,
 ) -> Found:
     """See `contract.Backend`."""
     queries, rows, finite = prepare(features, keys)
@@ -31,24 +30,15 @@ def mine(
     if key_offset is not None:
         candidate.diagonal(key_offset, 1, 2).fill_(False)  # a row and itself
     # Of equal ones, min takes the first.
-    cost, partner = torch.where(candidate, cost_of(searches, distance, generator), torch.inf).min(2)
+    cost, partner = torch.where(candidate, cost_of(searches, distance), torch.inf).min(2)
     return Found(partner, cost < torch.inf)
 
 
-def cost_of(searches: Sequence[Search], distance: Tensor, generator: torch.Generator | None) -> Tensor:
+def cost_of(searches: Sequence[Search], distance: Tensor) -> Tensor:
     """What each search wants least of, given distances [rows,columns]: that, or one such matrix per search."""
     if all(search.how == "similar" for search in searches):
         return distance
-    costs = {
-        "similar": lambda: distance,
-        "dissimilar": lambda: -distance,
-        "random": lambda: _noise(distance, generator),
-    }
-    return torch.stack([costs[search.how]() for search in searches])
-
-
-def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return torch.stack([distance if search.how == "similar" else -distance for search in searches])
 
 
 def _symmetric_products(rows: Tensor) -> Tensor:

@@ -31,13 +31,18 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     others = queries.detach().to(dtype)
     # A query too far from all keys for its square to be a number is as good as at the edge of that range.
     edge = math.sqrt(torch.finfo(dtype).max) / (4 * rows.shape[1])
-    others = _scaled(others, _peaks(others).isfinite(), scale).sub_(mean).clamp_(-edge, edge)
+    others = _scaled(others, finite_rows(others), scale).sub_(mean).clamp_(-edge, edge)
     return others, centred, finite
 
 
 def _scaled(rows: Tensor, finite: Tensor, scale: Tensor) -> Tensor:
     # In two steps, for on a CPU masked_fill by rows takes three times as long as both.
     return rows.nan_to_num(0.0, 0.0, 0.0).mul_(scale.where(finite, 0)[:, None])
+
+
+def finite_rows(rows: Tensor) -> Tensor:
+    """Which rows hold numbers alone [N]."""
+    return _peaks(rows.detach()).isfinite()
 
 
 def _peaks(rows: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ def mine(
     key_labels: Tensor,
     key_offset: int | None,
     searches: Sequence[Search],
-    generator: torch.Generator | None,
     *,
     tile: int | None = None,
 ) -> Found:
@@ -45,10 +44,9 @@ def mine(
             candidate = torch.stack([same if search.same_class else ~same for search in searches])
             if key_offset is not None and -same.shape[0] < top + key_offset - left < same.shape[1]:
                 candidate.diagonal(top + key_offset - left, 1, 2).fill_(False)  # a row and itself
-            cost = cost_of(searches, distance, generator)
+            cost = cost_of(searches, distance)
             best.offer(down, torch.where(candidate & finite[across], cost, torch.inf), 2, left)
             if symmetric and left > top:
-                cost = cost_of(searches, distance, generator)
                 best.offer(across, torch.where(candidate & finite[down, None], cost, torch.inf), 1, top)
     return Found(best.partner, best.cost < torch.inf)
 

@@ -1,0 +1,82 @@
+"""Backend "triton" of `mine_pairs` without a GPU: in Triton's interpreter, and compiled ahead of time for each GPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from apinet_head.mining import triton as backend  # noqa: E402
+from apinet_head.mining.triton_tiles import FEW, TILES  # noqa: E402
+
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a block may have
+
+
+def test_in_the_interpreter():
+    tests = Path(__file__).with_name("triton_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+class NoGPU:
+    """Stands in for Triton's driver, to compile for a GPU that isn't there."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
+
+
+def compile_kernels(monkeypatch, capability: int) -> dict[str, list]:
+    """From here on, launches on a CPU compile for that GPU, and no more; by name, what they compiled."""
+    kernels: dict[str, list] = {}
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernels.setdefault(self.fn.__name__, []).append(run(self, *args, grid=grid, warmup=True, **options))
+
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU(capability))
+    monkeypatch.setattr(backend, "_capability", lambda device: capability)
+    return kernels
+
+
+def memory_of_threads(kernel, tmp_path) -> tuple[int, int]:
+    """Bytes of stack and other local memory: where registers go that don't fit."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("STACK", "LOCAL"))
+
+
+@pytest.mark.skipif(not hasattr(triton, "knobs"), reason="this way of compiling is that of newer Tritons")
+@pytest.mark.parametrize("kind", ["direct", "float32", "half"])
+@pytest.mark.parametrize("capability", [80, 86, pytest.param(89, marks=pytest.mark.slow), 90])
+def test_compiles_without_spills(capability, kind, monkeypatch, tmp_path):
+    assert set(TILES) == {0, *SHARED_MEMORY}
+    kernels = compile_kernels(monkeypatch, capability)
+    monkeypatch.setattr(backend, "DIRECT", 1 << 60 if kind == "direct" else 0)
+    features = torch.zeros(200, 2048, dtype=torch.bfloat16 if kind == "half" else torch.float32)
+    labels = torch.zeros(200, dtype=torch.long)
+    for few in (1 << 60, 0):
+        monkeypatch.setitem(FEW, kind, few)
+        backend.find_partners(features, labels, None, labels, 0, 1, 1)
+    assert set(kernels) == ({"measure", "search_directly"} if kind == "direct" else
+                            {"measure", "summarise", "choose_shift", "lay_out", "search"})  # fmt: skip
+    for kernel in [kernel for runs in kernels.values() for kernel in runs]:
+        assert memory_of_threads(kernel, tmp_path) == (0, 0)
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024

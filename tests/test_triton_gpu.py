@@ -1,0 +1,125 @@
+"""Backend "triton" of `mine_pairs` on a CUDA device."""
+
+from functools import partial
+
+import pytest
+import torch
+from reference import check_partners
+from strategies import KINDS, make_batch
+
+from apinet_head import mine_pairs
+
+pytest.importorskip("triton")
+
+from triton_interpreted import DTYPES, PATHS
+
+from apinet_head.mining import triton as backend
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    monkeypatch.setattr(backend, "DIRECT", PATHS[request.param])
+
+
+def check_on_gpu(features, labels, *, intra="similar", inter="similar"):
+    """Compare with float64, where rounding of float32 distances may let another partner win."""
+    exact = features.double()
+    found = mine_pairs(features, labels, intra=intra, inter=inter, backend="triton")
+    expected = mine_pairs(exact, labels, intra=intra, inter=inter, backend="tiled")
+    assert torch.equal(found.valid, expected.valid)
+    finite = exact.isfinite().all(1)
+    centred = exact - exact[finite].mean(0)
+    norms = centred.square().sum(1)
+    anchor, partner, same_class, _ = (field[found.valid & finite[found.anchor]] for field in found)
+    best = expected.partner[found.valid & finite[found.anchor]]
+    assert torch.equal(labels[anchor] == labels[partner], same_class)
+    assert (anchor != partner).all()
+    assert finite[partner].all()
+    distance, least = ((centred[anchor] - centred[other]).square().sum(1) for other in (partner, best))
+    allowed = 16 * torch.finfo(torch.float32).eps * (norms[finite].max() + norms[anchor])
+    assert ((distance - least).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adversarial_on_cuda(kind, dtype, path):
+    for size, dim in ((1, 1), (2, 3), (120, 64), (513, 2048), (2000, 333), (4099, 2048)):
+        features, labels = make_batch(seed=size, size=size, dim=dim, classes=size // 4 + 1, dtype=dtype, kind=kind)
+        if kind == "huge":
+            features = features / dim**0.5  # their squares must be float64
+        if not features.isfinite().all(1).any():
+            continue
+        check_on_gpu(features.cuda(), labels.cuda())
+        check_on_gpu(features.cuda(), labels.cuda(), intra="dissimilar", inter="dissimilar")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [None, 100])
+def test_keys_elsewhere_on_cuda(offset, dtype, path):
+    keys, key_labels = make_batch(seed=1, size=1000, dim=100, classes=50, dtype=dtype, kind="offset")
+    features, labels = keys[100:230], key_labels[100:230]
+    pairs = mine_pairs(features.cuda(), labels.cuda(), keys=keys.cuda(), key_labels=key_labels.cuda(),
+                       key_offset=offset, inter="dissimilar", backend="triton")  # fmt: skip
+    for row, how, same in ((0, "similar", True), (130, "dissimilar", False)):
+        partner, valid = (field[row : row + 130].cpu() for field in (pairs.partner, pairs.valid))
+        check_partners(partner, valid, features, labels, how=how, same_class=same, keys=keys, key_labels=key_labels,
+                       offset=offset)  # fmt: skip
+
+
+def make_on_gpu(size: int = 3000, dim: int = 512):
+    features, labels = make_batch(seed=2, size=size, dim=dim, classes=size // 4, dtype=torch.float32, kind="duplicates")
+    return features.cuda(), labels.cuda()
+
+
+def test_the_same_five_times_on_cuda(path):
+    batch = make_on_gpu()
+    first, *others = (mine_pairs(*batch, backend="triton").partner for _ in range(5))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_no_synchronisation_and_graph_capture_on_cuda(path):
+    features, labels = make_on_gpu()
+    expected = mine_pairs(features, labels, backend="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mine_pairs(features, labels, backend="triton")
+        mine_pairs(features, labels, intra="random", inter="random", backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = mine_pairs(features, labels, backend="triton")
+    features.copy_(features.flip(0))
+    labels.copy_(labels.flip(0))
+    graph.replay()
+    for field, other in zip(captured, mine_pairs(features, labels, backend="triton"), strict=True):
+        assert torch.equal(field, other)
+    assert not torch.equal(captured.partner, expected.partner)
+
+
+def test_compiled_on_cuda(path):
+    features, labels = make_on_gpu()
+    found = torch.compile(partial(mine_pairs, backend="triton"), fullgraph=True)(features, labels)
+    for field, expected in zip(found, mine_pairs(features, labels, backend="triton"), strict=True):
+        assert torch.equal(field, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_on_cuda(dtype):
+    features = torch.randn(65536, 2048, device="cuda", dtype=dtype)
+    labels = torch.arange(65536, device="cuda") // 4
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    mine_pairs(features, labels, backend="triton")
+    assert torch.cuda.max_memory_allocated() - before <= features.nbytes + 2**28
+
+
+def test_more_numbers_than_int32_on_cuda():
+    size, dim = 131072, 16512
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB")
+    features = torch.randn(size // 2, dim, device="cuda", dtype=torch.bfloat16).repeat(2, 1)
+    pairs = mine_pairs(features, torch.arange(size, device="cuda"), intra=None, backend="triton")
+    assert torch.equal(pairs.partner, (pairs.anchor + size // 2) % size)
