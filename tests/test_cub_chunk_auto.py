@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import chunk_auto
 import pytest
@@ -75,7 +76,8 @@ def auto(settings, folder):
 
 def test_each_process_has_its_share_and_the_buffers_of_averaging(tmp_path, monkeypatch, capsys):
     settings = parse([*TINY, "--crop", "96"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    two = SimpleNamespace(num_processes=2, is_main_process=True)
+    monkeypatch.setattr(chunk_auto, "PartialState", lambda: two)
     give(monkeypatch, needed(settings, 3, batch=6, moments=2))
     assert auto(settings, tmp_path) == 3
     assert "for a batch of 6" in capsys.readouterr().out

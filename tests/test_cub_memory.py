@@ -76,10 +76,10 @@ def test_resumed_run_ends_as_the_run_never_interrupted(birds, tmp_path, monkeypa
     expected = run(birds, tmp_path / "whole", *MEMORY)
     train_epoch = train.Trainer.train_epoch
 
-    def killed_in_the_third(self, progress):
+    def killed_in_the_third(self, progress, sums):
         if progress.epoch == 2:
             raise KilledError
-        return train_epoch(self, progress)
+        return train_epoch(self, progress, sums)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "train_epoch", killed_in_the_third)

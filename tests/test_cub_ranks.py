@@ -118,7 +118,7 @@ def test_there_is_one_log_and_one_state_of_both(finished):
     assert [row["epoch"] for row in rows(output)] == ["1", "2", "3"]
     assert [row["step"] for row in rows(output)] == ["3", "6", "9"]
     assert len(list((output / "tensorboard").iterdir())) == 1
-    assert [path.name for path in (output / "state").iterdir()] == ["epoch-0003"]
+    assert sorted(path.name for path in (output / "state").iterdir()) == ["epoch-0002", "epoch-0003"]
     assert json.loads((output / "last" / "config.json").read_text())["gather"] is True
     assert not list(output.rglob("*.partial"))
 
@@ -151,7 +151,7 @@ def test_killed_rank_ends_the_run_and_resuming_ends_as_if_never_interrupted(fini
     killed = on_two_ranks({"flags": flags, "kill_in_epoch": 3})
     assert killed.returncode != 0
     assert re.search(r"Root Cause.*rank\s*: 1 .*exitcode\s*: -9 .*SIGKILL", killed.stderr, flags=re.DOTALL)
-    assert [path.name for path in (tmp_path / "run" / "state").glob("epoch-????")] == ["epoch-0002"]
+    assert max(path.name for path in (tmp_path / "run" / "state").glob("epoch-????")) == "epoch-0002"
 
     with pytest.raises(SystemExit, match=r"holds a run of 2 process.* here are 1: .*--nproc_per_node=2"):
         train.main(flags)

@@ -44,7 +44,7 @@ def test_a_run_leaves_everything(birds, tmp_path, method):
     result = run(birds, tmp_path / "run", "--method", method, "--epochs", "2")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
-        "settings.json", "log.csv", "curves.png", "result.json", "best", "last", "state", "tensorboard",
+        "settings.json", "data.json", "log.csv", "curves.png", "result.json", "best", "last", "state", "tensorboard",
     }  # fmt: skip
     with (tmp_path / "run" / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -75,8 +75,8 @@ def test_resumed_run_ends_as_the_run_never_interrupted(birds, finished, tmp_path
 
     train_epoch = train.Trainer.train_epoch
 
-    def killed_in_the_third(self, progress):
-        row = train_epoch(self, progress)
+    def killed_in_the_third(self, progress, sums):
+        row = train_epoch(self, progress, sums)
         if progress.epoch == 2:
             raise KilledError
         return row

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from settings import AUTO, Settings
 from torch import Tensor, nn
 
@@ -18,18 +20,29 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def with_chunk_size(settings: Settings, folder: Path, make_net: Callable[[Settings], nn.Module]) -> Settings:
-    """The settings with a number for "auto", and say which: the number that the run in `folder` began with, if any.
+    """The settings with a number for "auto": the one that the run in `folder` began with, if any.
+
+    Of several processes, the first one picks for all.
 
     Raises:
         SystemExit: no chunk size fits, or this torch can't tell.
     """
     if settings.chunk_size != AUTO:
         return settings
+    size = [0]
+    if PartialState().is_main_process:
+        size = [_pick(settings, folder, make_net)]
+    broadcast_object_list(size)
+    return replace(settings, chunk_size=size[0])
+
+
+def _pick(settings: Settings, folder: Path, make_net: Callable[[Settings], nn.Module]) -> int:
+    """The number, and a line that says why."""
     begun = folder / "settings.json"
     if begun.exists():
         size, reason = json.loads(begun.read_text()).get("chunk_size", 0), f"the number with which {folder} began"
     else:
-        processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as LOCAL_RANK and LOCAL_WORLD_SIZE are
+        processes = PartialState().num_processes
         try:
             choice = pick_chunk_size(
                 make_net(replace(settings, chunk_size=0, pretrained=False)),
@@ -44,7 +57,7 @@ def with_chunk_size(settings: Settings, folder: Path, make_net: Callable[[Settin
             raise SystemExit(f"--chunk-size auto: {error}") from None
         size, reason = choice.chunk_size or 0, choice
     print(f"--chunk-size auto: {size} ({reason})", flush=True)
-    return replace(settings, chunk_size=size)
+    return int(size)
 
 
 def free_memory(device: str) -> int:

@@ -3,20 +3,18 @@
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from apinet_head import APINet, FeatureMemory, gather_features
 
 
-def look_back(net: APINet, size: int, accelerator: Accelerator) -> FeatureMemory:
+def look_back(net: APINet, size: int, device: torch.device) -> FeatureMemory:
     """Let the net's head search its partners in the batch and in the last `size` features, with every call from now on.
 
-    The memory is on the accelerator's device, and in the states that it saves and loads. It is used from the second
-    batch on, without a warm-up. Of several processes, each keeps the features of all, so that the memories are alike.
+    The memory is used from the second batch on, without a warm-up. Of several processes, each keeps the features of
+    all, so that the memories are alike.
     """
-    memory = FeatureMemory(size, net.dim, device=accelerator.device)
-    accelerator.register_for_checkpointing(memory)
+    memory = FeatureMemory(size, net.dim, device=device)
 
     # A hook, for only the head's caller has the features, and this way the loop calls the net as it does without.
     def search_memory(_: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:

@@ -2,10 +2,11 @@
 
 import io
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,24 @@ def share(items: Sequence[T]) -> Sequence[T]:
     joined = dist.is_available() and dist.is_initialized()
     rank, count = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     return items[len(items) * rank // count : len(items) * (rank + 1) // count]
+
+
+def highest(values: Sequence[float]) -> list[float]:
+    """The highest of all processes' values, one by one, on each of them: what one of them wants, all do."""
+    if PartialState().num_processes == 1:
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU: no wait for the GPU
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def end_all(message: str, code: int) -> NoReturn:
+    """End all processes, to be called by all; the message is seen once."""
+    process = PartialState()
+    if process.is_main_process:
+        print(f"\n{message}", file=sys.stderr, flush=True)
+    process.wait_for_everyone()  # torchrun ends the others with the first that leaves
+    raise SystemExit(code)
 
 
 def average_gradients(net: nn.Module) -> nn.Module:

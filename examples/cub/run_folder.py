@@ -1,100 +1,138 @@
-"""The folder of a training run: settings, log, curves, model folders, and the state to go on from.
+"""The folder of a training run: settings, log, curves, model folders, and the checkpoints to go on from.
 
-settings.json   what the run was asked for
+settings.json   what the run was asked for; data.json, what it found at --data
 log.csv         a row per epoch; curves.png draws it, tensorboard/ has it for TensorBoard
 best/, last/    model.safetensors, config.json (APINet.from_pretrained) and run.json (classes, image sizes)
-state/          all of the newest epoch's state, for going on after an interruption
+state/          the newest checkpoints, for going on after an interruption
+nonfinite/      what is needed to replay a step that was not finite, if there was one
 """
 
 import csv
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils.constants import RNG_STATE_NAME
+from checkpoints import Checkpoints, write_bytes
+from data import ImageSet
+from run_state import RunState
+from safetensors import SafetensorError
 from settings import Settings, differences
+from torch import Tensor
 
 from apinet_head import APINet
 
 COLUMNS = ["epoch", "step", "lr", "seconds", "loss", "cross_entropy", "ranking", "train_top1", "test_top1", "test_top5"]
+COLUMNS += ["skipped"]
 
 
 @dataclass
 class Progress:
-    """How far a run is: epochs and steps done, and a row of figures for each epoch."""
+    """How far a run is: epochs and steps done, and a row of figures for each epoch.
+
+    Attributes:
+        batch: batches done of the epoch that has begun, of which `counted` are in its figures; it took `seconds`.
+        skipped: steps left out, for they were not finite.
+    """
 
     epoch: int = 0
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    batch: int = 0
+    counted: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
 
     @property
     def best(self) -> float:
         return max((row["test_top1"] for row in self.history if "test_top1" in row), default=-1.0)
 
+    @property
+    def name(self) -> str:
+        """Of a checkpoint; names sort as the run goes."""
+        return f"epoch-{self.epoch:04d}" + (f"-batch-{self.batch:05d}" if self.batch else "")
+
 
 class RunFolder:
-    """Opens the folder of a run, new or begun by the same command.
+    """The folder of a run, new or begun by the same command; nothing is written before `begin`.
 
     Raises:
-        FileExistsError: the folder holds a run of other settings, or something else.
+        FileExistsError: the folder holds a run of other settings or data, or something else.
     """
 
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.path = path
-        file = path / "settings.json"
-        if file.exists():
-            changed = differences(json.loads(file.read_text()), settings)
+    def __init__(self, path: Path, settings: Settings, data: ImageSet | None = None) -> None:
+        self.path, self.settings = path, settings
+        self.checkpoints = Checkpoints(path / "state", settings.keep_checkpoints)
+        self.data = describe(data) if data else {}
+        advice = "Choose another --output, or remove the folder."
+        if (path / "settings.json").exists():
+            changed = differences(json.loads((path / "settings.json").read_text()), settings)
             if changed:
                 listing = "\n  ".join(changed)
-                advice = "Choose another --output, or remove the folder."
                 raise FileExistsError(f"{path} holds a run of other settings:\n  {listing}\n{advice}")
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and any(file.name != "settings.json.partial" for file in path.iterdir()):
             raise FileExistsError(f"{path} is no folder of a run and not empty; choose another --output")
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(asdict(settings), indent=2))
+        if self.data and (path / "data.json").exists():
+            old = json.loads((path / "data.json").read_text())
+            changed = [
+                f"{name}: {old.get(name)!r} there, {new!r} here"
+                for name, new in self.data.items()
+                if old.get(name) != new
+            ]
+            if changed:
+                listing = "\n  ".join(changed)
+                raise FileExistsError(f"{path} holds a run on other data:\n  {listing}\n{advice}")
 
-    def save_state(self, accelerator: Accelerator, progress: Progress) -> None:
-        """Store all that the next epoch depends on; the epoch before's is removed only when that is done.
+    def begin(self) -> None:
+        """Make the folder of a run that is about to train: one that fails before that must not leave its settings."""
+        with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / "settings.json").exists():
+                write_text(self.path / "settings.json", json.dumps(asdict(self.settings), indent=2))
+            if self.data:
+                write_text(self.path / "data.json", json.dumps(self.data, indent=2))
 
-        All processes take part: each has a random state of its own.
-        """
-        target = self.path / "state" / f"epoch-{progress.epoch:04d}"
-        partial = target.with_suffix(".partial")
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return
-        write_text(partial / "progress.json", json.dumps(asdict(progress)))
-        partial.replace(target)
-        for old in self.path.glob("state/*"):
-            if old != target:
-                shutil.rmtree(old)
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Ends the run with a message when the disk refuses, for example when it is full."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            names = self.checkpoints.names()
+            good = (
+                f"The last checkpoint is {self.checkpoints.folder / names[-1]}" if names else "There is no checkpoint"
+            )
+            raise SystemExit(
+                f"cannot write to {self.path}: {error}\n{good}; with this mended, the same command goes on from there"
+            ) from error
 
-    def load_state(self, accelerator: Accelerator) -> Progress:
-        """Restore the newest state there is; a fresh Progress if there is none.
+    def save_state(self, state: RunState, progress: Progress, sums: dict[str, Tensor]) -> Path:
+        """Store all that the rest of the run depends on; all processes take part."""
+        with self.writing():
+            return self.checkpoints.save(progress.name, state_files(state, progress, sums))
+
+    def load_state(self, state: RunState) -> tuple[Progress, dict[str, Tensor]]:
+        """Restore the newest state there is, and the sums of its epoch's figures; a fresh Progress if there is none.
 
         Raises:
-            SystemExit: another number of processes saved it.
+            SystemExit: another number of processes saved it, or all that were saved are damaged.
         """
-        states = sorted(path for path in self.path.glob("state/epoch-*") if path.suffix != ".partial")
-        if not states:
-            return Progress()
-        saved, here = len(list(states[-1].glob(f"{RNG_STATE_NAME}_*.pkl"))), accelerator.num_processes
-        if saved != here:  # the missing random states would be passed over in silence
-            raise SystemExit(
-                f"{self.path} holds a run of {saved} process(es), and here are {here}: go on with "
-                f"`torchrun --nproc_per_node={saved}`, or choose another --output"
-            )
-        accelerator.load_state(str(states[-1]))
-        return Progress(**json.loads((states[-1] / "progress.json").read_text()))
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return Progress(), {}
+        sums = state.load(newest)
+        return Progress(**json.loads((newest / "progress.json").read_text())), sums
+
+    def save_nonfinite(self, state: RunState, progress: Progress, files: dict[str, bytes]) -> Path:
+        """Store a state with the batch that it fails on, beside the checkpoints; all processes take part."""
+        dumps = Checkpoints(self.path / "nonfinite", keep=1)
+        with self.writing():
+            return dumps.save(progress.name, state_files(state, progress, {}) | files)
 
     def save_model(self, name: str, net: APINet, settings: Settings, classes: list[str], row: dict[str, float]) -> None:
         """Store the net as a folder of its own, which evaluate.py and APINet.from_pretrained load."""
@@ -119,6 +157,24 @@ class RunFolder:
         partial.replace(self.path / "log.csv")
 
 
+def describe(data: ImageSet) -> dict[str, Any]:
+    """What tells a data set from another: its counts, and a hash of its images' names and labels in order."""
+    lines = [f"{image.path.parent.name}/{image.path.name} {image.label}" for image in [*data.train, *data.test]]
+    return {
+        "classes": len(data.classes),
+        "training images": len(data.train),
+        "test images": len(data.test),
+        "sha256 of the list": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+    }
+
+
+def state_files(state: RunState, progress: Progress, sums: dict[str, Tensor]) -> dict[str, bytes]:
+    files = state.files(progress.batch, sums)
+    if state.accelerator.is_main_process:
+        files["progress.json"] = json.dumps(asdict(progress)).encode()
+    return files
+
+
 def load_model(folder: Path) -> tuple[APINet, dict[str, Any]]:
     """The net of a model folder, in eval mode, and its run.json."""
     run = folder / "run.json"
@@ -130,5 +186,5 @@ def load_model(folder: Path) -> tuple[APINet, dict[str, Any]]:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    write_bytes(partial, text.encode())
     os.replace(partial, path)

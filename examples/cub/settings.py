@@ -74,6 +74,9 @@ class Settings:
     threads: int = setting(0, "CPU threads; 0: torch's choice")
     eval_every: int = setting(1, "test after each so many epochs, and after the last")
     eval_batch: int = setting(100, "test images at a time")
+    checkpoint_minutes: float = setting(10.0, "save after so many minutes too, not only with an epoch; 0: only then")
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep")
+    skip_nonfinite: int = setting(0, "leave out up to so many steps whose loss or gradients are infinite or NaN")
     output: str = setting("", "folder of the run; empty: runs/DATA-METHOD-BACKBONE-seedN")
 
 
@@ -113,7 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
 
     parser = argparse.ArgumentParser(
         description="Train API-Net, or the baseline, on one of the paper's five data sets or on the embedded birds.",
-        epilog="An interrupted run goes on after its last whole epoch when started again with the same command.",
+        epilog="An interrupted run goes on from its last checkpoint when started again with the same command.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         conflict_handler="resolve",
         parents=[first],
@@ -132,6 +135,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         json.loads(chosen["backbone_args"])
     except json.JSONDecodeError as error:
         parser.error(f"--backbone-args must be JSON, got {chosen['backbone_args']!r}: {error}")
+    if chosen["keep_checkpoints"] < 1:
+        parser.error(f"--keep-checkpoints must be at least 1, got {chosen['keep_checkpoints']}")
     if chosen["dataset"] != "cub" and not chosen["data"]:
         archive = ARCHIVES[chosen["dataset"]]
         parser.error(f"--dataset {chosen['dataset']} needs --data, {archive.expected}. {archive.source}")
@@ -153,6 +158,7 @@ def differences(old: dict[str, Any], settings: Settings) -> list[str]:
     """What differs between the settings of two runs, less what changes no result."""
     new, old = asdict(settings), asdict(Settings()) | old  # a setting newer than the run had its default meaning
     harmless = {"output", "workers", "cache_images", "device", "eval_batch", "threads"}
+    harmless |= {"checkpoint_minutes", "keep_checkpoints", "skip_nonfinite"}
     if settings.chunk_size == AUTO:  # takes the number of the run that it goes on with
         harmless.add("chunk_size")
     return [

@@ -6,23 +6,24 @@ python examples/cub/train.py --dataset dogs --data StanfordDogs       # the pape
 torchrun --nproc_per_node=2 examples/cub/train.py --data CUB_200_2011 # the paper's setup on two GPUs
 """
 
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
+from augmentation import AugmentedImages, PlacedBatches, leave_signals_to_the_parent
 from birds_cache import open_data
 from chunk_auto import with_chunk_size
 from curves import draw_curves
 from data import ImageDataset, ImageSet, train_transform
 from evaluate import confusion, predict, report, scores, test_loader
+from interruption import Interruption
 from look_back import look_back
-from processes import average_gradients, first_process_first, join_processes, share_buffers
+from nonfinite import Before, NonFiniteError, check_finite, keep_and_end
+from processes import average_gradients, end_all, first_process_first, highest, join_processes, share_buffers
 from run_folder import Progress, RunFolder
+from run_state import RunState
 from settings import Settings, parse, run_folder
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -31,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from apinet_head import APINet, BalancedBatchSampler, api_loss_terms, random_pairs
+from apinet_head import BalancedBatchSampler, api_loss_terms, random_pairs
+from build import make_accelerator, make_net
 
 
 class Trainer:
@@ -59,61 +61,122 @@ class Trainer:
         self.accelerator.prepare_model(self.net, evaluation_mode=True)
         self.model: nn.Module = self.net  # `fit` wraps it where there are many processes
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        if settings.memory and settings.method == "api":
-            look_back(self.net, settings.memory, self.accelerator)
-        if self.accelerator.process_index:  # same weights on all, but each with dropout and augmentation of its own
+        memory = settings.memory if settings.method == "api" else 0
+        self.state = RunState(
+            self.accelerator, self.net, self.optimizer, self.scheduler, self.sampler,
+            look_back(self.net, memory, self.accelerator.device) if memory else None,
+        )  # fmt: skip
+        if self.accelerator.process_index:  # same weights on all, but each with dropout of its own
             set_seed(settings.seed, device_specific=True)
         images = ImageDataset(
             data.train, train_transform(settings.resize, settings.crop),
             resize=settings.resize, cache=settings.cache_images,
         )  # fmt: skip
         self.loader = DataLoader(
-            images, batch_sampler=self.sampler, num_workers=settings.workers,
+            AugmentedImages(images), batch_sampler=PlacedBatches(self.sampler), num_workers=settings.workers,
             pin_memory=self.accelerator.device.type == "cuda", persistent_workers=settings.workers > 0,
+            worker_init_fn=leave_signals_to_the_parent,
+            generator=torch.Generator(),  # else each start of the loader takes a number from the net's chance
         )  # fmt: skip
         self.test_loader = test_loader(data, settings)
+        self.interruption, self.saved = Interruption(), time.monotonic()
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch, from where the run folder is; the run's result."""
+        self.accelerator.wait_for_everyone()  # others still look whether the folder is free
         with first_process_first():
-            progress = self.folder.load_state(self.accelerator)
-            if progress.epoch:
-                print(f"going on after epoch {progress.epoch} of {self.settings.epochs}", flush=True)
-        while progress.epoch < self.settings.epochs:
-            start = time.perf_counter()
-            self.net.freeze_backbone(
-                progress.epoch < self.settings.frozen_epochs, batch_norm=self.settings.frozen_batch_norm
-            )
-            self.model = average_gradients(self.net)
-            row = self.train_epoch(progress)
-            share_buffers(self.net)
-            progress.epoch += 1
-            row |= {"epoch": progress.epoch, "step": progress.step, "seconds": time.perf_counter() - start}
-            if progress.epoch == self.settings.epochs or progress.epoch % self.settings.eval_every == 0:
-                row |= scores(*predict(self.net, self.test_loader, self.accelerator.device))
-            self.record(progress, row)
+            if self.accelerator.is_main_process:
+                self.folder.begin()
+            self.accelerator.init_trackers("tensorboard")
+            progress, sums = self.folder.load_state(self.state)
+            if progress.step:
+                place = f"epoch {progress.epoch} of {self.settings.epochs}"
+                place += f" and {progress.batch} of {self.sampler.n_batches} batches" if progress.batch else ""
+                print(f"going on after {place}", flush=True)
+        with self.interruption:
+            while progress.epoch < self.settings.epochs:
+                self.net.freeze_backbone(
+                    progress.epoch < self.settings.frozen_epochs, batch_norm=self.settings.frozen_batch_norm
+                )
+                self.model = average_gradients(self.net)
+                row = self.train_epoch(progress, sums)
+                self.end_epoch(progress, row)
+                sums = {}
         return self.finish(progress)
 
-    def train_epoch(self, progress: Progress) -> dict[str, float]:
-        """One pass; the means of loss, its terms and accuracy over the epoch."""
+    def train_epoch(self, progress: Progress, sums: dict[str, Tensor]) -> dict[str, float]:
+        """One pass, or what is left of it; the means of loss, its terms and accuracy over the epoch."""
         self.model.train()
         self.sampler.set_epoch(progress.epoch)
-        sums: dict[str, Tensor | float] = {}
-        title = f"epoch {progress.epoch + 1}/{self.settings.epochs}"
-        bar = tqdm(self.loader, desc=title, mininterval=0.5, disable=not self.accelerator.is_main_process)
-        for count, (images, labels, _) in enumerate(bar, start=1):
+        start, batches = time.perf_counter() - progress.seconds, self.sampler.n_batches
+        bar = tqdm(
+            self.loader, desc=f"epoch {progress.epoch + 1}/{self.settings.epochs}", mininterval=0.5,
+            initial=progress.batch, total=batches, disable=not self.accelerator.is_main_process,
+        )  # fmt: skip
+        for images, labels, indices in bar:
             self.scheduler.step_update(progress.step)
-            figures = self.step(images, labels)
-            progress.step += 1
-            sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
-            if count % 10 == 0 or count == len(self.loader):  # reading a figure waits for the device
-                means = {name: float(value) / count for name, value in self.accelerator.reduce(sums, "mean").items()}
-                bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
-                self.accelerator.log(means, step=progress.step)
-        return {"lr": self.optimizer.param_groups[-1]["lr"], **means}
+            before = Before(self.state)
+            try:
+                figures = self.step(images, labels)
+            except NonFiniteError as error:
+                self.leave_out(progress, error, before, [images, labels, indices])
+            else:
+                sums |= {name: sums[name] + value if name in sums else value for name, value in figures.items()}
+                progress.counted += 1
+            progress.step, progress.batch = progress.step + 1, progress.batch + 1
+            progress.seconds = time.perf_counter() - start
+            if progress.batch % 10 == 0 and progress.batch < batches:  # reading a figure waits for the device
+                bar.set_postfix(
+                    {name: f"{value:.3g}" for name, value in self.means(progress, sums).items()}, refresh=False
+                )
+            self.save_in_between(progress, sums)
+        return {"lr": self.optimizer.param_groups[-1]["lr"], **self.means(progress, sums)}
+
+    def means(self, progress: Progress, sums: dict[str, Tensor]) -> dict[str, float]:
+        """The epoch's figures so far, of all processes."""
+        if not sums:
+            return {}
+        reduced = self.accelerator.reduce(sums, "mean")
+        means = {name: float(value) / progress.counted for name, value in reduced.items()}
+        with self.folder.writing():
+            self.accelerator.log(means, step=progress.step)
+        return means
+
+    def save_in_between(self, progress: Progress, sums: dict[str, Tensor]) -> None:
+        """Save within an epoch if it is time, or if a signal asks to stop; in that case, stop."""
+        minutes = self.settings.checkpoint_minutes
+        due = bool(minutes) and time.monotonic() - self.saved > 60 * minutes and progress.batch < self.sampler.n_batches
+        stop, due = highest([self.interruption.signal, due])
+        if stop or due:
+            self.folder.save_state(self.state, progress, sums)
+            self.saved = time.monotonic()
+        if stop:
+            self.stop(int(stop), progress)
+
+    def stop(self, signal: int, progress: Progress) -> None:
+        checkpoint = self.folder.path / "state" / progress.name
+        end_all(f"stopped by signal {signal}, saved as {checkpoint}; the same command goes on from there", 128 + signal)
+
+    def leave_out(self, progress: Progress, error: NonFiniteError, before: Before, batch: list[Tensor]) -> None:
+        """Go on without this step, if the settings allow it; else keep what replays it, and end the run."""
+        before.restore_buffers()
+        self.optimizer.zero_grad()
+        place = f"step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.batch + 1})"
+        if progress.skipped < self.settings.skip_nonfinite:
+            progress.skipped += 1
+            self.accelerator.print(f"\n{place} is left out, {progress.skipped} so far, as it is not finite: {error}")
+            return
+        before.restore_chance()
+        images, labels, indices = batch
+        paths = [str(self.data.train[index].path) for index in indices.tolist()]
+        keep_and_end(self.folder, self.state, progress, images, labels, paths, f"{place} is not finite: {error}")
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One update; loss, its terms and the accuracy of this batch, on the device."""
+        """One update; loss, its terms and the accuracy of this batch, on the device.
+
+        Raises:
+            NonFiniteError: there was no update, for it would not be finite.
+        """
         device, settings = self.accelerator.device, self.settings
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         labels = labels.to(device, non_blocking=True)
@@ -135,6 +198,9 @@ class Trainer:
                 ranking = torch.zeros_like(loss)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
+        # Scaled gradients of fp16 may overflow, which the scaler answers by a smaller scale.
+        learned = [] if self.accelerator.scaler else self.net.parameters()
+        check_finite({"loss": loss, "cross_entropy": cross_entropy, "ranking": ranking}, learned)
         self.optimizer.step()
         return {
             "loss": loss.detach(),
@@ -143,8 +209,25 @@ class Trainer:
             "train_top1": accuracy(logits.detach(), targets)[0],
         }
 
+    def end_epoch(self, progress: Progress, row: dict[str, float]) -> None:
+        """Test the net, note the epoch's figures, and save what is to outlive this process."""
+        start = time.perf_counter()
+        share_buffers(self.net)
+        progress.epoch += 1
+        row |= {"epoch": progress.epoch, "step": progress.step, "skipped": progress.skipped}
+        if progress.epoch == self.settings.epochs or progress.epoch % self.settings.eval_every == 0:
+            row |= scores(*predict(self.net, self.test_loader, self.accelerator.device))
+        row["seconds"] = progress.seconds + time.perf_counter() - start
+        with self.folder.writing():
+            self.record(progress, row)
+        progress.batch, progress.counted, progress.seconds = 0, 0, 0.0
+        self.folder.save_state(self.state, progress, {})
+        self.saved = time.monotonic()
+        if signal := highest([self.interruption.signal])[0]:  # it came during the test
+            self.stop(int(signal), progress)
+
     def record(self, progress: Progress, row: dict[str, float]) -> None:
-        """Note an epoch's figures, and save what is to outlive this process."""
+        """Write an epoch's figures, and the net if it is the best so far."""
         first = self.accelerator.is_main_process
         if first and row.get("test_top1", -1.0) > progress.best:
             self.folder.save_model("best", self.net, self.settings, self.data.classes, row)
@@ -155,7 +238,6 @@ class Trainer:
             self.folder.write_log(progress.history)
         if first and tested:
             draw_curves(progress.history, self.folder.path / "curves.png")
-        self.folder.save_state(self.accelerator, progress)
 
     def finish(self, progress: Progress) -> dict[str, Any]:
         """Save the net as it is after the last epoch, and what it confuses."""
@@ -168,39 +250,11 @@ class Trainer:
             "best_test_top1": progress.best,
         }
         if self.accelerator.is_main_process:
-            self.folder.save_model("last", self.net, self.settings, self.data.classes, final)
-            self.folder.write_result(result)
+            with self.folder.writing():
+                self.folder.save_model("last", self.net, self.settings, self.data.classes, final)
+                self.folder.write_result(result)
         self.accelerator.end_training()
         return result
-
-
-def make_accelerator(settings: Settings, folder: Path) -> Accelerator:
-    """Device, mixed precision and logging by accelerate."""
-    accelerator = Accelerator(
-        cpu=settings.device == "cpu", mixed_precision=settings.amp, log_with="tensorboard", project_dir=folder
-    )
-    if settings.device not in ("auto", accelerator.device.type):
-        raise SystemExit(f"--device {settings.device} is not to be had here: torch finds {accelerator.device.type}")
-    accelerator.init_trackers("tensorboard")
-    return accelerator
-
-
-def make_net(settings: Settings, num_classes: int) -> APINet:
-    """The net of either method: the baseline is the same one, trained without pairs."""
-    return APINet(
-        settings.backbone,
-        num_classes,
-        pretrained=settings.pretrained,
-        chunk_size=settings.chunk_size or None,
-        backbone_args=json.loads(settings.backbone_args),
-        hidden_dim=settings.hidden_dim,
-        dropout=settings.dropout,
-        mutual=settings.mutual,
-        gate=settings.gate,
-        intra=None if settings.intra == "none" else settings.intra,
-        inter=None if settings.inter == "none" else settings.inter,
-        gather=settings.pairs == "mined",  # random pairs are drawn among each process's own images
-    )
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -210,9 +264,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     processes = join_processes(settings.device)
     with first_process_first():
         data = open_data(settings)
-        settings = with_chunk_size(settings, run_folder(settings), lambda plain: make_net(plain, len(data.classes)))
+    settings = with_chunk_size(settings, run_folder(settings), lambda plain: make_net(plain, len(data.classes)))
+    with first_process_first():
         try:
-            folder = RunFolder(run_folder(settings), settings)
+            folder = RunFolder(run_folder(settings), settings, data)
         except FileExistsError as error:
             raise SystemExit(str(error)) from None
         print(
