@@ -269,3 +269,22 @@ def test_signals_save_and_stop(birds, tmp_path, whole, monkeypatch, capsys, numb
     assert f"saved as {tmp_path / 'run' / 'state' / saved}; the same command goes on" in capsys.readouterr().err
     run(birds, tmp_path / "run", *flags)
     assert_ends_alike(tmp_path / "run", whole)
+
+
+def test_a_start_that_fails_leaves_nothing_behind(birds, tmp_path):
+    with pytest.raises(ValueError, match="n_classes=7"):
+        run(birds, tmp_path / "run", "--n-classes", "7")
+    assert not (tmp_path / "run").exists()
+    run(birds, tmp_path / "run", "--epochs", "1")
+
+
+def test_other_data_of_the_same_name_is_refused(birds, tmp_path):
+    data = tmp_path / "CUB_200_2011"
+    shutil.copytree(birds, data)
+    run(data, tmp_path / "run", "--epochs", "1")
+    split = data / "train_test_split.txt"
+    lines = split.read_text().splitlines()
+    lines[0] = lines[0][:-1] + str(1 - int(lines[0][-1]))
+    split.write_text("\n".join(lines) + "\n")
+    with pytest.raises(SystemExit, match=r"on other data:\n.*training images: 18 there, 1[79] here\n.*\n.*sha256"):
+        run(data, tmp_path / "run", "--epochs", "1")
