@@ -147,18 +147,19 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(finished, cache, tm
 
 
 def test_killed_rank_ends_the_run_and_resuming_ends_as_if_never_interrupted(finished, tmp_path):
-    flags = [*API, "--output", str(tmp_path / "run")]
+    flags = [*API, "--output", str(tmp_path / "run"), "--checkpoint-minutes", "1e-9"]
     killed = on_two_ranks({"flags": flags, "kill_in_epoch": 3})
     assert killed.returncode != 0
     assert re.search(r"Root Cause.*rank\s*: 1 .*exitcode\s*: -9 .*SIGKILL", killed.stderr, flags=re.DOTALL)
-    assert max(path.name for path in (tmp_path / "run" / "state").glob("epoch-????")) == "epoch-0002"
+    saved = max(path.name for path in (tmp_path / "run" / "state").iterdir() if not path.suffix)
+    assert saved == "epoch-0002-batch-00001"
 
     with pytest.raises(SystemExit, match=r"holds a run of 2 process.* here are 1: .*--nproc_per_node=2"):
         train.main(flags)
 
     resumed = on_two_ranks({"flags": flags})
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("going on after epoch 2 of 3") == 1
+    assert resumed.stdout.count("going on after epoch 2 of 3 and 1 of 3 batches") == 1
     for one, other in zip(told(tmp_path / "run"), told(finished[0] / "api"), strict=True):
         assert same(one["weights"], other["weights"])
         assert torch.equal(one["random"], other["random"])
