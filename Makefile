@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ablate test test-slow test-gpu lint types wheel figures clean
+.PHONY: help demo ablate test test-slow test-gpu lint types wheel bench figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -46,6 +46,10 @@ types: $(READY)  ## mypy, strict, on the package
 
 wheel: $(READY)  ## dist/*.whl and *.tar.gz
 	$(BIN)/python -m build
+
+bench: $(READY)  ## measure everything on this machine, then draw tables and plots (up to 10 minutes, nothing else running)
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/report.py
 
 figures: $(READY)  ## draw the pictures of the README anew
 	$(BIN)/python docs/figures/method.py
