@@ -33,9 +33,9 @@ def peak_on_device(call: Callable[[], object], device: torch.device) -> int:
 def growth_of_process(call: Callable[[], object]) -> int:
     """Bytes by which the memory of this process grows at most during a call.
 
-    Linux keeps the largest resident set of a process, and forgets it on demand. What an earlier call has left to the
-    allocator would hide some of the growth, so this is for a fresh process: see `in_fresh_process`.
-
+    Linux keeps the largest resident set of a process, and forgets it on demand; it counts in steps of some ten pages
+    for each core. What an earlier call has left to the allocator would hide some of the growth, so this is for a fresh
+    process: see `in_fresh_process`.
     """
     CLEAR.write_text("5")  # the largest resident set is now the present one
     before = _status("VmRSS")

@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 # memory.py joins them here.
 PARTS = {
-    "mining": Part(mining, 300, 20),
+    "mining": Part(mining, 330, 20),
     "head": Part(head, 30, 4),
     "train_step": Part(train_step, 90, 8),
 }

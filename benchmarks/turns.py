@@ -1,5 +1,6 @@
 """Sides that take turns, round after round, so that a busy moment of the machine hits all of them alike."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,11 +40,11 @@ def take_turns(
     if not taken or round_takes > (LONG * seconds if alone is None else alone):
         return Turns(taken, absent, warm=False)
     rounds = min(MOST, max(LEAST, int(seconds / round_takes)))
-    names = list(taken)
+    names, order = list(taken), random.Random(0)
     taken = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)  # each begins in its turn: who comes first may find the machine in another state
-        for name in names[first:] + names[:first]:
+    for _ in range(rounds):
+        order.shuffle(names)  # what a side leaves in caches and allocators may help or harm the one that follows
+        for name in names:
             taken[name].append(_time(calls[name], device))
     return Turns(taken, absent, warm=True)
 

@@ -23,6 +23,8 @@ from reference import candidates, squared_distances
 from report import blocks, fill, newest, report
 from turns import Turns, reason, spread, summarise, take_turns
 
+from apinet_head.mining import BACKENDS
+
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ON_CUDA_ONLY = {"ours, triton", miners.GRAPH}
@@ -79,7 +81,8 @@ def test_a_failing_side_leaves_the_others_their_turns():
         raise ValueError("no such device\nand more")
 
     turns = take_turns({"a": lambda: calls.append("a"), "b": fail, "c": lambda: calls.append("c")}, CPU, 0.0, 60)
-    assert calls == list("ac" + "acca" + "ac")  # a round to warm up, then each begins in its turn
+    assert [sorted(calls[place : place + 2]) for place in (0, 2, 4, 6)] == 4 * [["a", "c"]]  # the first warms up
+    assert len(calls) == 8
     assert turns.warm
     assert {name: len(values) for name, values in turns.seconds.items()} == {"a": 3, "c": 3}
     assert turns.absent == {"b": "not available: no such device"}
@@ -92,9 +95,9 @@ def test_a_long_first_round_is_the_only_one():
 
 
 def test_ratios_are_of_the_same_round():
-    turns = Turns({"a": [1.0, 20.0, 30.0], "b": [2.0, 10.0, 60.0]}, {"c": "out of memory"}, warm=True)
+    turns = Turns({"a": [1.0, 20.0, 30.0], "b": [10.0, 2.0, 60.0]}, {"c": "out of memory"}, warm=True)
     found = summarise(turns, "b")
-    assert found["a"]["ratio"] == {"low": 0.5, "median": 0.5, "high": 1.25}
+    assert found["a"]["ratio"] == {"low": 0.3, "median": 0.5, "high": 5.25}
     assert found["a"]["seconds"] == {"low": 10.5, "median": 20.0, "high": 25.0}
     assert found["c"] == {"absent": "out of memory"}
     assert spread([3.0]) == {"low": 3.0, "median": 3.0, "high": 3.0}
@@ -133,10 +136,10 @@ def test_what_would_take_too_much_is_refused(monkeypatch):
     assert set(Budget(CPU, seconds=0).refuse(["quick"], large)) == set()  # without a foresight it is tried
 
 
-def allocate(mebibytes, touched):
-    block = []
-    torch.empty(2**18).zero_()  # the code that does it is loaded on first use; what it took goes back to the system
-    return footprint.growth_of_process(lambda: block.append(torch.empty(mebibytes * 2**20 // touched).zero_()))
+def allocate(mebibytes):
+    # More than is measured then: that is not to count, nor to hide what is.
+    torch.empty(60 * 2**20 // 4).zero_()
+    return footprint.growth_of_process(lambda: torch.empty(mebibytes * 2**20 // 4).zero_())
 
 
 def end_by(how):
@@ -145,13 +148,16 @@ def end_by(how):
 
 @pytest.mark.skipif(not footprint.can_measure_growth(), reason="needs Linux")
 def test_memory_of_fresh_processes():
-    for expected in (1, 40):
-        grown, failure = footprint.in_fresh_process(allocate, expected, 4, seconds=60)
+    # Linux counts pages for each core apart, and sums up when enough have come together.
+    cores = os.cpu_count()
+    slack = 1 + cores * max(32, 2 * cores) * 4096 / 2**20
+    for expected in (5, 40):
+        grown, failure = footprint.in_fresh_process(allocate, expected, seconds=60)
         assert failure is None
-        assert expected <= grown / 2**20 < expected + 0.7
+        assert abs(grown / 2**20 - expected) < slack
     assert footprint.in_fresh_process(end_by, signal.SIGKILL, seconds=60) == (None, "out of memory")
     assert footprint.in_fresh_process(end_by, signal.SIGABRT, seconds=60) == (None, "its process ended with -6")
-    assert footprint.in_fresh_process(allocate, -4, 4, seconds=60)[1].startswith("RuntimeError")
+    assert footprint.in_fresh_process(allocate, -4, seconds=60)[1].startswith("RuntimeError")
     assert footprint.in_fresh_process(time.sleep, 60, seconds=0.1) == (None, "took more than 0 s")
 
 
@@ -173,7 +179,10 @@ def tiny_plan(device):
 
 @pytest.fixture(scope="module")
 def measured():
-    return run.measure(tiny_plan(CPU), CPU, quick=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(BACKENDS) - {"dense", "tiled", "triton"}:
+            patch.delitem(BACKENDS, name)  # of other tests' making: a fresh process doesn't know them
+        return run.measure(tiny_plan(CPU), CPU, quick=True)
 
 
 def check_measured(found, device):
@@ -188,7 +197,7 @@ def check_measured(found, device):
                     assert 0 < side["seconds"]["low"] <= side["seconds"]["median"] <= side["seconds"]["high"]
                     assert side["ratio"]["median"] > 0
     first = found["mining"][0]["sides"]
-    assert set(miners.sides(device)) == set(first)
+    assert {miners.LIMIT, miners.AUTO, "ours, dense", miners.PUBLISHED, "pytorch-metric-learning"} <= set(first)
     assert all(side["agreement"] == 1 for name, side in first.items() if name != miners.LIMIT and "absent" not in side)
     assert found["ceilings"]["flops"]["float32"] > 1e6
     assert set(found["origin"]) >= {"device", "cores", "threads", "date", "python", "versions"}
