@@ -39,14 +39,17 @@ class Budget:
         return min(LONG * self.unit, self.left() / (1 + LEAST))
 
     def refuse(self, names: Sequence[str], case: Case) -> dict[str, str]:
-        """The sides that are to be left out, and why."""
-        refused = {name: why for name in names if (why := self._refuse_one(name, case))}
-        # On a CPU each side runs a second time, for its memory.
-        times = 2 if case.memory and self.device.type == "cpu" else 1
-        needs = times * sum(self._foreseen_seconds(name, case) for name in names if name not in refused)
-        if needs > max(0.0, self.left()):
-            why = f"skipped: a round would take about {needs:.0f} s, more than is left to the benchmark"
-            refused |= {name: why for name in names if name not in refused}
+        """The sides that are to be left out, and why; of those that don't all fit the time that is left, the last."""
+        refused, left = {}, max(0.0, self.left())
+        times = 2 if case.memory and self.device.type == "cpu" else 1  # there, memory is measured in a call of its own
+        for name in names:
+            needs = times * self._foreseen_seconds(name, case)
+            if why := self._refuse_one(name, case):
+                refused[name] = why
+            elif needs > left:
+                refused[name] = f"skipped: would take about {needs:.0f} s, more than is left to the benchmark"
+            else:
+                left -= needs
         return refused
 
     def note_times(self, turns: Turns, case: Case) -> None:

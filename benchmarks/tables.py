@@ -171,7 +171,7 @@ def _mining_ratio(found: Mapping[str, Any], size: int, base: str) -> str | None:
             if "ours / this" not in other:
                 return _word(other if "absent" in other else ours)
             times = (_number(1000 * side["seconds"]["median"]) for side in (ours, other))
-            return f"{_range(other['ours / this'])} ({' / '.join(times)} ms)"
+            return f"{_range(other['ours / this'], other['rounds'])} ({' / '.join(times)} ms)"
     return None
 
 
@@ -214,19 +214,19 @@ def _ms(side: Mapping[str, Any]) -> str:
 def _ratio(side: Mapping[str, Any]) -> str:
     if "ratio" not in side:
         return _word(side)
-    return _range(side["ratio"])
+    return _range(side["ratio"], side["rounds"])
 
 
-def _range(values: Mapping[str, float]) -> str:
-    """Median and quartiles."""
-    return "{median:.2f} [{low:.2f}, {high:.2f}]".format(**values)
+def _range(values: Mapping[str, float], rounds: int) -> str:
+    """Median and quartiles; a single round has none."""
+    return ("{median:.2f} [{low:.2f}, {high:.2f}]" if rounds > 1 else "{median:.2f}").format(**values)
 
 
 def _overhead(side: Mapping[str, Any]) -> str:
     if "ratio" not in side:
         return _word(side)
     low, median, high = (100 * (side["ratio"][name] - 1) for name in ("low", "median", "high"))
-    return f"{median:+.1f} % [{low:+.1f}, {high:+.1f}]"
+    return f"{median:+.1f} %" + (f" [{low:+.1f}, {high:+.1f}]" if side["rounds"] > 1 else "")
 
 
 def _mib(side: Mapping[str, Any], name: str) -> str:

@@ -133,7 +133,13 @@ def test_what_would_take_too_much_is_refused(monkeypatch):
     plan.note_memory("quick", large, 0, "out of memory")
     assert plan.refuse(["quick"], Case(5000, 8)) == {"quick": "out of memory"}
     assert plan.refuse(["quick"], small) == {}
-    assert set(Budget(CPU, seconds=0).refuse(["quick"], large)) == set()  # without a foresight it is tried
+    # Of what is left to all, the first sides take their part.
+    plan.longest, plan.end = 20.0, time.perf_counter() + 15
+    plan.note_times(Turns({"slow": [0.5], "next": [0.5]}, {}, warm=True), small)
+    assert plan.refuse(["slow", "next"], large) == {
+        "next": "skipped: would take about 8 s, more than is left to the benchmark"
+    }
+    assert Budget(CPU, seconds=0).refuse(["quick"], large) == {}  # what nothing is known of is tried
 
 
 def allocate(mebibytes):
