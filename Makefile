@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ablate test test-slow test-gpu lint types wheel figures clean
+.PHONY: help demo ablate test test-slow test-gpu bench lint types wheel figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,10 @@ test-slow: $(READY)  ## the tests that take minutes
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(READY)  ## measure everything on this machine, then draw tables and plots (up to 10 minutes, nothing else running)
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/report.py
 
 lint: $(READY)  ## ruff: style and formatting
 	$(BIN)/ruff check .

@@ -48,8 +48,9 @@ class Head(nn.Module):
 def loss(logits: tuple[Tensor, Tensor, Tensor, Tensor], first: Tensor, second: Tensor, margin: float = 0.05) -> Tensor:
     """Cross-entropy and ranking of the logits of pairs, given the labels of their images."""
     size, classes = logits[0].shape
-    own = torch.zeros(2 * size, classes, device=first.device)
-    other = torch.zeros(2 * size, classes, device=first.device)
+    dtype = torch.promote_types(logits[0].dtype, torch.float32)
+    own = torch.zeros(2 * size, classes, device=first.device, dtype=dtype)
+    other = torch.zeros_like(own)
     own[:size], other[:size], own[size:], other[size:] = logits
     labels = torch.cat([first, second])
     cross_entropy = F.cross_entropy(torch.cat([own, other]), torch.cat([labels, labels]))
@@ -57,3 +58,11 @@ def loss(logits: tuple[Tensor, Tensor, Tensor, Tensor], first: Tensor, second: T
     own_score, other_score = (F.softmax(value, dim=-1)[rows, labels] for value in (own, other))
     ranking = F.margin_ranking_loss(own_score, other_score, torch.ones_like(own_score), margin=margin)
     return cross_entropy + ranking
+
+
+def training_loss(head: Head, features: Tensor, labels: Tensor, partner: Tensor | None = None) -> Tensor:
+    """The loss of a batch: of pairs with these partners [2B], or with those that are mined."""
+    if partner is None:
+        partner = mine(features.detach().float(), labels)  # numpy has no half precision of this kind
+    anchor = torch.arange(len(labels), device=labels.device).repeat(2)
+    return loss(head(features[anchor], features[partner]), labels[anchor], labels[partner])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from footprint import saved_bytes
 from torch import nn
 
 from apinet_head import APIHead, api_loss, mine_pairs
@@ -39,20 +40,6 @@ def test_compiled():
     torch._dynamo.reset()
     y = torch.compile(Dropout(0.5), fullgraph=True, backend="aot_eager")(torch.ones(100, 100))
     assert y.unique().tolist() == [0.0, 2.0]
-
-
-def saved_bytes(make_loss, but):
-    """What the backward pass of a loss keeps, less the storages of the tensors `but`."""
-    storages = {}
-
-    def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = make_loss()
-    known = {tensor.untyped_storage().data_ptr() for tensor in but}
-    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in known), loss
 
 
 def test_the_head_keeps_six_numbers_a_channel_of_each_pair():

@@ -12,7 +12,7 @@ from settings import parse
 from torch.distributed.run import get_args_parser as torchrun_flags
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "cub" / "README.md"]
+DOCUMENTS = [ROOT / folder / "README.md" for folder in (".", "examples/cub", "benchmarks")]
 
 LINKING = [*DOCUMENTS, ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
 
