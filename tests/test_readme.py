@@ -21,7 +21,9 @@ def blocks(document, language):
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-SNIPPETS = [(document, code) for document in DOCUMENTS for code in blocks(document, "python")]
+SNIPPETS = [
+    (document, code) for document in [*DOCUMENTS, ROOT / "docs" / "memory.md"] for code in blocks(document, "python")
+]
 COMMANDS = [
     line.split("#")[0].strip()
     for document in DOCUMENTS
