@@ -102,8 +102,8 @@ def make_report(result: dict[str, Any]) -> str:
             + grid(result["resident"], lambda way, batch, found: f"{gib(found)} ({gib(estimated[way][batch])})")
         ),
         f"{timed}, time of a step on the CPU: measured": (
-            f"Batch of {result['timed']['batches'][0]}, float32; {len(result['times'][0]['seconds'])} rounds of all ways "
-            "in turn. Medians, and ratios within a round with their range; other work on the machine stretches the "
+            f"Batch of {result['timed']['batches'][0]}, float32; {len(result['times'][0]['seconds'])} rounds of all "
+            "ways in turn. Medians, and ratios within a round with their range; other work on the machine stretches the "
             f"seconds that pass, and the processor's less.\n\n{times_table(result)}"
         ),
     }
