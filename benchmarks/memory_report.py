@@ -103,8 +103,8 @@ def make_report(result: dict[str, Any]) -> str:
         ),
         f"{timed}, time of a step on the CPU: measured": (
             f"Batch of {result['timed']['batches'][0]}, float32; {len(result['times'][0]['seconds'])} rounds of all "
-            "ways in turn. Medians, and ratios within a round with their range; other work on the machine stretches the "
-            f"seconds that pass, and the processor's less.\n\n{times_table(result)}"
+            "ways in turn. Medians, and ratios within a round with their range; other work on the machine stretches "
+            f"the seconds that pass, and the processor's less.\n\n{times_table(result)}"
         ),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections.items())
