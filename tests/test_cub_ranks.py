@@ -35,7 +35,8 @@ RUNS = {
     "api": API,
     "api-exact": EXACT,
     "baseline-exact": [*EXACT, "--method", "baseline"],
-    "memory-exact": [*EXACT, "--memory", "12"],  # with 8 images a batch, full in the second
+    # With 8 images a batch, the memory is full in the second. The chunk size comes out as the whole batch.
+    "memory-exact": [*EXACT, "--memory", "12", "--chunk-size", "auto"],
 }
 
 
@@ -101,6 +102,7 @@ def test_birds_are_drawn_by_one_rank_and_all_is_said_once(finished, cache):
         assert found.stdout.count(f"writing to {folder / name}\n") == 1
     assert len(re.findall(r"after 3 epochs: top-1", found.stdout)) == len(RUNS)
     assert found.stderr.count("epoch 1/3:   0%") == len(RUNS)
+    assert found.stdout.count("--chunk-size auto: 0 (the whole batch for a batch of 4: ") == 1
 
 
 def test_ranks_end_with_the_same_net_and_differ_in_chance(finished):

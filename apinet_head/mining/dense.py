@@ -1,4 +1,4 @@
-"""Pair mining with one [B,M] matrix of distances: the plain way, and the fastest for batches of a few thousand."""
+"""Pair mining with one [B,M] matrix of distances: the plain way, and the faster one for small batches."""
 
 from collections.abc import Sequence
 

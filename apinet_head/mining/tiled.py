@@ -29,8 +29,8 @@ def mine(
         tile = 512 if features.device.type == "cpu" else 4096
     symmetric = keys is None
     queries, rows, finite = prepare(features, keys)
-    squares = rows.square().sum(1)
-    query_squares = squares if symmetric else queries.square().sum(1)
+    squares = _squares(rows, tile)
+    query_squares = squares if symmetric else _squares(queries, tile)
     best = _Best(len(searches), queries)
     # Tiles come so that each row meets its candidates in ascending order: first, as a column, those before its own
     # tile, then the others. So the first of equal distances is that of the lowest index.
@@ -49,6 +49,11 @@ def mine(
             if symmetric and left > top:
                 best.offer(across, torch.where(candidate & finite[down, None], cost, torch.inf), 1, top)
     return Found(best.partner, best.cost < torch.inf)
+
+
+def _squares(rows: Tensor, tile: int) -> Tensor:
+    """|row|² of each, a tile at a time: all numbers squared at once would be a second copy of the features."""
+    return torch.cat([part.square().sum(1) for part in rows.split(tile)])
 
 
 class _Best:
