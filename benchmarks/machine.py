@@ -1,10 +1,12 @@
 """The machine that is measured: what it is called, what it can do at best, and what memory is free."""
 
+import json
 import os
 import platform
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -53,6 +55,15 @@ def origin(device: torch.device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
         }  # fmt: skip
     return found
+
+
+def write_json(folder: Path, found: Mapping[str, Any], ending: str) -> Path:
+    """Write what was found, with its `origin`, to a file named by device and date."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "-", found["origin"]["device"].lower()).strip("-")
+    file = folder / f"{device}-{found['origin']['date']}{ending}.json"
+    file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return file
 
 
 def ceilings(device: torch.device, dtypes: list[str], quick: bool = False) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import default_device, origin, write_json
 from memory_report import make_report, write_report
 from memory_step import DTYPES, Training, Way, make_net
-from origin import origin, write_json
 from tqdm import tqdm
 
 from apinet_head import APINet
@@ -134,7 +134,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     large, small, timed = (problem | (QUICK if options.quick else {}) for problem in (LARGE, SMALL, TIMED))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     result = {
         "origin": origin(device),
         "large": large,
@@ -151,7 +151,7 @@ def main() -> None:
         result["cuda"] = collect("steps on the GPU", partial(measure_cuda, device), large, list(DTYPES))
     print(make_report(result))
     if options.output:
-        write_report(write_json(options.output, "memory", result))
+        write_report(write_json(options.output, result, "-memory"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ matplotlib.use("Agg")  # no window, also where there is a screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from memory_step import Way
+from tables import origin_line
 
 GIB = 2**30
 COLOURS = {
@@ -108,7 +109,7 @@ def make_report(result: dict[str, Any]) -> str:
         ),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections.items())
-    return f"# Peak memory of a training step\n\n{result['origin']}\n\n{body}"
+    return f"# Peak memory of a training step\n\n{origin_line(result['origin'])}\n\n{body}"
 
 
 def _on_gpu(result: dict[str, Any]) -> str:

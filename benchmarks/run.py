@@ -7,8 +7,6 @@ Nothing else should run on the machine meanwhile.
 """
 
 import argparse
-import json
-import re
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ import head
 import mining
 import torch
 import train_step
-from machine import ceilings, default_device, higher, origin
+from machine import ceilings, default_device, higher, origin, write_json
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,11 +84,7 @@ def _fill(
 
 def write(found: Mapping[str, Any], folder: Path) -> Path:
     """A file named by device and date."""
-    folder.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", found["origin"]["device"].lower()).strip("-")
-    file = folder / f"{device}-{found['origin']['date']}{'-quick' if found['quick'] else ''}.json"
-    file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    return file
+    return write_json(folder, found, "-quick" if found["quick"] else "")
 
 
 def main() -> None:
