@@ -53,7 +53,7 @@ def mine(
 
 def _squares(rows: Tensor, tile: int) -> Tensor:
     """|row|² of each, a tile at a time: all numbers squared at once would be a second copy of the features."""
-    return torch.cat([part.square().sum(1) for part in rows.split(tile)])
+    return torch.cat([part.square().sum(1) for part in torch.split(rows, tile)])
 
 
 class _Best:
