@@ -89,7 +89,7 @@ def mine_pairs(
 
     size = features.shape[0]  # not len(): export would take that for a constant
     # All pairs at once, not one kind after the other: small batches cost a GPU as much as there are operations.
-    anchor = torch.arange(size, device=features.device).repeat(len(searches))
+    anchor = torch.arange(size, device=features.device).expand(len(searches), size).flatten()
     if keys is None:
         if key_labels is not None or key_offset is not None:
             raise ValueError("key_labels and key_offset need keys, got keys=None")

@@ -18,7 +18,32 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
         finite [M] bool.
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    rows = (queries if keys is None else keys).detach().to(dtype)
+    queries = queries.detach().to(dtype)
+    rows = queries if keys is None else keys.detach().to(dtype)
+    # On a CPU a look costs less than the passes over the rows that it saves.
+    if _may_look(rows):
+        centred = rows - (mean := rows.sum(0) / rows.shape[0])
+        others = centred if keys is None else queries - mean
+        if _ordinary(centred) and (keys is None or _ordinary(others)):
+            return others, centred, torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+    return _prepare_unseen(queries, keys, rows)
+
+
+def _may_look(rows: Tensor) -> bool:
+    """Whether a number of these can be read without waiting for a device: tensors on the CPU that are there now."""
+    return rows.device.type == "cpu" and type(rows) is Tensor and not torch.compiler.is_compiling()
+
+
+def _ordinary(rows: Tensor) -> bool:
+    """Whether all is finite, and products of rows are neither infinite nor lost below the smallest number."""
+    numbers = rows.flatten()
+    edge = math.sqrt(torch.finfo(rows.dtype).tiny)
+    return edge < float(numbers.dot(numbers)) < 1 / edge
+
+
+def _prepare_unseen(queries: Tensor, keys: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`prepare` for whatever may come: as many operations, whatever the numbers are."""
+    dtype = rows.dtype
     peak = _peaks(rows)
     finite = peak.isfinite()
     limit = -math.log2(torch.finfo(dtype).tiny)
@@ -28,10 +53,9 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     if keys is None:
         return centred, centred, finite
 
-    others = queries.detach().to(dtype)
     # A query too far from all keys for its square to be a number is as good as at the edge of that range.
     edge = math.sqrt(torch.finfo(dtype).max) / (4 * rows.shape[1])
-    others = _scaled(others, finite_rows(others), scale).sub_(mean).clamp_(-edge, edge)
+    others = _scaled(queries, finite_rows(queries), scale).sub_(mean).clamp_(-edge, edge)
     return others, centred, finite
 
 
