@@ -19,7 +19,7 @@ from apinet_head.mining.rows import finite_rows
 # Tiles so small that the tests' batches have many, whole ones and parts.
 BACKENDS["tiled by 16"] = partial(tiled.mine, tile=16)
 # As on devices where nobody waits for a number.
-BACKENDS["dense, unseen"] = mock.patch.object(rows, "_may_look", lambda _: False)(dense.mine)
+BACKENDS["dense, unseen"] = mock.patch.object(rows, "_may_look", mock.Mock(return_value=False))(dense.mine)
 # "triton" has tests of its own, because it needs a GPU, or a process of its own.
 each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 HOWS = ("similar", "dissimilar", "random")
