@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apinet_head.chunked import check_chunk_size, run_in_chunks
+from apinet_head.deploy import plain_classifier
 from apinet_head.head import APIHead, APIOutput
 
 Self = TypeVar("Self", bound="APINet")
@@ -106,6 +107,25 @@ class APINet(
             }
             for name, rate in rates.items()
         ]
+
+    def to_deploy(self) -> nn.Module:
+        """What is left of the net at test time: a copy of backbone and classifier, as a plain timm model in eval mode.
+
+        It gives the same logits [B,C], needs no apinet-head, and its state dict loads into
+        `timm.create_model(backbone, num_classes=C)`. Around a module that is not of timm it is a Sequential.
+
+        Raises:
+            ValueError: the net has no linear classifier, or the timm model has not one place for it (models with two
+                classifiers for distillation, say).
+
+        Example:
+            >>> import torch
+            >>> net = APINet("test_resnet", num_classes=10).eval()
+            >>> images = torch.randn(2, 3, 64, 64)
+            >>> torch.equal(net.to_deploy()(images), net(images))
+            True
+        """
+        return plain_classifier(self.backbone, self.head.classifier)
 
     def freeze_backbone(self: Self, frozen: bool = True, *, batch_norm: str = "train") -> Self:
         """Keep the backbone's weights as they are, or let them learn again.

@@ -13,17 +13,14 @@ from torch.distributed.run import get_args_parser as torchrun_flags
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / folder / "README.md" for folder in (".", "examples/cub", "benchmarks")]
-
-LINKING = [*DOCUMENTS, ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(document, language):
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-SNIPPETS = [
-    (document, code) for document in [*DOCUMENTS, ROOT / "docs" / "memory.md"] for code in blocks(document, "python")
-]
+SNIPPETS = [(page, code) for page in PAGES for code in blocks(page, "python")]
 COMMANDS = [
     line.split("#")[0].strip()
     for document in DOCUMENTS
@@ -67,13 +64,11 @@ def test_make_knows_the_target(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "document", [*DOCUMENTS, ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name
-)
-def test_links_and_pictures_are_there(document):
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
-            assert (document.parent / target).exists(), target
+            assert (page.parent / target).exists(), target
 
 
 def test_wheel_holds_the_package_alone_and_works(tmp_path):

@@ -1,0 +1,121 @@
+"""The net at test time, in everything that serves a model: timm, export, ONNX, TorchScript, compile, half precision."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from apinet_head import APINet
+
+MODELS = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"]
+# torch.onnx's own imports and deepcopies warn of what is to come in PyTorch.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+)
+
+
+def make_case(model="test_resnet", batch=3, **arguments):
+    """A net whose BatchNorm has seen images, in eval mode, and images of its size."""
+    torch.manual_seed(0)
+    net = APINet(model, num_classes=5, **arguments)
+    images = torch.randn(batch, *net.backbone.default_cfg["input_size"])
+    net(images)
+    return net.eval(), images
+
+
+@pytest.mark.parametrize("model", timm.list_models("test_*"))
+def test_deployed_gives_the_same_logits_bit_for_bit(model):
+    net, images = make_case(model)
+    with torch.no_grad():
+        assert torch.equal(net.to_deploy()(images), net(images))
+
+
+def test_deployed_is_a_copy_in_eval_mode():
+    net, images = make_case()
+    net.train()
+    model = net.to_deploy()
+    assert net.training
+    assert not any(module.training for module in model.modules())
+    before = model(images)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert torch.equal(model(images), before)
+
+
+def test_deployed_goes_through_timm_files(tmp_path):
+    from timm.models import load_checkpoint
+    from timm.models.hub import save_for_hf
+
+    net, images = make_case()
+    model = net.to_deploy()
+    save_for_hf(model, tmp_path, model_config={"num_classes": 5}, safe_serialization=True)
+    (weights,) = tmp_path.glob("*.safetensors")
+    loaded = timm.create_model("test_resnet", num_classes=5).eval()
+    load_checkpoint(loaded, str(weights))
+    assert torch.equal(loaded(images), net(images))
+
+
+def test_pooling_and_backbone_arguments_stay():
+    net, images = make_case(backbone_args={"global_pool": "max", "in_chans": 3})
+    assert torch.equal(net.to_deploy()(images), net(images))
+
+
+def test_half_precision_and_dtype_stay():
+    net, images = make_case()
+    model = net.bfloat16().to_deploy()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model(images.bfloat16()), net(images.bfloat16()))
+
+
+def test_other_backbones_become_a_sequential():
+    backbone = nn.Sequential(nn.Conv2d(3, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = APINet(backbone, 5, dim=12).eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(net.to_deploy()(images), net(images))
+
+
+def test_without_a_classifier_there_is_nothing_to_deploy():
+    with pytest.raises(ValueError, match=r"linear classifier, got Identity.*num_classes"):
+        APINet("test_resnet", num_classes=0).to_deploy()
+
+
+@pytest.mark.parametrize("deployed", [True, False], ids=["deployed", "net"])
+@pytest.mark.parametrize("model", MODELS)
+def test_export_with_any_batch_size(model, deployed):
+    net, images = make_case(model)
+    program = torch.export.export(
+        net.to_deploy() if deployed else net, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
+    )
+    torch.testing.assert_close(program.module()(images.repeat(3, 1, 1, 1)), net(images.repeat(3, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_onnx_with_any_batch_size(model, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    net, images = make_case(model)
+    file = tmp_path / "net.onnx"
+    torch.onnx.export(
+        net.to_deploy(), (images,), file, dynamo=True, input_names=["images"], output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for batch in (1, 3, 8):
+        some = torch.randn(batch, *images.shape[1:])
+        (found,) = session.run(["logits"], {"images": some.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), net(some).detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
+def test_torchscript_trace(model, tmp_path):
+    net, images = make_case(model)
+    torch.jit.trace(net.to_deploy(), images).save(tmp_path / "net.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "net.pt")(images), net(images))
+
+
+def test_compile():
+    net, images = make_case()
+    for model in (net, net.to_deploy()):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), net(images))
