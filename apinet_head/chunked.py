@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
@@ -53,8 +54,9 @@ class ChunkedBackbone(nn.Module):
         return f"chunk_size={self.chunk_size}"
 
 
-# The compiler could not trace what checkpoint does with the running statistics.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# The compiler could not trace what checkpoint does with the running statistics. torch.compiler.disable would load the
+# compiler on import, for a second; this waits for the first call, as checkpoint itself does.
+@_disable_dynamo
 def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
     """What `ChunkedBackbone` does, without a module of its own.
 
