@@ -1,6 +1,9 @@
 """Checks of arguments that cost nothing on the device: they read shapes, dtypes and devices, never values."""
 
+import torch
 from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe(tensor: Tensor) -> str:
@@ -17,8 +20,12 @@ def check_features(features: Tensor, name: str = "features", dim: int | None = N
     if features.ndim != 2:
         advice = ": pool it first, for example x.mean((2, 3))" if features.ndim == 4 else ""
         raise ValueError(f"{name} must be [B, D], got {describe(features)}{advice}")
-    if not features.is_floating_point():
-        raise ValueError(f"{name} must be of a floating point dtype, got {describe(features)}")
+    if features.dtype not in FLOATS:  # there are more in torch, which can't even be added
+        raise ValueError(
+            f"{name} must be of a floating point dtype, float16, bfloat16, float32 or float64, got {describe(features)}"
+        )
+    if features.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {features.layout}, {describe(features)}")
     if features.shape[1] == 0:
         raise ValueError(f"{name} must have at least one channel, got {describe(features)}")
     if dim is not None and features.shape[1] != dim:
@@ -29,7 +36,7 @@ def check_features(features: Tensor, name: str = "features", dim: int | None = N
 
 
 def check_labels(labels: Tensor, features: Tensor, name: str = "labels", features_name: str = "features") -> None:
-    """Raise ValueError unless `labels` is an integer [B] on the device of `features` [B,D]."""
+    """Raise unless `labels` is an integer [B] on the device of `features` [B,D]."""
     check_integer(labels, name)
     if labels.shape[0] != features.shape[0]:
         raise ValueError(
@@ -39,7 +46,9 @@ def check_labels(labels: Tensor, features: Tensor, name: str = "labels", feature
 
 
 def check_integer(labels: Tensor, name: str = "labels") -> None:
-    """Raise ValueError unless `labels` is an integer vector."""
+    """Raise unless `labels` is an integer vector."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor [B], got {type(labels).__name__}: use torch.tensor({name})")
     if labels.is_floating_point() or labels.is_complex() or str(labels.dtype) == "torch.bool":
         raise ValueError(f"{name} must be class indices of an integer dtype, got {describe(labels)}")
     if labels.ndim != 1:
@@ -54,3 +63,13 @@ def check_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> N
             f"{name} and {other_name} must be on one device, got {describe(tensor)} and {describe(other)}: "
             f"move one with .to({str(other.device)!r})"
         )
+
+
+def check_not_inference(tensor: Tensor, name: str) -> None:
+    """Raise ValueError if the tensor is one of inference mode, and this is not: autograd could not use it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return
+    raise ValueError(
+        f"{name} was made in inference mode and can be used there alone, got {describe(tensor)}: make it under "
+        "no_grad, or take its .clone()"
+    )

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from apinet_head.checks import check_device, check_features, check_integer, check_labels, describe
+from apinet_head.checks import check_device, check_features, check_labels, check_not_inference, describe
 from apinet_head.distributed import gather_features, mean_over_ranks, world_size
 from apinet_head.dropout import Dropout
 from apinet_head.mutual import MutualMLP, make_mutual
-from apinet_head.pairs import Pairs, mine_pairs, searches_of
+from apinet_head.pairs import Pairs, check_pairs, mine_pairs, searches_of
 
 
 class APIOutput(NamedTuple):
@@ -21,7 +21,8 @@ class APIOutput(NamedTuple):
         logits_self: [2P,C], of features under their own gate; without a classifier those features [2P,D].
         logits_other: [2P,C], of features under the gate of the other image of the pair; likewise.
         labels: [2P], class indices.
-        valid: [2P] bool, False where the pair doesn't exist and the row is to count for nothing.
+        valid: [2P] bool, False where the pair doesn't exist and the row is to count for nothing. A row that isn't
+            finite counts all the same: as its gradient would not be finite either, the loss has to tell.
         pairs: the P pairs.
         num_rows: scalar that the loss divides its sums over rows by, None for the number of valid rows. Where one
             batch spans many ranks, it is their mean number of valid rows, so that the mean of the ranks' losses is
@@ -99,6 +100,8 @@ class APIHead(nn.Module):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if gate not in ("pair", "single"):
             raise ValueError(f"gate must be 'pair' or 'single', got {gate!r}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
         if gate == "single" and mutual == "individual":
             raise ValueError("gate='single' is a function of the mutual vector, and mutual='individual' has none")
         searches_of(intra, inter)
@@ -152,6 +155,9 @@ class APIHead(nn.Module):
             raise ValueError(
                 f"keys need key_labels and the other way round, got only {'key_labels' if keys is None else 'keys'}"
             )
+        if keys is not None and key_labels is not None:
+            check_features(keys, "keys", self.dim)
+            check_labels(key_labels, keys, "key_labels", "keys")
         across_ranks = self.gather and world_size() > 1
         if across_ranks and keys is None:
             keys, key_labels, key_offset = gather_features(features, labels)
@@ -160,8 +166,7 @@ class APIHead(nn.Module):
                 features, labels, intra=self.intra, inter=self.inter,
                 keys=keys, key_labels=key_labels, key_offset=key_offset,
             )  # fmt: skip
-        table, rows = self._images(features, pairs, keys)
-        mutual = self._mutual(table, rows, repeated=keys is None)
+        table, rows, mutual = self._compare(features, pairs, keys)
         # What the gates make of the features takes more memory to keep for the backward pass than time to make again.
         gated: list[Tensor] = checkpoint(
             self._gated, table, rows, mutual, use_reentrant=False, preserve_rng_state=False
@@ -169,12 +174,15 @@ class APIHead(nn.Module):
         if not isinstance(classify, nn.Identity):
             gated = [classify(self.drop(features)) for features in gated]
         own, other = gated[0], gated[-1]
-        valid = pairs.valid.repeat(2)
+        if own.ndim != 2 or own.shape[0] != rows.shape[1] * 2:
+            raise ValueError(f"the classifier must map [N, D] to [N, C], got {describe(own)} for N={rows.shape[1] * 2}")
+        # A pair that doesn't exist is left out, but not the loss's only sign that an image of the batch isn't finite.
+        valid = pairs.valid.repeat(2) | ~own.detach().isfinite().all(1)
         partner_labels = (labels if key_labels is None else key_labels).index_select(0, pairs.partner)
         return APIOutput(
             logits_self=own,
             logits_other=other,
-            labels=torch.cat([labels.index_select(0, pairs.anchor), partner_labels]),
+            labels=torch.cat([labels.index_select(0, pairs.anchor).long(), partner_labels.long()]),
             valid=valid,
             pairs=pairs,
             num_rows=mean_over_ranks(valid.sum()) if across_ranks else None,
@@ -188,17 +196,31 @@ class APIHead(nn.Module):
             gate="single".
         """
         self._check(features)
-        table, rows = self._images(features, pairs, keys)
-        anchor, partner = self._gates(_take(table, rows), self._mutual(table, rows, repeated=keys is None))
+        table, rows, mutual = self._compare(features, pairs, keys)
+        anchor, partner = self._gates(_take(table, rows), mutual)
         return anchor, partner
+
+    def _compare(self, features: Tensor, pairs: Pairs, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """A table of features, the rows [2,P] in it of anchors and partners, and the pairs' mutual vectors [P,D]."""
+        check_pairs(pairs, features)
+        try:
+            table, rows = self._images(features, pairs, keys)
+            return table, rows, self._mutual(table, rows, repeated=keys is None)
+        except IndexError as error:  # a CPU looks at the rows; a GPU stops by itself
+            raise ValueError(
+                f"pairs must be rows of features {describe(features)}"
+                + ("" if keys is None else f" and, the partners, of keys {describe(keys)}")
+                + f", got {describe(pairs.anchor)} with others"
+            ) from error
 
     def _images(self, features: Tensor, pairs: Pairs, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """A table of features, and the rows [2,P] in it of the anchors and of the partners."""
-        check_integer(pairs.anchor, "pairs.anchor")
-        check_device(pairs.anchor, "pairs.anchor", features, "features")
         if keys is None:
             return features, torch.stack([pairs.anchor, pairs.partner])
         check_features(keys, "keys", self.dim)
+        check_device(keys, "keys", features, "features")
+        if torch.promote_types(keys.dtype, features.dtype) != features.dtype:
+            self._check_dtype(keys, "keys")
         # A pair that doesn't exist points at any row of keys; were that one not finite, it would spoil the gradients
         # although the loss leaves the pair out.
         anchor = features.index_select(0, pairs.anchor)
@@ -210,7 +232,10 @@ class APIHead(nn.Module):
         """The mutual vectors [P,D] of the rows [2,P] of the table; `repeated`: each row is in several pairs."""
         if repeated and isinstance(self.mutual, MutualMLP):
             return self.mutual.of_rows(table, *rows)
-        mutual: Tensor = self.mutual(*_take(table, rows))
+        images = _take(table, rows)
+        mutual: Tensor = self.mutual(*images)
+        if mutual.shape != images.shape[1:]:
+            raise ValueError(f"mutual must map two [P, D] to [P, D], got {describe(mutual)} for {describe(images[0])}")
         return mutual
 
     def _gates(self, images: Tensor, mutual: Tensor) -> Tensor:
@@ -226,15 +251,24 @@ class APIHead(nn.Module):
 
     def _check(self, features: Tensor) -> None:
         check_features(features, dim=self.dim)
-        weights = list(self.parameters())
-        if not weights:
+        weight = next(self.parameters(), None)
+        if weight is None:
             return
-        weight = weights[0]
         check_device(features, "features", weight, "the head's weights")
-        if features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
+        self._check_dtype(features, "features")
+        if weight.requires_grad and torch.is_grad_enabled():
+            check_not_inference(features, "features")
+
+    def _check_dtype(self, features: Tensor, name: str) -> None:
+        weight = next(self.parameters(), None)
+        if weight is None or features.dtype == weight.dtype:
+            return
+        # Autocast leaves float64 alone.
+        double = torch.float64 in (features.dtype, weight.dtype)
+        if double or not torch.is_autocast_enabled(features.device.type):
             raise ValueError(
-                f"features and the head's weights must be of one dtype outside autocast, got {describe(features)} and "
-                f"{describe(weight)}: convert the features, or the head with .to()"
+                f"{name} and the head's weights must be of one dtype outside autocast, and float64 within it too, got "
+                f"{describe(features)} and {describe(weight)}: convert the {name}, or the head with .to()"
             )
 
     def extra_repr(self) -> str:

@@ -1,11 +1,12 @@
 """The loss: cross-entropy of all gated features, and ranking of own gate above the other's (paper, section 3.2)."""
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from apinet_head.checks import describe
+from apinet_head.checks import check_device, check_integer, describe
 
 if TYPE_CHECKING:
     from apinet_head.head import APIOutput
@@ -53,8 +54,8 @@ def api_loss_terms(
         label_smoothing: share of the target spread over all classes, in the cross-entropy only.
 
     Raises:
-        ValueError: logits_self and logits_other differ in shape, labels or valid don't match them, or
-            label_smoothing isn't in [0, 1].
+        ValueError: logits_self and logits_other differ in shape, labels or valid don't match them, a label is not in
+            [0,C) (seen on a CPU; a GPU stops by itself), or margin, rank_weight or label_smoothing is out of range.
 
     Example:
         >>> from apinet_head import APIHead
@@ -64,8 +65,10 @@ def api_loss_terms(
         True
     """
     _check(output, label_smoothing)
+    if not (math.isfinite(margin) and math.isfinite(rank_weight)):
+        raise ValueError(f"margin and rank_weight must be finite, got {margin} and {rank_weight}")
     valid = output.valid
-    labels = output.labels.where(valid, 0)[:, None]
+    labels = output.labels.long().where(valid, 0)[:, None]
     rows = valid.sum().clamp(min=1) if output.num_rows is None else output.num_rows
 
     def mean(per_row: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ def api_loss_terms(
         return logits.masked_fill(~valid[:, None], 0).to(_at_least_float32(logits.dtype)).log_softmax(1)
 
     own, other = log_probabilities(output.logits_self), log_probabilities(output.logits_other)
-    own_label, other_label = own.gather(1, labels).squeeze(1), other.gather(1, labels).squeeze(1)
+    own_label, other_label = _at(labels, own), _at(labels, other)
     cross_entropy = -mean(own_label + other_label) / 2
     if label_smoothing:
         uniform = -mean(own.mean(1) + other.mean(1)) / 2
@@ -85,17 +88,40 @@ def api_loss_terms(
     return LossTerms(cross_entropy + rank_weight * ranking, cross_entropy, ranking)
 
 
+def _at(labels: Tensor, rows: Tensor) -> Tensor:
+    """rows[i, labels[i]]."""
+    try:
+        return rows.gather(1, labels).squeeze(1)
+    except RuntimeError as error:
+        outside = (labels < 0) | (labels >= rows.shape[1])
+        if rows.device.type != "cpu" or not outside.any():  # then it is another error
+            raise
+        raise ValueError(
+            f"labels of valid rows must be in [0, {rows.shape[1]}) for logits [{rows.shape[0]}, {rows.shape[1]}], got "
+            f"{labels[outside].tolist()[0]}"
+        ) from error
+
+
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
 def _check(output: "APIOutput", label_smoothing: float) -> None:
+    if not isinstance(output, tuple):
+        raise TypeError(f"the loss is of an APIOutput, got {type(output).__name__}: call the head with labels")
     own, other, labels, valid = output[:4]
+    if not (own.is_floating_point() and other.is_floating_point()):
+        raise ValueError(f"logits must be of a floating point dtype, got {describe(own)} and {describe(other)}")
     if own.ndim != 2 or own.shape != other.shape:
         raise ValueError(f"logits must be two [2P, C], got {describe(own)} and {describe(other)}")
     if not own.shape[:1] == labels.shape == valid.shape:
         raise ValueError(
             f"labels and valid must be [2P] for logits {describe(own)}, got {describe(labels)} and {describe(valid)}"
         )
+    check_integer(labels)
+    if valid.dtype != torch.bool:
+        raise ValueError(f"valid must be bool, got {describe(valid)}")
+    for name, tensor in (("logits_other", other), ("labels", labels), ("valid", valid)):
+        check_device(tensor, name, own, "logits_self")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from apinet_head.checks import check_device, check_features, check_labels, describe
+from apinet_head.checks import check_device, check_features, check_labels, check_not_inference, describe
 
 
 class FeatureMemory(nn.Module):
@@ -95,6 +95,7 @@ class FeatureMemory(nn.Module):
             )
         check_labels(labels, features)
         check_device(features, "features", self.features, "the memory")
+        check_not_inference(self.features, "the memory")
         pushed = features.shape[0]
         features, labels = features.detach()[-self.size :], labels[-self.size :]
         # No slot comes twice among them, so that the copy has one possible result.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apinet_head.checks import check_device, check_features, check_integer, check_labels
+from apinet_head.checks import check_device, check_features, check_integer, check_labels, describe
 from apinet_head.mining import BACKENDS, Search, find
 
 SEARCHES = ("similar", "dissimilar", "random")
@@ -84,6 +84,8 @@ def mine_pairs(
     check_labels(labels, features)
     searches = searches_of(intra, inter)
     _check_backend(backend)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator is not None and generator.device.type != features.device.type:
         raise ValueError(f"generator must be on the features' device {features.device}, got {generator.device}")
 
@@ -99,6 +101,8 @@ def mine_pairs(
         fallback = torch.zeros_like(anchor) if key_offset is None else anchor + key_offset
     if size == 0:
         return Pairs(anchor, anchor, anchor.bool(), anchor.bool())
+    if key_labels.dtype != labels.dtype:  # not all of which torch compares with each other
+        labels, key_labels = labels.long(), key_labels.long()
     found = find(backend, features, labels, keys, key_labels, key_offset, searches, generator)
     valid = found.valid.flatten()
     return Pairs(
@@ -138,6 +142,26 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
     step = torch.randint(1, max(size, 2), (num_pairs,), generator=generator, device=labels.device)
     partner = (anchor + step) % size
     return Pairs(anchor, partner, labels[anchor] == labels[partner], anchor != partner)
+
+
+def check_pairs(pairs: Pairs, features: Tensor) -> None:
+    """Raise unless `pairs` are tensors [P] of their dtypes on the device of `features`; their values are not read."""
+    if not isinstance(pairs, Pairs):
+        raise TypeError(f"pairs must be a Pairs, got {type(pairs).__name__}")
+    for name, rows in (("pairs.anchor", pairs.anchor), ("pairs.partner", pairs.partner)):
+        check_integer(rows, name)
+        check_device(rows, name, features, "features")
+    check_device(pairs.valid, "pairs.valid", features, "features")
+    if pairs.anchor.shape != pairs.partner.shape or pairs.valid.shape != pairs.anchor.shape:
+        raise ValueError(
+            f"anchor, partner and valid of pairs must be [P], got {describe(pairs.anchor)}, {describe(pairs.partner)} "
+            f"and {describe(pairs.valid)}"
+        )
+    if pairs.valid.dtype != torch.bool or {pairs.anchor.dtype, pairs.partner.dtype} - {torch.int64, torch.int32}:
+        raise ValueError(
+            f"anchor and partner of pairs must be int64 and valid bool, got {describe(pairs.anchor)}, "
+            f"{describe(pairs.partner)} and {describe(pairs.valid)}"
+        )
 
 
 def searches_of(intra: str | None, inter: str | None) -> list[Search]:
