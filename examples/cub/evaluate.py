@@ -24,14 +24,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 
-@torch.inference_mode()
 def predict(net: nn.Module, loader: DataLoader[Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits [N,C] and labels [N] of the images of all processes' loaders, on the CPU; leaves the net in eval mode."""
     net.eval()
     logits, labels = [], []
-    for images, targets, _ in tqdm(loader, desc="testing", leave=False, disable=not PartialState().is_main_process):
-        logits.append(net(images.to(device, memory_format=torch.channels_last)).float())
-        labels.append(targets)
+    bar = tqdm(loader, desc="testing", leave=False, disable=not PartialState().is_main_process)
+    with torch.inference_mode():  # not around what follows: torch 2.4 gathers nothing in it
+        for images, targets, _ in bar:
+            logits.append(net(images.to(device, memory_format=torch.channels_last)).float())
+            labels.append(targets)
     parts = gather_object([(torch.cat(logits).cpu(), torch.cat(labels))])
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
@@ -72,7 +73,10 @@ def test_loader(data: ImageSet, settings: Settings) -> DataLoader[Any]:
     """This process's share of the test images, in order, prepared as `settings` say."""
     transform = test_transform(settings.resize, settings.crop)
     images = ImageDataset(share(data.test), transform, resize=settings.resize, cache=settings.cache_images)
-    return DataLoader(images, batch_size=settings.eval_batch, num_workers=settings.workers)
+    return DataLoader(
+        images, batch_size=settings.eval_batch, num_workers=settings.workers,
+        timeout=settings.loader_timeout if settings.workers else 0,
+    )  # fmt: skip
 
 
 test_loader.__test__ = False  # type: ignore[attr-defined]  # else pytest runs it where a test imports it

@@ -1,6 +1,7 @@
 """The folder of a training run: settings, log, curves, model folders, and the checkpoints to go on from.
 
-settings.json   what the run was asked for; data.json, what it found at --data
+settings.json   what the run was asked for; data.json, what it found at --data. Until there is more than these two, the
+                next start may ask for something else
 log.csv         a row per epoch; curves.png draws it, tensorboard/ has it for TensorBoard
 best/, last/    model.safetensors, config.json (APINet.from_pretrained) and run.json (classes, image sizes)
 state/          the newest checkpoints, for going on after an interruption
@@ -27,6 +28,8 @@ from torch import Tensor
 
 from apinet_head import APINet
 
+# What a run leaves that ended before its first checkpoint. A step that was not finite has its own settings with it.
+UNTRAINED = {"settings.json", "data.json", "tensorboard", "state", "nonfinite"}
 COLUMNS = ["epoch", "step", "lr", "seconds", "loss", "cross_entropy", "ranking", "train_top1", "test_top1", "test_top5"]
 COLUMNS += ["skipped"]
 
@@ -70,12 +73,14 @@ class RunFolder:
         self.checkpoints = Checkpoints(path / "state", settings.keep_checkpoints)
         self.data = describe(data) if data else {}
         advice = "Choose another --output, or remove the folder."
+        if is_untrained(path):
+            return
         if (path / "settings.json").exists():
             changed = differences(json.loads((path / "settings.json").read_text()), settings)
             if changed:
                 listing = "\n  ".join(changed)
                 raise FileExistsError(f"{path} holds a run of other settings:\n  {listing}\n{advice}")
-        elif path.exists() and any(file.name != "settings.json.partial" for file in path.iterdir()):
+        else:
             raise FileExistsError(f"{path} is no folder of a run and not empty; choose another --output")
         if self.data and (path / "data.json").exists():
             old = json.loads((path / "data.json").read_text())
@@ -92,7 +97,8 @@ class RunFolder:
         """Make the folder of a run that is about to train: one that fails before that must not leave its settings."""
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / "settings.json").exists():
+            if is_untrained(self.path):
+                shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
                 write_text(self.path / "settings.json", json.dumps(asdict(self.settings), indent=2))
             if self.data:
                 write_text(self.path / "data.json", json.dumps(self.data, indent=2))
@@ -103,13 +109,13 @@ class RunFolder:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            names = self.checkpoints.names()
-            good = (
-                f"The last checkpoint is {self.checkpoints.folder / names[-1]}" if names else "There is no checkpoint"
-            )
-            raise SystemExit(
-                f"cannot write to {self.path}: {error}\n{good}; with this mended, the same command goes on from there"
-            ) from error
+            raise SystemExit(f"cannot write to {self.path}: {error}\n{self.way_on()}") from error
+
+    def way_on(self) -> str:
+        """For messages that end a run: where it would go on."""
+        names = self.checkpoints.names()
+        good = f"The last checkpoint is {self.checkpoints.folder / names[-1]}" if names else "There is no checkpoint"
+        return f"{good}; with this mended, the same command goes on from there"
 
     def save_state(self, state: RunState, progress: Progress, sums: dict[str, Tensor]) -> Path:
         """Store all that the rest of the run depends on; all processes take part."""
@@ -155,6 +161,18 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(history)
         partial.replace(self.path / "log.csv")
+
+
+def is_untrained(path: Path) -> bool:
+    """Whether a run may begin in this folder, whatever its settings: it is new, or a run ended there before it trained.
+
+    Checkpoints that are damaged count: they are somebody's work, which a restored disk may bring back.
+    """
+    if not path.exists():
+        return True
+    names = {file.name.removesuffix(".partial") for file in path.iterdir()}
+    ours = (path / "settings.json").exists() or names <= {"settings.json"}
+    return ours and names <= UNTRAINED and not any(file.suffix != ".partial" for file in (path / "state").glob("*"))
 
 
 def describe(data: ImageSet) -> dict[str, Any]:

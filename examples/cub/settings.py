@@ -33,6 +33,7 @@ class Settings:
     crop: int = setting(448, "... and cropped to this: at random and flipped in training, the centre in testing")
     cache_images: bool = setting(False, "keep the resized images in memory; for small sets")
     workers: int = setting(4, "processes that load images; 0: none but this one")
+    loader_timeout: float = setting(300.0, "seconds to wait for a batch of them before the run ends; 0: for ever")
     # model
     method: str = setting("api", "API-Net, or the same net with plain cross-entropy", ("api", "baseline"))
     backbone: str = setting("resnet101", "any timm model name")
@@ -137,6 +138,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         parser.error(f"--backbone-args must be JSON, got {chosen['backbone_args']!r}: {error}")
     if chosen["keep_checkpoints"] < 1:
         parser.error(f"--keep-checkpoints must be at least 1, got {chosen['keep_checkpoints']}")
+    if not chosen["loader_timeout"] >= 0:
+        parser.error(f"--loader-timeout must be at least 0, got {chosen['loader_timeout']}")
     if chosen["dataset"] != "cub" and not chosen["data"]:
         archive = ARCHIVES[chosen["dataset"]]
         parser.error(f"--dataset {chosen['dataset']} needs --data, {archive.expected}. {archive.source}")
@@ -158,7 +161,7 @@ def differences(old: dict[str, Any], settings: Settings) -> list[str]:
     """What differs between the settings of two runs, less what changes no result."""
     new, old = asdict(settings), asdict(Settings()) | old  # a setting newer than the run had its default meaning
     harmless = {"output", "workers", "cache_images", "device", "eval_batch", "threads"}
-    harmless |= {"checkpoint_minutes", "keep_checkpoints", "skip_nonfinite"}
+    harmless |= {"checkpoint_minutes", "keep_checkpoints", "skip_nonfinite", "loader_timeout"}
     if settings.chunk_size == AUTO:  # takes the number of the run that it goes on with
         harmless.add("chunk_size")
     return [

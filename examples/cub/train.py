@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from augmentation import AugmentedImages, PlacedBatches, leave_signals_to_the_parent
 from birds_cache import open_data
+from breakdowns import end_with_advice
+from build import make_accelerator, make_net
 from chunk_auto import with_chunk_size
 from curves import draw_curves
 from data import ImageDataset, ImageSet, train_transform
@@ -33,7 +35,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from apinet_head import BalancedBatchSampler, api_loss_terms, random_pairs
-from build import make_accelerator, make_net
 
 
 class Trainer:
@@ -75,7 +76,7 @@ class Trainer:
         self.loader = DataLoader(
             AugmentedImages(images), batch_sampler=PlacedBatches(self.sampler), num_workers=settings.workers,
             pin_memory=self.accelerator.device.type == "cuda", persistent_workers=settings.workers > 0,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent, timeout=settings.loader_timeout if settings.workers else 0,
             generator=torch.Generator(),  # else each start of the loader takes a number from the net's chance
         )  # fmt: skip
         self.test_loader = test_loader(data, settings)
@@ -264,7 +265,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     processes = join_processes(settings.device)
     with first_process_first():
         data = open_data(settings)
-    settings = with_chunk_size(settings, run_folder(settings), lambda plain: make_net(plain, len(data.classes)))
+    classes = len(data.classes)
+    settings = with_chunk_size(settings, run_folder(settings), lambda plain: make_net(plain, classes))
     with first_process_first():
         try:
             folder = RunFolder(run_folder(settings), settings, data)
@@ -276,7 +278,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             flush=True,
         )
         trainer = Trainer(settings, data, folder)
-    result = trainer.fit()
+    with end_with_advice(settings, folder, trainer.net, lambda plain: make_net(plain, classes)):
+        result = trainer.fit()
     if processes.is_main_process:
         print(f"{settings.method} after {result['epoch']} epochs: {report(result)}")
         print(f"(best epoch, chosen on the test images: top-1 {result['best_test_top1']:.2f} %)")
