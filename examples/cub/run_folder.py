@@ -28,7 +28,7 @@ from torch import Tensor
 from apinet_head import APINet
 
 COLUMNS = ["epoch", "step", "lr", "seconds", "loss", "cross_entropy", "ranking", "train_top1", "test_top1", "test_top5"]
-COLUMNS += ["skipped"]
+COLUMNS += ["skipped", "left_out"]
 
 
 @dataclass
@@ -159,12 +159,13 @@ class RunFolder:
 
 def describe(data: ImageSet) -> dict[str, Any]:
     """What tells a data set from another: its counts, and a hash of its images' names and labels in order."""
+    # File names that are not UTF-8 count byte by byte.
     lines = [f"{image.path.parent.name}/{image.path.name} {image.label}" for image in [*data.train, *data.test]]
     return {
         "classes": len(data.classes),
         "training images": len(data.train),
         "test images": len(data.test),
-        "sha256 of the list": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        "sha256 of the list": hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest(),
     }
 
 

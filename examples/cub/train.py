@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from augmentation import AugmentedImages, PlacedBatches, leave_signals_to_the_parent
+from bad_images import ending_at_bad_images
 from birds_cache import open_data
+from build import make_accelerator, make_net
 from chunk_auto import with_chunk_size
 from curves import draw_curves
 from data import ImageDataset, ImageSet, train_transform
@@ -33,7 +35,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from apinet_head import BalancedBatchSampler, api_loss_terms, random_pairs
-from build import make_accelerator, make_net
 
 
 class Trainer:
@@ -214,7 +215,12 @@ class Trainer:
         start = time.perf_counter()
         share_buffers(self.net)
         progress.epoch += 1
-        row |= {"epoch": progress.epoch, "step": progress.step, "skipped": progress.skipped}
+        row |= {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "skipped": progress.skipped,
+            "left_out": self.data.left_out,
+        }
         if progress.epoch == self.settings.epochs or progress.epoch % self.settings.eval_every == 0:
             row |= scores(*predict(self.net, self.test_loader, self.accelerator.device))
         row["seconds"] = progress.seconds + time.perf_counter() - start
@@ -276,7 +282,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             flush=True,
         )
         trainer = Trainer(settings, data, folder)
-    result = trainer.fit()
+    with ending_at_bad_images():
+        result = trainer.fit()
     if processes.is_main_process:
         print(f"{settings.method} after {result['epoch']} epochs: {report(result)}")
         print(f"(best epoch, chosen on the test images: top-1 {result['best_test_top1']:.2f} %)")
