@@ -81,7 +81,7 @@ def test_load_image_refuses_what_has_no_white(tmp_path: Path) -> None:
 
 
 def test_load_image_names_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg"):
+    with pytest.raises(ValueError, match=r"nowhere\.jpg cannot be read: No such file"):
         load_image(tmp_path / "nowhere.jpg")
 
 

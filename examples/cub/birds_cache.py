@@ -4,14 +4,21 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from bad_images import leave_out
 from birds import VERSION, write_birds
 from readers import READERS, ImageSet, read_cub
 from settings import Settings
 
 
 def open_data(settings: Settings, root: str | None = None) -> ImageSet:
-    """The images at `root`, or else those that the settings name; says so when it draws birds."""
+    """The images at `root`, or else those that the settings name, less the bad ones that they leave out.
+
+    Says so when it draws birds, and how many images it leaves out.
+    """
     root = root or settings.data
+    if root and settings.skip_bad:
+        data = READERS[settings.dataset](root, complete=False)
+        return leave_out(data, Path(settings.skip_bad), Path(root), settings.n_samples)
     if root:
         return READERS[settings.dataset](root)
     folder = cache_folder() / (

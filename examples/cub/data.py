@@ -1,13 +1,10 @@
-"""The images of a data set for a DataLoader: decoding, transforms, caching. What the readers give is here too."""
+"""The images of a data set for a DataLoader: transforms, caching. What the readers and the opener give is here too."""
 
-import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
-import PIL.ImageOps
+from image_files import load_image
 from readers.common import Image, ImageSet
 from readers.cub import family, read_boxes, read_cub, read_parts
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
@@ -20,32 +17,6 @@ __all__ = [
     "test_transform", "train_transform",
 ]  # fmt: skip
 Stats = Sequence[float]
-
-
-def load_image(path: str | Path) -> PIL.Image.Image:
-    """Decode an image to RGB, upright as its EXIF says; transparency is dropped.
-
-    There is no replacement picture: the published loader puts a white one in place of a broken image, unnoticed.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        ValueError: it is no image, or a broken one.
-    """
-    data = Path(path).read_bytes()
-    try:
-        image = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
-        if image.mode == "F" or image.mode.startswith("I"):  # 16-bit grey: convert() would turn all above 255 white
-            grey = np.asarray(image)
-            if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-                raise ValueError(f"mode {image.mode}, {grey.min()} to {grey.max()}, does not say what is white")
-            image = PIL.Image.fromarray((grey // 256).astype(np.uint8))
-        if image.mode == "P":
-            image = image.convert("RGBA")  # Pillow warns of a transparent palette that goes straight to RGB
-        return image.convert("RGB")
-    except PIL.UnidentifiedImageError:  # names a BytesIO object instead of the file
-        raise ValueError(f"{path} ({len(data)} bytes) is no image that Pillow knows; replace the file") from None
-    except Exception as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"{path} ({len(data)} bytes) cannot be decoded: {error}; replace the file") from error
 
 
 class ImageDataset(Dataset[tuple[Any, int, int]]):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from bad_images import ending_at_bad_images
 from birds_cache import open_data
 from data import ImageDataset, ImageSet, test_transform
 from processes import first_process_first, join_processes, share
@@ -117,7 +118,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if data.classes != run["classes"]:
             raise SystemExit(f"{data.name} has other classes than {options.model} was trained on: give its --data")
     device = torch.device(options.device)
-    logits, labels = predict(net.to(device), test_loader(data, settings), device)
+    with ending_at_bad_images():
+        logits, labels = predict(net.to(device), test_loader(data, settings), device)
     found = {**scores(logits, labels), **confusion(logits, labels, data.classes, data.families)}
     if processes.is_main_process:
         print(report(found))

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from bad_images import shown
 from compared import BirdMarks, Outcome, nearest, run_tests
 from data import Image, load_image, test_transform
 from explain_page import Page, Side, readable, report, save_png
@@ -66,7 +67,7 @@ def make_page(outcome: Outcome, pair: tuple[Image, Image], marks: BirdMarks | No
         known = "" not in (image.image_id, other.image_id)
         sides.append(
             Side(
-                file=image.path.name,
+                file=shown(image.path.name),
                 true=readable(classes[image.label]) if image.label >= 0 else "",
                 predicted=readable(classes[int(top.indices[index])]),
                 probability=float(top.values[index]),

@@ -31,7 +31,7 @@ from apinet_head import APINet
 # What a run leaves that ended before its first checkpoint. A step that was not finite has its own settings with it.
 UNTRAINED = {"settings.json", "data.json", "tensorboard", "state", "nonfinite"}
 COLUMNS = ["epoch", "step", "lr", "seconds", "loss", "cross_entropy", "ranking", "train_top1", "test_top1", "test_top5"]
-COLUMNS += ["skipped"]
+COLUMNS += ["skipped", "left_out"]
 
 
 @dataclass
@@ -177,12 +177,13 @@ def is_untrained(path: Path) -> bool:
 
 def describe(data: ImageSet) -> dict[str, Any]:
     """What tells a data set from another: its counts, and a hash of its images' names and labels in order."""
+    # File names that are not UTF-8 count byte by byte.
     lines = [f"{image.path.parent.name}/{image.path.name} {image.label}" for image in [*data.train, *data.test]]
     return {
         "classes": len(data.classes),
         "training images": len(data.train),
         "test images": len(data.test),
-        "sha256 of the list": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        "sha256 of the list": hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest(),
     }
 
 

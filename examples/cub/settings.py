@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from bad_images import LIST
 from readers import ARCHIVES
 
 from apinet_head.mutual import MUTUALS
@@ -31,6 +32,7 @@ class Settings:
     image_size: int = setting(512, "embedded set: pixels a side")
     resize: int = setting(512, "images are resized to a square of this side ...")
     crop: int = setting(448, "... and cropped to this: at random and flipped in training, the centre in testing")
+    skip_bad: str = setting("", f"leave out the images in this list of check.py; without a name, in {LIST}")
     cache_images: bool = setting(False, "keep the resized images in memory; for small sets")
     workers: int = setting(4, "processes that load images; 0: none but this one")
     loader_timeout: float = setting(300.0, "seconds to wait for a batch of them before the run ends; 0: for ever")
@@ -127,6 +129,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         kind: dict[str, Any] = {"type": type(default), "choices": item.metadata["choices"]}
         if item.name == "chunk_size":
             kind["type"] = chunk_size
+        if item.name == "skip_bad":
+            kind |= {"nargs": "?", "const": LIST, "metavar": "FILE"}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(f"--{item.name.replace('_', '-')}", default=default, help=item.metadata["help"], **kind)
@@ -143,6 +147,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     if chosen["dataset"] != "cub" and not chosen["data"]:
         archive = ARCHIVES[chosen["dataset"]]
         parser.error(f"--dataset {chosen['dataset']} needs --data, {archive.expected}. {archive.source}")
+    if chosen["skip_bad"] and not chosen["data"]:
+        parser.error("--skip-bad needs --data: the embedded birds are drawn without bad images")
     return Settings(**chosen)
 
 
@@ -161,7 +167,7 @@ def differences(old: dict[str, Any], settings: Settings) -> list[str]:
     """What differs between the settings of two runs, less what changes no result."""
     new, old = asdict(settings), asdict(Settings()) | old  # a setting newer than the run had its default meaning
     harmless = {"output", "workers", "cache_images", "device", "eval_batch", "threads"}
-    harmless |= {"checkpoint_minutes", "keep_checkpoints", "skip_nonfinite", "loader_timeout"}
+    harmless |= {"checkpoint_minutes", "keep_checkpoints", "skip_nonfinite", "skip_bad", "loader_timeout"}
     if settings.chunk_size == AUTO:  # takes the number of the run that it goes on with
         harmless.add("chunk_size")
     return [

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from augmentation import AugmentedImages, PlacedBatches, leave_signals_to_the_parent
+from bad_images import ending_at_bad_images
 from birds_cache import open_data
 from breakdowns import end_with_advice
 from build import make_accelerator, make_net
@@ -215,7 +216,12 @@ class Trainer:
         start = time.perf_counter()
         share_buffers(self.net)
         progress.epoch += 1
-        row |= {"epoch": progress.epoch, "step": progress.step, "skipped": progress.skipped}
+        row |= {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "skipped": progress.skipped,
+            "left_out": self.data.left_out,
+        }
         if progress.epoch == self.settings.epochs or progress.epoch % self.settings.eval_every == 0:
             row |= scores(*predict(self.net, self.test_loader, self.accelerator.device))
         row["seconds"] = progress.seconds + time.perf_counter() - start
@@ -278,7 +284,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             flush=True,
         )
         trainer = Trainer(settings, data, folder)
-    with end_with_advice(settings, folder, trainer.net, lambda plain: make_net(plain, classes)):
+    with end_with_advice(settings, folder, trainer.net, lambda plain: make_net(plain, classes)), ending_at_bad_images():
         result = trainer.fit()
     if processes.is_main_process:
         print(f"{settings.method} after {result['epoch']} epochs: {report(result)}")

@@ -1,10 +1,10 @@
 """Readers of the paper's five data sets, each from the folder that unpacking the official archive gives.
 
-A reader takes the folder and returns an `ImageSet`. What is missing or doesn't fit together is an error that names it.
+A reader takes the folder and returns an `ImageSet`. What is missing or doesn't fit together is an error that names it;
+with `complete=False`, images may be missing.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 from readers.aircraft import AIRCRAFT, read_aircraft
 from readers.cars import CARS, read_cars
@@ -14,7 +14,7 @@ from readers.dogs import DOGS, read_dogs
 from readers.nabirds import NABIRDS, read_nabirds
 
 # By the value of --dataset.
-READERS: dict[str, Callable[[str | Path], ImageSet]] = {
+READERS: dict[str, Callable[..., ImageSet]] = {
     "cub": read_cub,
     "cars": read_cars,
     "aircraft": read_aircraft,

@@ -3,7 +3,7 @@
 from pathlib import Path, PurePosixPath
 
 from readers.common import Archive, ImageSet, images_at
-from readers.lists import check_apart, check_ids, check_known, check_trained, inner, read_lines
+from readers.lists import Inside, check_apart, check_ids, check_known, check_trained, read_lines
 
 VARIANTS, TRAIN, TEST = "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt"
 FAMILIES = "images_family_trainval.txt"
@@ -16,8 +16,10 @@ AIRCRAFT = Archive(
 )
 
 
-def read_aircraft(root: str | Path) -> ImageSet:
-    """Read FGVC-Aircraft by variants, trained on its training and validation images. Errors as in `read_cub`.
+def read_aircraft(root: str | Path, *, complete: bool = True) -> ImageSet:
+    """Read FGVC-Aircraft by variants, trained on its training and validation images.
+
+    Errors and `complete` are as in `read_cub`.
 
     `root` is the folder fgvc-aircraft-2013b, its folder data, or the one that it was unpacked in. Images come in the
     order of the lists, classes in that of variants.txt.
@@ -32,16 +34,18 @@ def read_aircraft(root: str | Path) -> ImageSet:
     for file, names in listed.items():
         check_known(file, names.values(), variants, label_of, "variant")
         rows = {image_id: (PurePosixPath(f"{image_id}.jpg"), label_of[name]) for image_id, name in names.items()}
-        AIRCRAFT.check_images(root / "images", [path for path, _ in rows.values()], file)
+        if complete:
+            AIRCRAFT.check_images(root / "images", [path for path, _ in rows.values()], file)
         parts.append(images_at(root / "images", rows))
     return ImageSet(AIRCRAFT.name, list(label_of), *parts, families=[family_of[name] for name in label_of])
 
 
 def _read_names(file: Path, column: str) -> dict[str, str]:
     """{image id: name}; the ids are text, for some begin with 0."""
+    inside = Inside(file.parent, "images")
 
     def parse(image_id: str, name: str) -> tuple[str, str]:
-        inner(image_id, "images")
+        inside(f"{image_id}.jpg")
         return image_id, name
 
     return read_lines(file, f"<image_id> {column}", parse)

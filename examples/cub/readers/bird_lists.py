@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from readers.common import Archive, Image, ImageSet
-from readers.lists import check_ids, check_known, check_trained, flag, inner, read_lines
+from readers.lists import Inside, check_ids, check_known, check_trained, flag, read_lines
 
 IMAGES, LABELS, SPLIT, CLASSES = "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"
 
@@ -38,12 +38,16 @@ class BirdLists:
         """The ids of the classes that have images, in order."""
         return sorted(set(self.class_ids.values()))
 
-    def image_set(self, families: Mapping[int, str]) -> ImageSet:
-        """The classes that have images, with {class id: family}, and their images in the order of image ids."""
+    def image_set(self, families: Mapping[int, str], *, complete: bool) -> ImageSet:
+        """The classes that have images, with {class id: family}, and their images in the order of image ids.
+
+        If it is to be `complete`, missing images are an error.
+        """
         trained = {self.class_ids[image_id] for image_id in self.paths if self.in_train[image_id]}
         check_trained(self.split, trained, self.classes, self.used, "class id")
         folder = self.root / "images"
-        self.archive.check_images(folder, self.paths.values(), self.images)
+        if complete:
+            self.archive.check_images(folder, self.paths.values(), self.images)
         label_of = {class_id: label for label, class_id in enumerate(self.used)}
         parts: dict[bool, list[Image]] = {True: [], False: []}
         for image_id, path in sorted(self.paths.items()):
@@ -55,6 +59,6 @@ class BirdLists:
 
 def read_paths(images: Path, image_id: Callable[[str], Any]) -> dict[Any, Any]:
     """{image_id: path in images/}."""
-    return read_lines(
-        images, "<image_id> <path under images/>", lambda image, path: (image_id(image), inner(path, "images"))
-    )
+    inside = Inside(images.parent, "images")
+    form = "<image_id> <path under images/>"
+    return read_lines(images, form, lambda image, path: (image_id(image), inside(path)))

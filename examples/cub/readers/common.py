@@ -25,6 +25,7 @@ class ImageSet:
     """A data set with its official split; `classes` and `families` have the names by label.
 
     A family is a group of classes that look alike, such as all terns; `families` is empty where the files give none.
+    `left_out` counts the images that a run does without, for they are bad.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ImageSet:
     train: list[Image]
     test: list[Image]
     families: list[str] = field(default_factory=list)
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,20 @@ class Archive:
     def check_images(self, folder: Path, paths: Iterable[PurePosixPath], listing: Path) -> None:
         """Raises FileNotFoundError if images of `listing`, at `paths` in `folder`, are not on disk."""
         paths = list(paths)
-        # One listing per folder instead of a question per image: quick, and exact about case on macOS too.
-        walk = os.walk(folder, followlinks=True)
-        on_disk = {os.path.join(folder, file) for folder, _, files in walk for file in files}
-        missing = [str(path) for path in paths if str(folder / path) not in on_disk]
+        # One listing per folder instead of a question per image: quick, and exact about case on macOS too. Only of the
+        # folders that the list names: a walk through all of them would follow loops of links.
+        listings: dict[PurePosixPath, set[str]] = {}
+
+        def there(path: PurePosixPath) -> bool:
+            parent = path.parent
+            if parent == path:
+                return True
+            if parent not in listings:
+                found = there(parent) and (folder / parent).is_dir()
+                listings[parent] = set(os.listdir(folder / parent)) if found else set()
+            return path.name in listings[parent]
+
+        missing = [str(path) for path in paths if not there(path)]
         if missing:
             lacking = f"{folder} lacks {some('image', missing)} of the {len(paths)} in {listing}"
             raise FileNotFoundError(f"{lacking} (upper and lower case count); unpack the archive anew. {self.source}")

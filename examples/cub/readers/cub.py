@@ -17,18 +17,20 @@ CUB = Archive(
 )
 
 
-def read_cub(root: str | Path) -> ImageSet:
+def read_cub(root: str | Path, *, complete: bool = True) -> ImageSet:
     """Read the lists of CUB-200-2011, and check them against each other and the images on disk.
 
     `root` is the folder CUB_200_2011, or the one that it was unpacked in. Images come in the order of their ids.
+    Without `complete`, images may be missing on the disk.
 
     Raises:
         FileNotFoundError: root, a list or images are missing.
-        ValueError: a list is malformed, or two don't fit together; the message names the files and the place.
+        ValueError: a list is malformed, two don't fit together, or an image's path leaves root; the message names
+            the files and the place.
     """
     lists = BirdLists(CUB, root, int)
     check_known(lists.classes, lists.names, lists.labels, lists.used, "class id")
-    return lists.image_set({class_id: family(name) for class_id, name in lists.names.items()})
+    return lists.image_set({class_id: family(name) for class_id, name in lists.names.items()}, complete=complete)
 
 
 def read_boxes(root: str | Path) -> dict[int, tuple[float, float, float, float]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from readers.common import Archive, ImageSet, images_at
-from readers.lists import check_apart, check_trained, inner, read_mat, whole
+from readers.lists import Inside, check_apart, check_trained, read_mat, whole
 
 TRAIN, TEST = ("train_list.mat", "lists/train_list.mat"), ("test_list.mat", "lists/test_list.mat")
 DOGS = Archive(
@@ -15,17 +15,18 @@ DOGS = Archive(
 )
 
 
-def read_dogs(root: str | Path) -> ImageSet:
-    """Read Stanford Dogs; a class is called like its folder. Errors as in `read_cub`.
+def read_dogs(root: str | Path, *, complete: bool = True) -> ImageSet:
+    """Read Stanford Dogs; a class is called like its folder. Errors and `complete` as in `read_cub`.
 
     The lists may lie in a folder lists/. Images come in the order of the lists, classes in that of their numbers.
     """
     root, train, test = DOGS.find(root, TRAIN, TEST)
     folder_of: dict[int, str] = {}
     class_of: dict[str, int] = {}
+    inside = Inside(root, "Images")
 
     def parse(name: Any, class_id: Any) -> tuple[str, Any]:
-        path, class_id = inner(name, "Images"), whole(class_id)
+        path, class_id = inside(name), whole(class_id)
         folder = str(path.parent)
         if folder_of.setdefault(class_id, folder) != folder:
             raise ValueError(f"class {class_id} was in {folder_of[class_id]} before")
@@ -36,7 +37,8 @@ def read_dogs(root: str | Path) -> ImageSet:
     parts = []
     for listing in (train, test):
         rows = read_mat(listing, ["file_list", "labels"], parse)
-        DOGS.check_images(root / "Images", [path for path, _ in rows.values()], listing)
+        if complete:
+            DOGS.check_images(root / "Images", [path for path, _ in rows.values()], listing)
         parts.append(rows)
     check_apart(train, parts[0], test, parts[1], "image")
     check_trained(train, (class_id for _, class_id in parts[0].values()), test, folder_of, "class label")

@@ -1,5 +1,6 @@
 """Reads the lists of a data set, text or MATLAB's, row by row; every error names the file and the place in it."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -96,7 +97,31 @@ def inner(text: Any, folder: str) -> PurePosixPath:
     windows = PureWindowsPath(text)  # knows both separators and drive letters
     if windows.anchor or ".." in windows.parts:
         raise ValueError(f"the path leaves {folder}/")
+    if not windows.name:
+        raise ValueError("the path is empty")
     return PurePosixPath(text)
+
+
+class Inside:
+    """Takes the paths that a list gives to files in `folder` of the data set's folder `root`, if they stay in root.
+
+    A path that leaves it, by its own text or by symbolic links on its way, is a ValueError. Links within root are fine,
+    and root itself may be one.
+    """
+
+    def __init__(self, root: Path, folder: str) -> None:
+        self.root, self.folder, self._real = root, folder, os.path.realpath(root)
+        self._parents: dict[PurePosixPath, str] = {}  # what they really are: to ask for each image anew would be slow
+
+    def __call__(self, text: Any) -> PurePosixPath:
+        path = inner(text, self.folder)
+        if path.parent not in self._parents:
+            self._parents[path.parent] = os.path.realpath(self.root / self.folder / path.parent)
+        real = os.path.join(self._parents[path.parent], path.name)
+        real = os.path.realpath(real) if os.path.islink(real) else real
+        if not Path(real).is_relative_to(self._real):
+            raise ValueError(f"the path leaves {self.root} by a link, to {real}; put the files there instead")
+        return path
 
 
 def check_ids(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[Any], what: str = "image id") -> None:

@@ -16,8 +16,10 @@ NABIRDS = Archive(
 )
 
 
-def read_nabirds(root: str | Path) -> ImageSet:
-    """Read NABirds; of its classes, those that have images, which are the hierarchy's leaves. Errors as in `read_cub`.
+def read_nabirds(root: str | Path, *, complete: bool = True) -> ImageSet:
+    """Read NABirds; of its classes, those that have images, which are the hierarchy's leaves.
+
+    Errors and `complete` are as in `read_cub`.
 
     `root` is the folder nabirds, or the one that it was unpacked in.
     """
@@ -27,4 +29,5 @@ def read_nabirds(root: str | Path) -> ImageSet:
     parents = read_lines(hierarchy, form, lambda child, parent: (int(child), int(parent)))
     check_known(lists.labels, lists.used, hierarchy, parents, "class id")
     check_known(hierarchy, (parents[class_id] for class_id in lists.used), lists.classes, lists.names, "class id")
-    return lists.image_set({class_id: lists.names[parents[class_id]] for class_id in lists.used})
+    family_of = {class_id: lists.names[parents[class_id]] for class_id in lists.used}
+    return lists.image_set(family_of, complete=complete)
