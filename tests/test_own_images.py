@@ -26,7 +26,8 @@ def folder(tmp_path):
 def test_split_is_stratified_disjoint_and_by_seed(folder):
     train, test = data.read(folder)
     assert Counter(item.label for item in test) == {"blue": 2, "green": 1, "red": 3}
-    assert not set(train) & set(test) and sorted(train + test) == data.read_folder(folder)
+    assert not set(train) & set(test)
+    assert sorted(train + test) == data.read_folder(folder)
     assert data.read(folder) == (train, test) != data.read(folder, seed=1)
 
 
@@ -52,7 +53,9 @@ def test_warnings(folder):
     red, blue = [[item for item in items if item.label == name] for name in ("red", "blue")]
     found = data.warnings(red + blue[:1], red[:1])
     assert len(found) == 3
-    assert "blue: one training image" in found[0] and "12" in found[1] and str(red[0].path) in found[2]
+    assert "blue: one training image" in found[0]
+    assert "12" in found[1]
+    assert str(red[0].path) in found[2]
     assert data.warnings(red + blue[:6], blue[6:]) == []
 
 
