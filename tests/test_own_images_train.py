@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
                 shade = tuple(value + rng.randint(-15, 15) for value in colour)
                 Image.new("RGB", (40, 40), shade).save(root / part / name / f"{index}.png")
     Image.new("RGB", (40, 40), COLOURS["red"]).save(root / "test/green/wrong.png")
-    flags = "--backbone test_resnet --no-pretrained --image-size 32 --epochs 8 --lr 0.003".split()
+    flags = ["--backbone", "test_resnet", "--no-pretrained", "--image-size", "32", "--epochs", "8", "--lr", "0.003"]
     done = run("train.py", root, "--out", root / "model", *flags)
     assert done.returncode == 0, done.stderr
     return root / "model", root

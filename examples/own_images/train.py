@@ -74,6 +74,8 @@ def main():
     classes = sorted(data.by_class(train_items))
     if len(classes) < 2 or not {item.label for item in test_items} <= set(classes):
         raise SystemExit(f"{args.source}: two classes or more are needed, and each test class in training: {classes}")
+    if not test_items:
+        raise SystemExit(f"{args.source}: no class has two images, one to train with and one to test")
     for warning in data.warnings(train_items, test_items):
         print("warning:", warning)
     for name, (value, why) in choose(len(train_items), len(classes)).items():
