@@ -1,4 +1,4 @@
-"""One HTML file of a training: accuracy by class, confusions, the most confused pairs."""
+"""One HTML file of a training: accuracy by class, confusions, and where the gates look."""
 
 import base64
 import io
@@ -36,7 +36,7 @@ def write(file: Path, classes: list[str], confusion: torch.Tensor, history: list
         f"<tr><th></th><th>right</th>{''.join(f'<th>{name}</th>' for name in names)}</tr>{''.join(rows)}</table>"
         f'<h2>Training loss, from 0 to {top:.2f}</h2><svg viewBox="0 0 400 120" width="400">'
         f'<polyline points="{points}" fill="none" stroke="currentColor"/></svg>'
-        f"<h2>Most confused</h2>{''.join(figures) or '<p>No test image was taken for another class.</p>'}</html>",
+        f"<h2>Taken for another class</h2>{''.join(figures) or '<p>None was.</p>'}</html>",
         encoding="utf-8",
     )
 
