@@ -242,6 +242,15 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(birds, tmp
     assert_ends_alike(tmp_path / "run", whole)
 
 
+@pytest.fixture
+def in_the_foreground():
+    """Tests in the background of a shell start with SIGINT ignored, and a run leaves what is ignored alone."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize(
     ("number", "owner", "name", "call", "saved"),
     [(signal.SIGTERM, train.Trainer, "step", 4, "epoch-0001-batch-00001"),
