@@ -126,6 +126,17 @@ def test_bad_image_in_a_worker_and_in_testing(folder: Path) -> None:
         run(folder, "--workers", "1")
 
 
+def test_process_with_workers_ends_at_a_bad_image(folder: Path, tmp_path: Path) -> None:
+    """Its workers, which ignore SIGTERM, must not keep it from ending."""
+    READERS["cub"](folder).train[3].path.write_bytes(b"")
+    script = Path(__file__).parents[1] / "examples/cub/train.py"
+    flags = [*FLAGS, "--data", str(folder), "--output", str(tmp_path / "run"), "--workers", "2"]
+    found = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1
+    assert "bad image: " in found.stderr
+    assert "Traceback" not in found.stderr
+
+
 def test_names_that_are_not_utf8(folder: Path, tmp_path: Path, capsys) -> None:
     data = READERS["cub"](folder)
     renamed = []

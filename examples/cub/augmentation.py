@@ -4,7 +4,9 @@ So a run that goes on in the middle of an epoch sees what it would have seen, ho
 each of several processes sees what one process would see there.
 """
 
+import atexit
 import hashlib
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -59,3 +61,12 @@ def leave_signals_to_the_parent(_: int) -> None:
     """For workers: a signal to the whole group must not end them before the parent has finished its step and saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers_with_the_parent() -> None:
+    """An error leaves workers behind, which multiprocessing would wait for at exit: they don't hear its SIGTERM."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error about each worker that is killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
