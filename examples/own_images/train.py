@@ -137,7 +137,7 @@ def main() -> None:
     confusion = confusions(test.labels, predicted, len(classes))
     accuracy = confusion.diagonal().sum().item() / len(test)
 
-    # Not pretrained: who loads it has these weights.
+    # Without `pretrained`, so that loading the folder asks for no weights but those in it.
     net.save_pretrained(args.out, config={"backbone": args.backbone, "num_classes": len(classes)})
     (args.out / "classes.json").write_text(json.dumps({"classes": classes, "transform": settings}))
     metrics = {"accuracy": accuracy, "confusion": confusion.tolist(), "loss": history}
