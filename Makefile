@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ablate test test-slow test-gpu bench lint types wheel figures clean
+.PHONY: help demo ablate test test-slow test-gpu test-oldest test-newest bench lint types pyright docs docs-serve notebook wheel smoke \
+	figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +38,17 @@ test-slow: $(READY)  ## the tests that take minutes
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+test-oldest:  ## the tests on the oldest releases that setup.cfg allows, in .venv-oldest (Python 3.10 or 3.11)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python tests/oldest.py > .venv-oldest/pins.txt
+	.venv-oldest/bin/python -m pip install --quiet $(PIP_ARGS) --constraint .venv-oldest/pins.txt $(TORCH) --editable '.[test]'
+	.venv-oldest/bin/python -m pytest
+
+test-newest:  ## the tests on the newest releases there are, in .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(PIP_ARGS) $(TORCH) --editable '.[test]'
+	.venv-newest/bin/python -m pytest
+
 bench: $(READY)  ## measure everything on this machine, then draw tables and plots (up to 10 minutes, nothing else running)
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/report.py
@@ -48,12 +60,33 @@ lint: $(READY)  ## ruff: style and formatting
 types: $(READY)  ## mypy, strict, on the package
 	$(BIN)/mypy
 
-wheel: $(READY)  ## dist/*.whl and *.tar.gz
+pyright: $(READY)  ## pyright, on the public names (it fetches itself on first use)
+	$(BIN)/pyright --verifytypes apinet_head --ignoreexternal
+
+docs: $(READY)  ## the documentation as a site, in build/site
+	$(BIN)/mkdocs build --quiet
+
+docs-serve: $(READY)  ## the same while writing, on http://127.0.0.1:8000
+	$(BIN)/mkdocs serve
+
+notebook: $(READY)  ## run examples/walkthrough.ipynb anew, and keep its pictures
+	cd examples && ../$(BIN)/jupyter execute --inplace walkthrough.ipynb
+
+wheel: $(READY)  ## dist/*.whl and *.tar.gz, checked for the package index
+	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+smoke: wheel  ## both installed in empty environments, and the README's first lines run there
+	for package in dist/*; do \
+	    rm -rf .venv-smoke && $(PYTHON) -m venv .venv-smoke && \
+	    .venv-smoke/bin/python -m pip install --quiet $(PIP_ARGS) $(TORCH) "$$package" && \
+	    (cd /tmp && $(CURDIR)/.venv-smoke/bin/python -I $(CURDIR)/tests/smoke.py) || exit 1; \
+	done
 
 figures: $(READY)  ## draw the pictures of the documents anew
 	$(BIN)/python docs/figures/method.py
 	$(BIN)/python docs/figures/ranks.py
 
 clean:  ## remove what make and the tools made; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,18 @@ def pack(state: Any) -> bytes:
 
 
 def unpack(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """What `pack` made of tensors and plain types.
+
+    Raises:
+        SystemExit: the file has more in it, which could run code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SystemExit(
+            f"{path} is refused, and nothing in it was run: it has more in it than the tensors and plain values that "
+            f"train.py writes. Find out where it comes from; remove {path.parent} to go on from the checkpoint before"
+        ) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
