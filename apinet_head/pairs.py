@@ -91,7 +91,8 @@ def mine_pairs(
 
     size = features.shape[0]  # not len(): export would take that for a constant
     # All pairs at once, not one kind after the other: small batches cost a GPU as much as there are operations.
-    anchor = torch.arange(size, device=features.device).expand(len(searches), size).flatten()
+    pair = torch.arange(len(searches) * size, device=features.device)
+    anchor = pair % size
     if keys is None:
         if key_labels is not None or key_offset is not None:
             raise ValueError("key_labels and key_offset need keys, got keys=None")
@@ -108,7 +109,7 @@ def mine_pairs(
     return Pairs(
         anchor=anchor,
         partner=found.partner.flatten().where(valid, fallback),
-        same_class=torch.arange(anchor.shape[0], device=anchor.device) < (size if searches[0].same_class else 0),
+        same_class=pair < (size if searches[0].same_class else 0),
         valid=valid,
     )
 

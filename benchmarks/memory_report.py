@@ -1,6 +1,6 @@
 """Table and plot of what memory.py found, drawn anew from its JSON.
 
-python benchmarks/memory_report.py benchmarks/results/x86_64-cpu-2026-11-24-memory.json
+python benchmarks/memory_report.py benchmarks/results/amd-epyc-cpu-2026-11-24-memory.json
 """
 
 import argparse

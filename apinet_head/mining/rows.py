@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Shift and scale all rows alike, which changes no comparison of distances but saves their accuracy.
 
     The mean goes because |k|² - 2qk cancels badly for rows far from the origin; the scale, a power of two and so
@@ -15,17 +15,21 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
 
     Returns:
         queries [B,D] and keys [M,D] (the same tensor if `keys` is None), float32 or float64, non-finite rows replaced;
-        finite [M] bool.
+        finite [M] bool, None where it is known that all are.
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
     queries = queries.detach().to(dtype)
     rows = queries if keys is None else keys.detach().to(dtype)
     # On a CPU a look costs less than the passes over the rows that it saves.
     if _may_look(rows):
-        centred = rows - (mean := rows.sum(0) / rows.shape[0])
+        mean = rows.sum(0) / rows.shape[0]
+        squares = _squares(rows)
+        if keys is None and _ordinary(squares, dtype) and rows.shape[0] * _squares(mean) < squares / 2:
+            return rows, rows, None  # not far from the origin: at most one bit is lost
+        centred = rows - mean
         others = centred if keys is None else queries - mean
-        if _ordinary(centred) and (keys is None or _ordinary(others)):
-            return others, centred, torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+        if _ordinary(_squares(centred), dtype) and (keys is None or _ordinary(_squares(others), dtype)):
+            return others, centred, None
     return _prepare_unseen(queries, keys, rows)
 
 
@@ -34,11 +38,16 @@ def _may_look(rows: Tensor) -> bool:
     return rows.device.type == "cpu" and type(rows) is Tensor and not torch.compiler.is_compiling()
 
 
-def _ordinary(rows: Tensor) -> bool:
-    """Whether all is finite, and products of rows are neither infinite nor lost below the smallest number."""
-    numbers = rows.flatten()
-    edge = math.sqrt(torch.finfo(rows.dtype).tiny)
-    return edge < float(numbers.dot(numbers)) < 1 / edge
+def _squares(numbers: Tensor) -> float:
+    """The sum of the squares of all numbers."""
+    flat = numbers.flatten()
+    return float(flat.dot(flat))
+
+
+def _ordinary(squares: float, dtype: torch.dtype) -> bool:
+    """Whether rows with this sum of squares are finite, and their products neither infinite nor lost near 0."""
+    edge = math.sqrt(torch.finfo(dtype).tiny)
+    return edge < squares < 1 / edge
 
 
 def _prepare_unseen(queries: Tensor, keys: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,9 +45,12 @@ def mine(
             if key_offset is not None and -same.shape[0] < top + key_offset - left < same.shape[1]:
                 candidate.diagonal(top + key_offset - left, 1, 2).fill_(False)  # a row and itself
             cost = cost_of(searches, distance)
-            best.offer(down, torch.where(candidate & finite[across], cost, torch.inf), 2, left)
+            offer = torch.where(candidate if finite is None else candidate & finite[across], cost, torch.inf)
+            best.take(down, offer, 2, left)
             if symmetric and left > top:
-                best.offer(across, torch.where(candidate & finite[down, None], cost, torch.inf), 1, top)
+                if finite is not None:
+                    offer = torch.where(candidate & finite[down, None], cost, torch.inf)
+                best.take(across, offer, 1, top)
     return Found(best.partner, best.cost < torch.inf)
 
 
@@ -64,7 +67,7 @@ class _Best:
         self.cost = torch.full(shape, torch.inf, dtype=queries.dtype, device=device)
         self.partner = torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def offer(self, queries: slice, cost: Tensor, dim: int, first: int) -> None:
+    def take(self, queries: slice, cost: Tensor, dim: int, first: int) -> None:
         """Let the queries choose along `dim` of their costs [S,rows,columns], where the keys from `first` on are."""
         lowest, partner = cost.min(dim)
         better = lowest < self.cost[:, queries]
