@@ -40,12 +40,14 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 
 test-oldest:  ## the tests on the oldest releases that setup.cfg allows, in .venv-oldest (Python 3.10 or 3.11)
 	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
 	.venv-oldest/bin/python tests/oldest.py > .venv-oldest/pins.txt
 	.venv-oldest/bin/python -m pip install --quiet $(PIP_ARGS) --constraint .venv-oldest/pins.txt $(TORCH) --editable '.[test]'
 	.venv-oldest/bin/python -m pytest
 
 test-newest:  ## the tests on the newest releases there are, in .venv-newest
 	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(PIP_ARGS) $(TORCH) --editable '.[test]'
 	.venv-newest/bin/python -m pytest
 
@@ -61,10 +63,10 @@ types: $(READY)  ## mypy, strict, on the package
 	$(BIN)/mypy
 
 pyright: $(READY)  ## pyright, on the public names (it fetches itself on first use)
-	$(BIN)/pyright --verifytypes apinet_head --ignoreexternal
+	PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes apinet_head --ignoreexternal
 
 docs: $(READY)  ## the documentation as a site, in build/site
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 docs-serve: $(READY)  ## the same while writing, on http://127.0.0.1:8000
 	$(BIN)/mkdocs serve

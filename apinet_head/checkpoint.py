@@ -30,7 +30,7 @@ def load_official_checkpoint(source: str | PathLike[str] | Mapping[str, Any]) ->
     Raises:
         ValueError: keys are missing, unknown, or their tensors of another shape; the message names them.
 
-    Example:
+    Examples:
         >>> from apinet_head import APINet, load_official_checkpoint
         >>> state = load_official_checkpoint("model_best.pth.tar")  # doctest: +SKIP
         >>> APINet("resnet101", num_classes=200).load_state_dict(state)  # doctest: +SKIP

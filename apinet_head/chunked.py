@@ -34,7 +34,7 @@ class ChunkedBackbone(nn.Module):
     Raises:
         ValueError: chunk_size is below 1.
 
-    Example:
+    Examples:
         >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> features = ChunkedBackbone(backbone, chunk_size=4)(torch.randn(12, 3, 16, 16))
         >>> features.sum().backward()

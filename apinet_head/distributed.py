@@ -31,7 +31,7 @@ def gather_features(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, i
         ValueError: features or labels are malformed, or their shapes differ between ranks; then on every rank, with
             the shapes of all.
 
-    Example:
+    Examples:
         >>> features, labels = torch.randn(4, 8), torch.tensor([0, 0, 1, 1])
         >>> all_features, all_labels, offset = gather_features(features, labels)  # here: one process
         >>> all_features.shape, offset

@@ -10,7 +10,7 @@ class Dropout(nn.Dropout):
     On a CPU, `nn.Dropout` keeps its mask as numbers of the input's dtype, where a byte does; and draws it one Bernoulli
     number at a time, which takes twice as long as uniform numbers to compare with.
 
-    Example:
+    Examples:
         >>> Dropout(0.5)(torch.ones(2, 1000)).unique().tolist()
         [0.0, 2.0]
     """

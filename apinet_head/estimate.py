@@ -101,7 +101,7 @@ def step_memory(
             tensors, which fake ones don't have.
         RuntimeError: this torch has no MemTracker.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(300, 100))
         >>> step_memory(net, 8, 10, moments=2, loss=lambda net, images, labels: net(images).sum())
         StepMemory(total=494468, parameters=120400, gradients=120400, optimizer=240800, activations=12868)
@@ -151,7 +151,7 @@ def pick_chunk_size(
         ValueError: no chunk size fits, or memory is None without a CUDA device; or as in `step_memory`.
         RuntimeError: as in `step_memory`.
 
-    Example:
+    Examples:
         >>> from apinet_head import APINet
         >>> net = APINet("resnet18", num_classes=10)
         >>> pick_chunk_size(net, batch_size=32, image_size=64, memory=200 * 2**20).chunk_size

@@ -56,7 +56,7 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
         ValueError: there are not two images, top_k is out of range, or the backbone has no feature map whose channels
             are those of the gates; the message says why.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from apinet_head import APINet
         >>> net = APINet("resnet18", num_classes=10)

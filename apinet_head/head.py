@@ -67,7 +67,7 @@ class APIHead(nn.Module):
     Raises:
         ValueError: an argument is out of its range; the message shows it.
 
-    Example:
+    Examples:
         >>> from apinet_head import APIHead, api_loss
         >>> head = APIHead(dim=2048, num_classes=200)
         >>> features, labels = torch.randn(8, 2048), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])

@@ -25,7 +25,7 @@ def api_loss(
 ) -> Tensor:
     """The scalar to minimise: `api_loss_terms(...).total`.
 
-    Example:
+    Examples:
         >>> from apinet_head import APIHead
         >>> output = APIHead(dim=16, num_classes=5)(torch.randn(4, 16), torch.tensor([0, 0, 1, 1]))
         >>> api_loss(output).shape
@@ -57,7 +57,7 @@ def api_loss_terms(
         ValueError: logits_self and logits_other differ in shape, labels or valid don't match them, a label is not in
             [0,C) (seen on a CPU; a GPU stops by itself), or margin, rank_weight or label_smoothing is out of range.
 
-    Example:
+    Examples:
         >>> from apinet_head import APIHead
         >>> output = APIHead(dim=16, num_classes=5)(torch.randn(4, 16), torch.tensor([0, 0, 1, 1]))
         >>> terms = api_loss_terms(output, rank_weight=0.5)

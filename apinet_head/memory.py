@@ -38,7 +38,7 @@ class FeatureMemory(nn.Module):
     Raises:
         ValueError: size or dim is below 1.
 
-    Example:
+    Examples:
         Search the batch and the memory, then keep the batch. Partners in the batch, which come first and so have
         `key_offset=0`, get a gradient, those in the memory none.
 

@@ -36,7 +36,7 @@ class APINet(
     Raises:
         ValueError: the channels of the backbone's features are unknown, or an argument doesn't fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = APINet("resnet18", num_classes=10)
         >>> images = torch.randn(4, 3, 64, 64)
@@ -92,7 +92,7 @@ class APINet(
             backbone_lr: learning rate of the backbone.
             weight_decay: of all parameters, biases and norms included.
 
-        Example:
+        Examples:
             >>> import torch
             >>> net = APINet("resnet18", num_classes=10)
             >>> optimizer = torch.optim.SGD(net.parameter_groups(0.01, backbone_lr=0.001), momentum=0.9)
@@ -118,7 +118,7 @@ class APINet(
             ValueError: the net has no linear classifier, or the timm model has not one place for it (models with two
                 classifiers for distillation, say).
 
-        Example:
+        Examples:
             >>> import torch
             >>> net = APINet("test_resnet", num_classes=10).eval()
             >>> images = torch.randn(2, 3, 64, 64)

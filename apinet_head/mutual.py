@@ -15,7 +15,7 @@ from apinet_head.dropout import Dropout
 class MutualMLP(nn.Module):
     """m = fc2(drop(fc1([x_a, x_b]))), without an activation in between, as published (equation 1).
 
-    Example:
+    Examples:
         >>> MutualMLP(dim=8, hidden_dim=4)(torch.zeros(3, 8), torch.zeros(3, 8)).shape
         torch.Size([3, 8])
     """

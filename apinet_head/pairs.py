@@ -72,7 +72,7 @@ def mine_pairs(
     Raises:
         ValueError: an argument's shape, dtype, device or value doesn't fit; the message shows what came.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[0.0], [1.0], [5.0], [9.0]])
         >>> pairs = mine_pairs(features, torch.tensor([7, 7, 7, 3]))
         >>> pairs.partner.tolist()  # nearest of class 7, then nearest of another class
@@ -130,7 +130,7 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
     Raises:
         ValueError: labels are no integer vector, there are none, or num_pairs is negative.
 
-    Example:
+    Examples:
         >>> pairs = random_pairs(torch.tensor([0, 0, 1]), 4, generator=torch.Generator().manual_seed(0))
         >>> bool((pairs.anchor != pairs.partner).all())
         True

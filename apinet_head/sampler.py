@@ -32,7 +32,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
     Raises:
         ValueError: fewer classes than n_classes, n_classes not divisible by world_size, or a number out of range.
 
-    Example:
+    Examples:
         >>> labels = [0, 0, 0, 1, 1, 2, 2, 2, 2]
         >>> sampler = BalancedBatchSampler(labels, n_classes=2, n_samples=2)
         >>> len(sampler)
