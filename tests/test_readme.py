@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser as torchrun_flags
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / folder / "README.md" for folder in (".", "examples/cub", "examples/own_images", "benchmarks")]
-PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(document, language):
