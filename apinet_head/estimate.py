@@ -79,7 +79,7 @@ def step_memory(
 ) -> StepMemory:
     """Estimate the peak of memory of a training step: forward, loss, `zero_grad()`, backward.
 
-    The step runs on fake tensors, which have shapes but no data, while torch's own `MemTracker` (torch 2.5 and newer)
+    The step runs on fake tensors, which have shapes but no data, while torch's own `MemTracker`
     adds up those that are alive. Parameters, gradients and the optimiser's state count. What is no tensor doesn't: the
     CUDA context, workspaces of cuDNN and cuBLAS, fragmentation of the allocator. Nor do tensors that a step doesn't
     make itself: DDP's buckets (the gradients once more), images loaded ahead, the optimiser's passing copies.

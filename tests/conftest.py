@@ -1,6 +1,5 @@
-"""Data sets that several test files use, and what an old torch can't run."""
+"""Data sets that several test files use."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,3 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny embedded set: 6 species with 6 images each."""
     root = tmp_path_factory.mktemp("data") / "CUB_200_2011"
     return write_birds(root, species=6, images_per_species=6, size=40, workers=0, progress=False)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if find_spec("torch.distributed._tools.mem_tracker") is None:  # torch 2.4
-        for item in items:
-            if item.nodeid.startswith("apinet_head/estimate.py"):
-                item.add_marker(pytest.mark.skip(reason="estimates need torch 2.5 or newer"))

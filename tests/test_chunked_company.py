@@ -86,10 +86,6 @@ def test_channels_last_stays():
 
 
 # Before that, hooks on saved tensors reach into the compiler.
-compiles = pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4 compiles nothing inside a checkpoint")
-
-
-@compiles
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_backbone(backend):
     torch._dynamo.reset()
@@ -105,7 +101,6 @@ def test_compiled_backbone(backend):
         torch.testing.assert_close(one, other)
 
 
-@compiles
 @pytest.mark.parametrize("compile_backbone", [False, True])
 def test_compiled_net_leaves_its_chunks_as_they_are(compile_backbone):
     torch._dynamo.reset()

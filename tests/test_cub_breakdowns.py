@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import chunk_auto
@@ -20,7 +19,6 @@ from torch.utils.data import get_worker_info
 
 ROOT = Path(__file__).parents[1]
 WORKERS = ["--workers", "2", "--checkpoint-minutes", "1e-9"]
-ESTIMATES = find_spec("torch.distributed._tools.mem_tracker") is not None
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9.00 GiB"
 
 
@@ -116,7 +114,6 @@ def out_of_memory(patch, step):
     patch.setattr(train.Trainer, "step", full)
 
 
-@pytest.mark.skipif(not ESTIMATES, reason="estimates need torch 2.5 or newer")
 def test_a_full_gpu_in_the_first_step_names_the_chunk_size_that_fits(birds, tmp_path, monkeypatch):
     from test_cub_chunk_auto import needed
 
@@ -139,7 +136,6 @@ def test_a_full_gpu_in_the_first_step_names_the_chunk_size_that_fits(birds, tmp_
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["chunk_size"] == 4
 
 
-@pytest.mark.skipif(not ESTIMATES, reason="estimates need torch 2.5 or newer")
 def test_an_estimate_that_says_it_fits_is_not_believed(birds, tmp_path, monkeypatch):
     monkeypatch.setattr(chunk_auto, "free_memory", lambda device: 2**40)
     out_of_memory(monkeypatch, 2)
@@ -154,7 +150,7 @@ def test_an_estimate_that_says_it_fits_is_not_believed(birds, tmp_path, monkeypa
 
 
 def test_without_an_estimate_the_message_has_the_rest(birds, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)  # as in torch 2.4
+    monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
     out_of_memory(monkeypatch, 1)
     with pytest.raises(SystemExit, match=r"one of 6 images[\s\S]*No chunk size is known to fit \(an estimate needs .*"):
         run(birds, tmp_path / "run")

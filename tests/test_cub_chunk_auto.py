@@ -14,8 +14,6 @@ from settings import AUTO, Settings, differences, parse
 from apinet_head import APINet
 from apinet_head.estimate import step_memory
 
-pytest.importorskip("torch.distributed._tools.mem_tracker", reason="of torch 2.5 and newer")
-
 TINY = [
     "--preset", "demo", "--backbone", "test_resnet", "--backbone-args", "{}", "--resize", "40", "--crop", "32",
     "--n-classes", "6", "--n-samples", "2", "--epochs", "1", "--device", "cpu", "--chunk-size", "auto",
@@ -113,7 +111,7 @@ def test_what_cannot_be_told_ends_the_command(birds, tmp_path, monkeypatch):
     give(monkeypatch, 2**20)
     with pytest.raises(SystemExit, match="--chunk-size auto: no chunk size brings a batch of 12 into"):
         run(birds, tmp_path / "run")
-    monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)  # as in torch 2.4
+    monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
     with pytest.raises(SystemExit, match=r"--chunk-size auto: an estimate needs .*, which is in torch 2.5"):
         run(birds, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -11,8 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 from apinet_head import APIHead, APINet, ChunkedBackbone, api_loss, fake_step
 from apinet_head.estimate import StepMemory, pick_chunk_size, step_memory
 
-pytest.importorskip("torch.distributed._tools.mem_tracker", reason="of torch 2.5 and newer")
-
 GIB = 2**30
 
 

@@ -112,7 +112,6 @@ def test_fake_tensors_need_no_data(device):
         head(features, labels, keys=keys, key_labels=torch.randint(6, (50,), device=device))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="checkpoint of torch 2.4 knows no meta device")
 def test_meta_tensors():
     head = APIHead(32, 6, device="meta")
     output = head(torch.randn(24, 32, device="meta"), torch.zeros(24, dtype=torch.long, device="meta"))

@@ -30,7 +30,7 @@ def predict(net: nn.Module, loader: DataLoader[Any], device: torch.device) -> tu
     net.eval()
     logits, labels = [], []
     bar = tqdm(loader, desc="testing", leave=False, disable=not PartialState().is_main_process)
-    with torch.inference_mode():  # not around what follows: torch 2.4 gathers nothing in it
+    with torch.inference_mode():  # not around what follows: older releases of torch gather nothing in it
         for images, targets, _ in bar:
             logits.append(net(images.to(device, memory_format=torch.channels_last)).float())
             labels.append(targets)
