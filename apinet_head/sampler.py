@@ -87,6 +87,11 @@ class BalancedBatchSampler(Sampler[list[int]]):
         if epoch != self.epoch:
             self.epoch, self._start, self._drawn = epoch, 0, 0
 
+    @property
+    def sampler(self) -> "BalancedBatchSampler":
+        """Itself: before each epoch, Lightning calls the `set_epoch` of a batch sampler's `sampler`, and no other."""
+        return self
+
     def state_dict(self, batches_done: int | None = None) -> dict[str, Any]:
         """Where in the epoch we are, to go on from there.
 

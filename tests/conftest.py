@@ -1,9 +1,13 @@
 """Data sets that several test files use, and what an old torch can't run."""
 
+import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from birds import write_birds
 from cub_folder import write_cub
 
@@ -19,6 +23,15 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny embedded set: 6 species with 6 images each."""
     root = tmp_path_factory.mktemp("data") / "CUB_200_2011"
     return write_birds(root, species=6, images_per_species=6, size=40, workers=0, progress=False)
+
+
+@pytest.fixture
+def own_accelerate() -> Iterator[None]:
+    """What accelerate and transformers note for the whole process ends with the test."""
+    with mock.patch.dict(os.environ):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
