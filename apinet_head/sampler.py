@@ -89,7 +89,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> "BalancedBatchSampler":
-        """Itself: before each epoch, Lightning calls the `set_epoch` of a batch sampler's `sampler`, and no other."""
+        """Itself: Lightning, and accelerate in some versions, call `set_epoch` of a batch sampler's `sampler` alone."""
         return self
 
     def state_dict(self, batches_done: int | None = None) -> dict[str, Any]:

@@ -84,6 +84,29 @@ def test_trainer_of_transformers(drawn, own_accelerate, tmp_path):
     assert plain.accuracy_on(Shapes(train=False), APINet.from_pretrained(tmp_path), "cpu") == pytest.approx(accuracy)
 
 
+def test_trainer_of_transformers_resumes_within_an_epoch(drawn, own_accelerate, tmp_path):
+    hf_trainer, transformers = map(importlib.import_module, ("hf_trainer", "transformers"))
+    settings = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=3, save_strategy="steps", save_steps=7, logging_strategy="no", report_to="none",
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+
+    def train(**how):
+        torch.manual_seed(0)
+        net = APINet("test_resnet", len(CLASSES))
+        trainer = hf_trainer.BalancedTrainer(
+            hf_trainer.ForTrainer(net), settings, train_dataset=Shapes(True), data_collator=hf_trainer.collate
+        )
+        trainer.train(**how)
+        return net.state_dict()
+
+    whole = train()
+    drawn.clear()
+    resumed = train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert drawn == batches(range(3), seed=42)[7 * 24 :]
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
 class Rows(lightning_module.ShapesData):
     """The example's batches, of the rows themselves, by worker processes."""
 

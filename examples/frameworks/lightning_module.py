@@ -26,7 +26,7 @@ class APIClassifier(lightning.LightningModule):
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         terms = api_loss_terms(self.net(*batch))
-        self.log_dict({name: value.detach() for name, value in terms._asdict().items()}, on_epoch=True, on_step=False)
+        self.log_dict({name: value.detach() for name, value in terms._asdict().items()}, sync_dist=True)
         return terms.total
 
     def validation_step(self, batch: list[Tensor], index: int) -> None:
