@@ -87,6 +87,11 @@ class BalancedBatchSampler(Sampler[list[int]]):
         if epoch != self.epoch:
             self.epoch, self._start, self._drawn = epoch, 0, 0
 
+    @property
+    def sampler(self) -> "BalancedBatchSampler":
+        """Itself: Lightning, and accelerate in some versions, call `set_epoch` of a batch sampler's `sampler` alone."""
+        return self
+
     def state_dict(self, batches_done: int | None = None) -> dict[str, Any]:
         """Where in the epoch we are, to go on from there.
 

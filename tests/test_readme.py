@@ -12,7 +12,10 @@ from settings import parse
 from torch.distributed.run import get_args_parser as torchrun_flags
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / folder / "README.md" for folder in (".", "examples/cub", "examples/own_images", "benchmarks")]
+DOCUMENTS = [
+    ROOT / folder / "README.md"
+    for folder in (".", "examples/cub", "examples/frameworks", "examples/own_images", "benchmarks")
+]
 PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -35,7 +38,7 @@ def test_there_are_snippets_and_commands():
 
 
 @pytest.mark.parametrize(("document", "code"), SNIPPETS, ids=lambda value: getattr(value, "name", "snippet"))
-def test_snippet_runs(document, code, tmp_path, monkeypatch):
+def test_snippet_runs(document, code, tmp_path, monkeypatch, own_accelerate):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(document), "exec"), {"__name__": "snippet"})
 

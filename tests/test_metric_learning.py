@@ -1,0 +1,186 @@
+"""Pairs to and from pytorch-metric-learning, against brute force and the formulas."""
+
+import importlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.samplers import MPerClassSampler
+from torch.utils.data import DataLoader, TensorDataset
+
+from apinet_head import APIHead, api_loss, api_loss_terms, mine_pairs
+from apinet_head.metric_learning import APIMiner, pairs_from_tuple
+
+SIZE, DIM, CLASSES = 15, 10, 4
+X = torch.randn(SIZE, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3])  # the last has nobody of its class
+MINERS = [
+    miners.AngularMiner(), miners.BatchEasyHardMiner("easy", "hard"), miners.BatchEasyHardMiner("all", "easy"),
+    miners.BatchHardMiner(), miners.DistanceWeightedMiner(), miners.HDCMiner(), miners.MultiSimilarityMiner(),
+    miners.PairMarginMiner(), miners.TripletMarginMiner(), miners.UniformHistogramMiner(),
+]  # fmt: skip
+
+
+def make_head():
+    torch.manual_seed(1)
+    return APIHead(DIM, CLASSES, hidden_dim=6, dropout=0.0, dtype=torch.float64)
+
+
+def loss_pair_by_pair(head, pairs):
+    """The reference's loss of a list of (anchor, partner), on images set side by side for it."""
+    layers = {"map1": head.mutual.fc1, "map2": head.mutual.fc2, "fc": head.classifier}
+    weights = {f"{name}_{part}": getattr(layer, part) for name, layer in layers.items() for part in ("weight", "bias")}
+    rows = [anchor for anchor, _ in pairs] + [partner for _, partner in pairs]
+    return reference.head(X[rows], Y[rows], [torch.arange(len(pairs)) + len(pairs)], weights)
+
+
+@pytest.mark.parametrize("miner", MINERS, ids=lambda miner: type(miner).__name__)
+def test_head_trains_on_what_any_miner_finds(miner):
+    torch.manual_seed(0)
+    mined = miner(X, Y)
+    a1, p, a2, n = [rows.tolist() for rows in (mined if len(mined) == 4 else (*mined[:2], *mined[::2]))]
+    positive, negative = list(zip(a1, p, strict=True)), list(zip(a2, n, strict=True))
+    assert positive
+    assert negative
+
+    pairs = pairs_from_tuple(mined)
+    assert list(zip(pairs.anchor.tolist(), pairs.partner.tolist(), strict=True)) == positive + negative
+    assert torch.equal(pairs.same_class, Y[pairs.anchor] == Y[pairs.partner])
+    assert pairs.valid.all()
+    head = make_head()
+    terms, expected = api_loss_terms(head(X, Y, pairs=pairs)), loss_pair_by_pair(head, positive + negative)
+    torch.testing.assert_close(terms.cross_entropy, expected["cross_entropy"])
+    torch.testing.assert_close(terms.ranking, expected["ranking"])
+
+
+def test_partners_among_keys():
+    keys, key_labels = X.flip(0) + 0.1, Y.flip(0)
+    pairs = pairs_from_tuple(miners.MultiSimilarityMiner()(X, Y, keys, key_labels))
+    assert torch.equal(pairs.same_class, Y[pairs.anchor] == key_labels[pairs.partner])
+    output = make_head()(X, Y, pairs=pairs, keys=keys, key_labels=key_labels)
+    assert torch.equal(output.labels, torch.cat([Y[pairs.anchor], key_labels[pairs.partner]]))
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_no_pairs_give_a_loss_of_zero(length):
+    head = make_head()
+    features = X.clone().requires_grad_()
+    loss = api_loss(head(features, Y, pairs=pairs_from_tuple([torch.empty(0, dtype=torch.long)] * length)))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not value.grad.any() for value in (features, *head.parameters()) if value.grad is not None)
+
+
+ROWS = torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ((ROWS, ROWS), ValueError, r"anchor, positive, negative\), got 2 items"),
+        ((ROWS, ROWS, ROWS.float()), ValueError, r"the miner's negative must be .* got float32 \[3\]"),
+        ((ROWS, ROWS[:2], ROWS), ValueError, "each positive needs its anchor, got 3 anchors and 2 positives"),
+        ((ROWS, ROWS, ROWS, ROWS[:1]), ValueError, "each negative needs its anchor, got 3 anchors and 1 negatives"),
+        (([0], [1], [2]), TypeError, "must be a tensor"),
+    ],
+)
+def test_tuples_that_do_not_fit(wrong, error, message):
+    with pytest.raises(error, match=message):
+        pairs_from_tuple(wrong)
+
+
+def nearest(same_class, farthest=False, keys=X, key_labels=Y, itself=False):
+    """(anchors, partners) by trying all, without those that have no candidate."""
+    found = []
+    for anchor in range(SIZE):
+        distance = ((keys - X[anchor]) ** 2).sum(1)
+        allowed = [
+            key for key in range(len(keys))
+            if (key_labels[key] == Y[anchor]) == same_class and (itself or key != anchor)
+        ]  # fmt: skip
+        if allowed:
+            found.append((anchor, sorted(allowed, key=lambda key: distance[key])[-1 if farthest else 0]))
+    return [list(rows) for rows in zip(*found, strict=True)]
+
+
+def test_our_pairs_as_a_miners_tuple():
+    assert [rows.tolist() for rows in APIMiner()(X, Y)] == nearest(True) + nearest(False)
+    hardest = APIMiner(intra="dissimilar", inter="similar")(X, Y)
+    assert [rows.tolist() for rows in hardest] == nearest(True, farthest=True) + nearest(False)
+    assert [rows.tolist() for rows in APIMiner(intra=None)(X, Y)] == [[], []] + nearest(False)
+    assert [rows.tolist() for rows in APIMiner(inter=None)(X, Y)] == nearest(True) + [[], []]
+
+
+def test_our_pairs_among_other_embeddings():
+    keys, key_labels = X.flip(0)[:9] + 0.1, Y.flip(0)[:9]
+    among = {"keys": keys, "key_labels": key_labels, "itself": True}
+    found = APIMiner()(X, Y, keys, key_labels)
+    assert [rows.tolist() for rows in found] == nearest(True, **among) + nearest(False, **among)
+
+
+def test_there_and_back_is_what_is_valid_of_mine_pairs():
+    pairs = mine_pairs(X, Y)
+    found = pairs_from_tuple(APIMiner()(X, Y))
+    for field, other in zip(pairs, found, strict=True):
+        assert torch.equal(field[pairs.valid], other)
+    torch.testing.assert_close(api_loss(make_head()(X, Y, pairs=found)), api_loss(make_head()(X, Y)))
+
+
+def test_hardest_are_those_of_the_librarys_own_miner():
+    distance = LpDistance(normalize_embeddings=False)
+    known = Y < 3  # it takes triplets alone, and the lonely image has none
+    theirs = miners.BatchHardMiner(distance=distance)(X[known], Y[known])
+    a1, p, a2, n = APIMiner(intra="dissimilar", inter="similar")(X[known], Y[known])
+    assert torch.equal(a1, a2)
+    assert all(torch.equal(one, other) for one, other in zip((a1, p, n), theirs, strict=True))
+
+
+def test_losses_of_the_library_take_our_pairs():
+    a1, p, a2, n = (rows.numpy() for rows in APIMiner()(X, Y))
+    unit = F.normalize(X).numpy()
+    positive = np.linalg.norm(unit[a1] - unit[p], axis=1)
+    negative = np.maximum(0, 1 - np.linalg.norm(unit[a2] - unit[n], axis=1))
+    expected = positive.mean() + negative[negative > 0].mean()  # their mean leaves out what is 0
+    features = X.clone().requires_grad_()
+    loss = losses.ContrastiveLoss(pos_margin=0, neg_margin=1)(features, Y, APIMiner()(features, Y))
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    assert features.grad.abs().sum() > 0
+    for other in (losses.TripletMarginLoss(), losses.MultiSimilarityLoss(), losses.CircleLoss()):
+        assert torch.isfinite(other(X, Y, APIMiner()(X, Y)))
+
+
+def test_unknown_search_is_an_error():
+    with pytest.raises(ValueError, match="intra must be one of"):
+        APIMiner(intra="hard")
+    with pytest.raises(ValueError, match="both None"):
+        APIMiner(None, None)
+    assert "intra='similar', inter='random'" in repr(APIMiner(inter="random"))
+
+
+def test_their_sampler_gives_every_image_company():
+    labels = torch.arange(60) % 6
+    sampler = MPerClassSampler(labels, m=4, batch_size=12, length_before_new_iter=len(labels))
+    batches = list(DataLoader(TensorDataset(torch.randn(60, DIM), labels), sampler=sampler, batch_size=12))
+    assert len(batches) == 5
+    for features, batch_labels in batches:
+        assert sorted(batch_labels.unique(return_counts=True)[1].tolist()) == [4, 4, 4]
+        assert mine_pairs(features, batch_labels).valid.all()
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "apinet_head.metric_learning")
+    monkeypatch.setitem(sys.modules, "pytorch_metric_learning.miners", None)
+    with pytest.raises(ImportError, match="pip install pytorch-metric-learning"):
+        importlib.import_module("apinet_head.metric_learning")
+
+
+def test_the_package_does_without_it():
+    code = "import sys, apinet_head; print('pytorch_metric_learning' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
