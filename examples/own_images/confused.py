@@ -74,7 +74,7 @@ def _pictures(
     refusal = ""
     try:
         seen = [explain_pair(net, torch.stack([image, other]), top_k=min(CHANNELS, net.dim)) for other in others]
-        maps = [(each.plain_heatmaps if baseline else each.heatmaps).mean(1) for each in seen]
+        maps = [_mean_heat(each.plain_heatmaps if baseline else each.heatmaps) for each in seen]
         heats = [maps[0][0], maps[0][1], maps[1][1]]
     except ValueError as error:  # the backbone has no map whose channels are those of the gates
         refusal = f"There are no heat maps with this backbone: {error}."
@@ -97,6 +97,13 @@ def _most_alike(net: APINet, train: Images, image: Tensor, label: int) -> int:
     return rows[int(F.cosine_similarity(features[:1], features[1:]).argmax())]
 
 
+def _mean_heat(heatmaps: Tensor) -> Tensor:
+    """[2,H,W] in [0, 1] of [2,k,H,W]: from the least to the largest value of the mean, as each channel is scaled."""
+    mean = heatmaps.mean(1)
+    least, largest = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
+    return (mean - least) / (largest - least).clamp(min=1e-6)
+
+
 def _pixels(images: Images, image: Tensor) -> Tensor:
     """As it was before timm's last transform, which normalises."""
     normalize = images.transform.transforms[-1]
@@ -111,4 +118,4 @@ def _about_heat(baseline: bool) -> str:
         else f"the {CHANNELS} channels that its gates open most: the training images compared with the wrong one, and "
         "the wrong one with that of the class it was taken for"
     )
-    return f"The colours show where in an image its features are active, as the mean over {which}."
+    return f"The colours, from blue to red, show where in an image its features are active, as the mean over {which}."

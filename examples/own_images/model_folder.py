@@ -40,7 +40,7 @@ def save(folder: Path, net: APINet, config: dict[str, Any], about: dict[str, Any
     """All but the report and the predictions."""
     net.save_pretrained(folder, config=config)
     (folder / "classes.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(metrics) + "\n", encoding="utf-8")
     # save_pretrained writes a card that knows nothing of this model, and only where there is none.
     make_card(metrics).save(folder / "README.md")
 

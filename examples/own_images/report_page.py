@@ -18,19 +18,23 @@ STYLE = """
   :root { --text: #e2e8f0; --page: #0f172a; --line: #334155; --weak: #94a3b8; --bar: #60a5fa; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  color: var(--text); background: var(--page); overflow-wrap: anywhere; }
+  color: var(--text); background: var(--page); }
 h1 { margin-bottom: 0; }
 h2 { margin: 2.5rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1.5rem; font-size: 1.25rem; }
 h3 { margin: 1.5rem 0 .25rem; font-size: 1rem; }
 .weak { color: var(--weak); }
 .wide { overflow-x: auto; }
 .long { max-height: 36rem; overflow: auto; }
+.counts tbody th { white-space: normal; }
 .long thead th { position: sticky; top: 0; background: var(--page); }
 table { border-collapse: collapse; }
 td, th { padding: .2rem .7rem; text-align: right; font-variant-numeric: tabular-nums; }
-th { font-weight: 600; } td.name, th.name { text-align: left; min-width: 6rem; }
+td { white-space: nowrap; }
+th { font-weight: 600; }
+td.name, th.name { text-align: left; min-width: 7rem; white-space: normal; overflow-wrap: anywhere; }
+h1, h3, p, li, figcaption { overflow-wrap: anywhere; }
 tbody tr { border-top: 1px solid var(--line); }
-.bar { width: 8rem; min-width: 8rem; }
+.bar { min-width: 6rem; }
 .bar i { display: block; height: .6rem; background: var(--bar); border-radius: 2px; }
 .counts td { text-align: center; padding: .2rem .35rem; min-width: 1.6rem; }
 .counts td.none { color: var(--weak); opacity: .5; }
@@ -38,9 +42,10 @@ tbody tr { border-top: 1px solid var(--line); }
   max-height: 14rem; }
 .counts tbody th { text-align: right; min-width: 7rem; }
 .figure { max-width: 100%; height: auto; }
-.pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; width: 224px; } figure img { display: block; width: 224px; height: auto; margin-bottom: 4px; }
+.pictures { display: grid; grid-template-columns: repeat(3, minmax(0, 224px)); gap: 1rem; }
+figure { margin: 0; } figure img { display: block; width: 100%; height: auto; margin-bottom: 4px; }
 figcaption { font-size: .85rem; line-height: 1.35; }
+@media print { .long { max-height: none; } }
 """
 
 
@@ -78,9 +83,9 @@ def _head(metrics: dict[str, Any]) -> str:
     low, high = metrics["accuracy_interval"]
     method = "the baseline, plain cross-entropy" if metrics["settings"]["baseline"] else "API-Net"
     return (
-        f"<h1>{percent(metrics['accuracy'])} right</h1>"
+        f"<h1>{percent(metrics['accuracy'])} of the test images are right</h1>"
         f'<p class="weak">{escape(metrics["data"]["name"])}: {escape(metrics["settings"]["backbone"])}, {method}</p>'
-        f"<p>{metrics['right']} of {metrics['test_images']} test images, 95 % interval {percent(low)} to "
+        f"<p>That is {metrics['right']} of {metrics['test_images']} images, with a 95 % interval of {percent(low)} to "
         f"{percent(high)}. Mean of the classes' accuracies: {percent(metrics['mean_class_accuracy'])}. To name the "
         f"largest class always would make {percent(metrics['largest_class_share'])} right.</p>"
     )
