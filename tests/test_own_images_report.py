@@ -20,7 +20,7 @@ from training import Images
 
 from apinet_head import APINet, explain_pair
 
-ODD = "<b>&\"'$x^2$ | 猫\n</td><script>alert(1)</script>"
+ODD = "<b>&\"'$\\no{$ | 猫\n</td><script>alert(1)</script>"
 OPTIONS, BASELINE = Namespace(baseline=False), Namespace(baseline=True)
 VOID = {"meta", "img", "br", "source"}
 

@@ -30,7 +30,7 @@ def make_page(folder: Path, top: int = 5) -> Any:
         if file is None:
             return {}
         try:
-            image = transform(load_image(file))  # the opener of training, not Gradio's
+            image = transform(load_image(file))  # upright and in RGB, as in training
         except BadImageError as error:
             raise gradio.Error(str(error)) from None
         with torch.inference_mode():
@@ -39,9 +39,10 @@ def make_page(folder: Path, top: int = 5) -> Any:
 
     return gradio.Interface(
         classify,
-        gradio.Image(type="filepath", label="Image"),
+        gradio.Image(type="filepath", sources=["upload", "clipboard"], label="Image"),
         gradio.Label(num_top_classes=min(top, len(classes)), label="Classes"),
         title=folder.resolve().name,
+        live=True,  # classes at once, without a button
         flagging_mode="never",  # nothing is kept
         analytics_enabled=False,  # and nothing reported
     )
