@@ -216,11 +216,19 @@ def test_comparison_is_seed_by_seed():
     assert "resnet18 from scratch, 96 x 96 pixels" in text
 
 
-def test_solar_cells_are_sorted_by_kind_and_degree(tmp_path):
+@pytest.mark.parametrize(
+    ("degrees", "names"),
+    [
+        (False, ["mono-functional", "mono-functional", "poly-defective", "poly-defective", "poly-defective"]),
+        (True, ["mono-functional", "mono-possibly-defective", "poly-probably-defective"] + ["poly-defective"] * 2),
+    ],
+)
+def test_solar_cells_are_sorted_by_kind_and_degree(tmp_path, degrees, names):
     images = np.random.default_rng(0).integers(0, 256, (5, 9, 9), np.uint8)
-    found = write_folders(tmp_path, images, [0.0, 1 / 3, 0.6667, 1.0, 1.0], ["mono", "mono", "poly", "poly", "poly"])
-    names = {"mono-functional": 1, "mono-possibly-defective": 1, "poly-probably-defective": 1, "poly-defective": 2}
-    assert found == names == counts(folders.read_folder(tmp_path))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "poly-probably-defective/cell0003.png")), images[2])
+    kinds, probabilities = ["mono"] * 2 + ["poly"] * 3, [0.0, 1 / 3, 0.6667, 1.0, 1.0]
+    found = write_folders(tmp_path, images, probabilities, kinds, degrees)
+    assert found == Counter(names) == counts(folders.read_folder(tmp_path))
+    for number, (name, image) in enumerate(zip(names, images, strict=True), 1):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / name / f"cell{number:04d}.png")), image)
     with pytest.raises(ValueError, match=r"must be 0, 1/3, 2/3 or 1, got 0.5"):
         write_folders(tmp_path, images[:1], [0.5], ["mono"])

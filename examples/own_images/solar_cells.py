@@ -6,9 +6,9 @@ solar cells in electroluminescence imagery", 2018). They come with the package e
 'apinet-head[elpv]'. Their licence is CC BY-NC-SA 4.0: not for commercial use, and what is made from them, models
 included, is to be shared alike. Nothing of them is in this repository.
 
-Experts gave each cell a probability of being defective, 0, 1/3, 2/3 or 1; there are cells of monocrystalline and of
-polycrystalline silicon. A class is one of these four for one of these two: eight classes. (The data set's authors sort
-the four into functional and defective, by the weights that they give them.)
+Experts gave each cell a probability of being defective, 0, 1/3, 2/3 or 1, by how sure they were of what they saw. There
+are cells of monocrystalline and of polycrystalline silicon, which look different. Four classes are made of these: of
+either silicon functional (0 and 1/3) and defective (2/3 and 1). With --degrees, all four degrees are classes, eight in all.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import PIL.Image
 DEGREES = ("functional", "possibly-defective", "probably-defective", "defective")  # 0, 1/3, 2/3, 1
 
 
-def class_name(kind: str, probability: float) -> str:
+def class_name(kind: str, probability: float, degrees: bool = False) -> str:
     """Such as "mono-functional".
 
     Raises:
@@ -30,14 +30,14 @@ def class_name(kind: str, probability: float) -> str:
     thirds = round(3 * probability)
     if abs(3 * probability - thirds) > 0.05 or not 0 <= thirds <= 3:
         raise ValueError(f"the probability of a defect must be 0, 1/3, 2/3 or 1, got {probability}")
-    return f"{kind}-{DEGREES[thirds]}"
+    return f"{kind}-{DEGREES[thirds if degrees else 3 * (thirds // 2)]}"
 
 
-def write_folders(folder: Path, images: Any, probabilities: Any, kinds: Any) -> Counter[str]:
+def write_folders(folder: Path, images: Any, probabilities: Any, kinds: Any, degrees: bool = False) -> Counter[str]:
     """A PNG for each of the grey images [N,H,W], in the folder of its class; how many each class has."""
     counts: Counter[str] = Counter()
     for number, (image, probability, kind) in enumerate(zip(images, probabilities, kinds, strict=True), 1):
-        name = class_name(str(kind), float(probability))
+        name = class_name(str(kind), float(probability), degrees)
         (folder / name).mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(image).save(folder / name / f"cell{number:04d}.png")
         counts[name] += 1
@@ -47,6 +47,7 @@ def write_folders(folder: Path, images: Any, probabilities: Any, kinds: Any) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the class folders")
+    parser.add_argument("--degrees", action="store_true", help="eight classes instead of four")
     options = parser.parse_args()
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
         raise SystemExit(f"{options.folder} is there already: choose another folder")
@@ -54,7 +55,7 @@ def main() -> None:
         from elpv_dataset.utils import load_dataset
     except ImportError:
         raise SystemExit("the photographs come with a package: pip install 'apinet-head[elpv]'") from None
-    counts = write_folders(options.folder, *load_dataset())
+    counts = write_folders(options.folder, *load_dataset(), degrees=options.degrees)
     for name, count in sorted(counts.items()):
         print(f"{name}: {count}")
     print(f"{counts.total()} images in {options.folder}; licence of the images: CC BY-NC-SA 4.0")
