@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import app
+import compare
 import huggingface_hub.constants
 import predict
 import pytest
@@ -271,6 +272,26 @@ def test_page_without_gradio_says_what_to_install(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit, match=r"pip install 'apinet-head\[app\]'"):
         app.make_page(trained[0])
+
+
+def test_comparison_trains_both_methods_and_nothing_twice(trained, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run_here(command, check):  # a process of its own would be all start
+        ran.append(command)
+        own_train.main(command[2:])
+
+    monkeypatch.setattr(compare.subprocess, "run", run_here)
+    command = [str(trained[1]), "--out", str(tmp_path / "runs"), "--seeds", "1", *SHORT]
+    for _ in range(2):
+        compare.main(command)
+    assert [("--baseline" in each, each[-2:]) for each in ran] == [(True, ["--seed", "0"]), (False, ["--seed", "0"])]
+    runs = [json.loads((tmp_path / f"runs/{name}-seed0/metrics.json").read_text()) for name in ("baseline", "api")]
+    assert [run["settings"]["baseline"] for run in runs] == [True, False]
+    rows = [line for line in (tmp_path / "runs/table.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[1] for row in rows[2:]] == [f"{100 * run['accuracy']:.1f}" for run in runs]
+    with pytest.raises(SystemExit, match="was trained with other flags"):
+        compare.main([*command, "--lr", "0.1"])
 
 
 def test_images_know_their_labels(trained):

@@ -91,13 +91,13 @@ def _settings(settings: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="as for train.py")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     parser.add_argument("--table", type=Path, help="Markdown file (default: table.md in --out)")
-    options, flags = parser.parse_known_args()
+    options, flags = parser.parse_known_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     options.out.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ included, is to be shared alike. Nothing of them is in this repository.
 
 Experts gave each cell a probability of being defective, 0, 1/3, 2/3 or 1, by how sure they were of what they saw. There
 are cells of monocrystalline and of polycrystalline silicon, which look different. Four classes are made of these: of
-either silicon functional (0 and 1/3) and defective (2/3 and 1). With --degrees, all four degrees are classes, eight in all.
+either silicon functional (0 and 1/3) and defective (2/3 and 1). With --degrees, all four are classes, eight in all.
 """
 
 import argparse
