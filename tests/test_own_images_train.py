@@ -23,7 +23,7 @@ from model_folder import load
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform
-from training import Images, advice_on_memory, make_net, step
+from training import advice_on_memory, make_net, step
 
 from apinet_head import APINet
 
@@ -292,9 +292,3 @@ def test_comparison_trains_both_methods_and_nothing_twice(trained, tmp_path, mon
     assert [row.split(" | ")[1] for row in rows[2:]] == [f"{100 * run['accuracy']:.1f}" for run in runs]
     with pytest.raises(SystemExit, match="was trained with other flags"):
         compare.main([*command, "--lr", "0.1"])
-
-
-def test_images_know_their_labels(trained):
-    train = own_train.read(trained[1]).train
-    images = Images(train, ["red", "green", "blue"], lambda image: image.size)
-    assert {(item.label, images[row][1]) for row, item in enumerate(train)} == {("red", 0), ("green", 1), ("blue", 2)}

@@ -24,6 +24,7 @@ from metrics import confusions, machine, summary
 from report_page import write
 from shared import processors, shown
 from timm.data import create_transform
+from torch import Tensor
 from training import Images, advice_on_memory, fit, fixed_size, make_net, probabilities, transforms
 
 NOT_SETTINGS = ("source", "out", "overwrite")
@@ -120,6 +121,27 @@ def fill_in(options: argparse.Namespace, split: Split) -> None:
         raise SystemExit(f"--n-classes {options.n_classes}: the data has {len(sizes)} classes")
 
 
+def measure(
+    train: Images, test: Images, classes: list[str], likely: Tensor, split: Split, options: argparse.Namespace
+) -> dict[str, Any]:
+    """All that metrics.json has of a net that gives the test images these probabilities, but for its training."""
+    confusion = confusions(test.labels, likely.argmax(1).tolist(), len(classes))
+    return {
+        **summary(confusion),
+        "by_class": rows_by_class(classes, train.labels, confusion),
+        "confusion": confusion.tolist(),
+        "classes": classes,
+        "machine": machine(options.device),
+        "data": {
+            "name": options.source.resolve().stem,
+            "train": len(train),
+            "test": len(test),
+            "notes": split.notes,
+        },
+        "settings": {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS},
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
@@ -141,30 +163,13 @@ def main(arguments: list[str] | None = None) -> None:
     with advice_on_memory(options):
         history = fit(net, train, test, options)
         likely = probabilities(net, test, options)
-    minutes = (time.monotonic() - start) / 60
+    took = {"history": history, "minutes": (time.monotonic() - start) / 60}
 
-    confusion = confusions(test.labels, likely.argmax(1).tolist(), len(classes))
-    metrics = {
-        **summary(confusion),
-        "by_class": rows_by_class(classes, train.labels, confusion),
-        "confusion": confusion.tolist(),
-        "classes": classes,
-        "history": history,
-        "minutes": minutes,
-        "machine": machine(options.device),
-        "data": {
-            "name": options.source.resolve().stem,
-            "train": len(train),
-            "test": len(test),
-            "notes": split.notes,
-        },
-        "settings": {
-            name: value for name, value in vars(options).items() if name not in ("source", "out", "overwrite")
-        },
-    }
+    metrics = {**measure(train, test, classes, likely, split, options), **took}
+    net = net.cpu().eval()
     model_folder.save(options.out, net, config, {"classes": classes, "transform": settings}, metrics)
     model_folder.save_predictions(options.out / "predictions.csv", test, classes, likely)
-    pairs = show_pairs(net.cpu().eval(), Images(split.train, classes, test_transform), test, likely, options)
+    pairs = show_pairs(net, Images(split.train, classes, test_transform), test, likely, options)
     write(options.out / "report.html", metrics, pairs)
     low, high = metrics["accuracy_interval"]
     print(f"test accuracy {metrics['accuracy']:.1%} ({low:.1%} to {high:.1%}); {options.out / 'report.html'}")
