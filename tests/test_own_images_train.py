@@ -1,7 +1,6 @@
 """Training on a folder of colours, from the command line to the model folder and what is done with it."""
 
 import csv
-import importlib.util
 import json
 import random
 import re
@@ -20,17 +19,12 @@ import torch
 from export_onnx import export
 from huggingface_hub import ModelCard
 from model_folder import load
+from own_train import SCRIPT, own_train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform
-from training import advice_on_memory, make_net, step
 
 from apinet_head import APINet
-
-SCRIPTS = Path(__file__).parents[1] / "examples/own_images"
-SPEC = importlib.util.spec_from_file_location("own_images_train", SCRIPTS / "train.py")  # examples/cub has one as well
-own_train = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(own_train)
 
 COLOURS = {"blue": (20, 20, 200), "green": (20, 200, 20), "red": (200, 20, 20)}
 FLAGS = ["--backbone", "test_resnet", "--image-size", "32", "--workers", "0"]
@@ -49,7 +43,7 @@ def trained(tmp_path_factory):
                 shade = tuple(value + rng.randint(-15, 15) for value in colour)
                 Image.new("RGB", (40, 40), shade).save(root / part / name / f"{index}.png")
     Image.new("RGB", (40, 40), COLOURS["red"]).save(root / "test/green/wrong.png")
-    command = [sys.executable, str(SCRIPTS / "train.py"), str(root), "--out", str(root / "model"), *FLAGS]
+    command = [sys.executable, str(SCRIPT), str(root), "--out", str(root / "model"), *FLAGS]
     command += ["--no-pretrained", "--epochs", "20", "--lr", "0.01"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -195,7 +189,7 @@ def test_weights_that_cannot_be_had_are_an_error_with_advice(trained, tmp_path, 
 
 
 def test_backbone_of_a_fixed_size_is_made_for_the_images(trained, tmp_path):
-    own_train.main([str(trained[1]), "--out", str(tmp_path / "model"), *SHORT, "--backbone", "test_vit"])
+    own_train.main([str(trained[1]), "--out", str(tmp_path / "model"), *SHORT, "--backbone", "test_vit_relpos"])
     net, _, settings = load(tmp_path / "model")
     assert settings["input_size"] == [3, 32, 32]
     assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
@@ -228,23 +222,6 @@ def test_test_classes_need_training_images(trained, tmp_path):
     (tmp_path / "test/red").rename(tmp_path / "test/purple")
     with pytest.raises(SystemExit, match="no training images of the test classes purple"):
         own_train.main([str(tmp_path), "--out", str(tmp_path / "model"), *SHORT])
-
-
-def test_loss_that_is_not_finite_ends_the_run():
-    options = own_train.make_parser().parse_args(["DIR", *SHORT, "--lr", "0.1", "--device", "cpu"])
-    net, _ = make_net(options, 2)
-    images = torch.full((4, 3, 32, 32), float("nan"))
-    with pytest.raises(SystemExit, match=r"the loss is nan: try a lower --lr than 0.1"):
-        step(net, images, torch.tensor([0, 0, 1, 1]), torch.optim.SGD(net.parameters()), options)
-
-
-def test_memory_that_runs_out_ends_with_a_chunk_size():
-    options = own_train.make_parser().parse_args(["DIR", *SHORT, "--n-classes", "8", "--n-samples", "4"])
-    with (
-        pytest.raises(SystemExit, match=r"32 images of 32 x 32 pixels, all at once\. .*--chunk-size 16;"),
-        advice_on_memory(options),
-    ):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
 def test_chunks_are_taken(trained, tmp_path):

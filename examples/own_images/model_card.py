@@ -44,7 +44,7 @@ def _text(metrics: dict[str, Any]) -> str:
     return f"""# {settings["backbone"]} on {name}
 
 An image classifier for {len(metrics["by_class"])} classes, trained {weights} with {method}
-([apinet-head](https://arxiv.org/abs/2002.10191)).
+([the paper](https://arxiv.org/abs/2002.10191)).
 
 ## Results
 
