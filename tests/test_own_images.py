@@ -1,7 +1,9 @@
 """Reading of any folder or CSV of labelled images, what is chosen from it, and the figures of the results."""
 
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import folders
 import numpy as np
@@ -232,3 +234,13 @@ def test_solar_cells_are_sorted_by_kind_and_degree(tmp_path, degrees, names):
         assert np.array_equal(np.asarray(Image.open(tmp_path / name / f"cell{number:04d}.png")), image)
     with pytest.raises(ValueError, match=r"must be 0, 1/3, 2/3 or 1, got 0.5"):
         write_folders(tmp_path, images[:1], [0.5], ["mono"])
+
+
+def test_readme_has_the_figures_of_the_results():
+    folder = Path(folders.__file__).parent
+    found = (folder / "results/solar_cells.md").read_text()
+    rows = re.findall(r"^\| (Baseline|API-Net) \| (.*?) \| (.*?) \|", (folder / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 2
+    assert all(" | ".join(row) in found for row in rows)
+    (gain,) = re.findall(r"five seeds would show: (\S+ ± \S+) points", (folder / "README.md").read_text())
+    assert f"test accuracy {gain} " in found
