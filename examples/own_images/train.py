@@ -1,150 +1,178 @@
 """Fine-tune on your own images: train.py DIR, a folder of class folders, or a CSV of path,label.
 
-Writes a model folder with the net, its classes, its metrics and a report to look at.
+Writes a model folder with the net, its classes, its metrics, a model card and a report to look at (report.html).
+
+python examples/own_images/train.py DIR
+python examples/own_images/train.py DIR --backbone convnext_tiny --image-size 288 --out model
+python examples/own_images/train.py DIR --baseline --out baseline     # plain cross-entropy, to compare with
 """
 
 import argparse
-import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import data
-import report
+import model_folder
 import torch
-import torch.nn.functional as F
-from defaults import choose
-from timm.data import create_transform, resolve_model_data_config
-from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from confused import show_pairs
+from defaults import Known, choose
+from folders import Split, by_class, read, short_side, sound, warnings
+from metrics import by_class as rows_by_class
+from metrics import confusions, machine, summary
+from report_page import write
+from shared import processors, shown
+from timm.data import create_transform
+from torch import Tensor
+from training import Images, advice_on_memory, fit, fixed_size, make_net, probabilities, transforms
 
-from apinet_head import APINet, BalancedBatchSampler, api_loss
-
-
-class Images(Dataset[tuple[Tensor, int]]):
-    """Transformed images [3,H,W], and the rows of their classes."""
-
-    def __init__(self, items: list[data.Item], classes: list[str], transform: Any) -> None:
-        self.items, self.transform = items, transform
-        self.labels = [classes.index(item.label) for item in items]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(data.open_image(self.items[index].path)), self.labels[index]
+NOT_SETTINGS = ("source", "out", "overwrite")
 
 
-def parse() -> argparse.Namespace:
+def number(kind: type, least: float) -> Callable[[str], Any]:
+    """For argparse: a number that is not below `least`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's "invalid int value"
+    return parse
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder of class folders, with train/ and test/ in it or not; or CSV")
-    parser.add_argument("--out", type=Path, default=Path("own-model"), help="model folder (default: %(default)s)")
-    parser.add_argument("--backbone", help="any timm model name")
-    parser.add_argument("--image-size", type=int, help="pixels a side")
-    parser.add_argument("--n-classes", type=int, help="classes in a batch")
-    parser.add_argument("--n-samples", type=int, help="images of each of these")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--lr", type=float, help="learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of split, batches and weights (default: %(default)s)")
-    parser.add_argument("--no-pretrained", action="store_true", help="train from scratch")
-    parser.add_argument("--baseline", action="store_true", help="plain cross-entropy, no pairs")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("source", type=Path, help="folder of class folders, with train/ and test/ in it or not; or a CSV")
+    add("--out", type=Path, default=Path("own-model"), help="model folder (default: %(default)s)")
+    add("--overwrite", action="store_true", help="write over the model in --out")
+    add("--test-share", type=float, default=0.25, help="of each class, where there is no split (default: %(default)s)")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be decoded")
+    add("--baseline", action="store_true", help="plain cross-entropy, no pairs")
+    add("--no-pretrained", action="store_true", help="train from scratch, without weights from the network")
+    add("--seed", type=int, default=0, help="of split, batches, crops and weights (default: %(default)s)")
+    add("--workers", type=number(int, 0), default=min(8, processors() - 1), help="processes that load images; 0: none")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    chosen = parser.add_argument_group("chosen from the data, if not given")
+    chosen.add_argument("--backbone", help="any timm model name")
+    chosen.add_argument("--image-size", type=number(int, 32), help="pixels a side")
+    chosen.add_argument("--n-classes", type=number(int, 2), help="classes in a batch")
+    chosen.add_argument("--n-samples", type=number(int, 1), help="images of each of these")
+    chosen.add_argument("--epochs", type=number(int, 1))
+    chosen.add_argument("--lr", type=number(float, 0), help="learning rate of AdamW")
+    chosen.add_argument("--backbone-lr", type=number(float, 0), help="of the backbone (a tenth of --lr if pretrained)")
+    add("--weight-decay", type=number(float, 0), default=0.05, help="of AdamW (default: %(default)s)")
+    add(
+        "--chunk-size", type=number(int, 1), metavar="N",
+        help="images at a time through the backbone: the same batch in less memory (default: all)",
+    )  # fmt: skip
+    return parser
 
 
-def read(args: argparse.Namespace) -> tuple[list[data.Item], list[data.Item], list[str]]:
-    """Training images, test images and classes, with a warning printed for all that looks wrong."""
-    train, test = data.read(args.source, seed=args.seed)
-    classes = sorted(data.by_class(train))
-    if len(classes) < 2 or not {item.label for item in test} <= set(classes):
-        raise SystemExit(f"{args.source}: two classes or more are needed, and each test class in training: {classes}")
-    if not test:
-        raise SystemExit(f"{args.source}: no class has two images, one to train with and one to test")
-    for warning in data.warnings(train, test):
-        print("warning:", warning)
-    return train, test, classes
+def read_data(options: argparse.Namespace) -> tuple[Split, list[str]]:
+    """The images and the classes, with notes and warnings printed.
+
+    Raises:
+        SystemExit: there is nothing to learn from them or to test with.
+    """
+    split = sound(read(options.source, options.test_share, options.seed), options.workers, options.skip_bad)
+    classes = list(by_class(split.train))
+    unknown = sorted(set(by_class(split.test)) - set(classes))
+    if unknown:
+        raise SystemExit(f"{options.source}: no training images of the test classes {', '.join(unknown)}")
+    if len(classes) < 2:
+        raise SystemExit(f"{options.source}: two classes or more are needed, got {', '.join(classes) or 'none'}")
+    if not split.test:
+        raise SystemExit(f"{options.source}: no class has two images, one to train with and one to test")
+    print(f"{len(classes)} classes, {len(split.train)} training and {len(split.test)} test images")
+    found = [*split.notes, *(f"warning: {text}" for text in warnings(split.train, split.test))]
+    notes = [shown(note) for note in found]
+    print("\n".join(notes))
+    return split._replace(notes=notes), classes
 
 
-def fill_in(args: argparse.Namespace, images: int, classes: int) -> None:
+def fill_in(options: argparse.Namespace, split: Split) -> None:
     """Choose what was not asked for, and say why."""
-    for name, (value, why) in choose(images, classes).items():
-        given = getattr(args, name) is not None
-        setattr(args, name, getattr(args, name) if given else value)
-        print(f"{name} {getattr(args, name)}: {'as asked' if given else why}")
+    sizes = [len(members) for members in by_class(split.train).values()]
+    choices = choose(
+        Known(
+            images=len(split.train),
+            classes=len(sizes),
+            typical=int(median(sizes)),
+            side=short_side(split.train),
+            pretrained=not options.no_pretrained,
+            gpu=options.device != "cpu",
+        )
+    )
+    fixed = fixed_size(options.backbone or choices["backbone"][0])
+    if fixed:
+        choices["image_size"] = fixed, f"which the weights of {options.backbone} are for"
+    for name, (value, why) in choices.items():
+        given = getattr(options, name)
+        if given is None:
+            setattr(options, name, value)
+        print(f"{name} {getattr(options, name):{'g' if name == 'lr' else ''}}: {why if given is None else 'as asked'}")
+    if options.backbone_lr is None:
+        options.backbone_lr = options.lr if options.no_pretrained else options.lr / 10
+    if options.n_classes > len(sizes):
+        raise SystemExit(f"--n-classes {options.n_classes}: the data has {len(sizes)} classes")
 
 
-def fit(net: APINet, train: Images, args: argparse.Namespace, device: str) -> list[float]:
-    """The mean training loss of each epoch."""
-    sampler = BalancedBatchSampler(train.labels, args.n_classes, args.n_samples, seed=args.seed)
-    loader = DataLoader(train, batch_sampler=sampler)
-    optimizer = torch.optim.AdamW(net.parameter_groups(args.lr))
-    schedule = CosineLRScheduler(optimizer, t_initial=args.epochs)
-    history = []
-    net.train()
-    for epoch in tqdm(range(args.epochs), desc="epochs"):
-        sampler.set_epoch(epoch)
-        schedule.step(epoch)
-        losses = []
-        for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            loss = F.cross_entropy(net(images), labels) if args.baseline else api_loss(net(images, labels))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        history.append(sum(losses) / len(losses))
-    return history
+def measure(
+    train: Images, test: Images, classes: list[str], likely: Tensor, split: Split, options: argparse.Namespace
+) -> dict[str, Any]:
+    """All that metrics.json has of a net that gives the test images these probabilities, but for its training."""
+    confusion = confusions(test.labels, likely.argmax(1).tolist(), len(classes))
+    return {
+        **summary(confusion),
+        "by_class": rows_by_class(classes, train.labels, confusion),
+        "confusion": confusion.tolist(),
+        "classes": classes,
+        "machine": machine(options.device),
+        "data": {
+            "name": options.source.resolve().stem,
+            "train": len(train),
+            "test": len(test),
+            "notes": split.notes,
+        },
+        "settings": {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS},
+    }
 
 
-@torch.inference_mode()
-def predict(net: nn.Module, images: Images) -> list[int]:
-    """The likeliest class of each image."""
-    return torch.cat([net(batch).argmax(1) for batch, _ in DataLoader(images, batch_size=32)]).tolist()
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if not 0 < options.test_share < 1:
+        parser.error(f"--test-share must be between 0 and 1, got {options.test_share}")
+    model_folder.check_free(options.out, options.overwrite)
+    if options.backbone:
+        fixed_size(options.backbone)  # before all images are looked at, for it ends the command where there is none
+    split, classes = read_data(options)
+    fill_in(options, split)
+    torch.manual_seed(options.seed)
+    net, config = make_net(options, len(classes))
+    net = net.to(options.device, memory_format=torch.channels_last)
+    train_transform, settings = transforms(net, options.image_size)
+    test_transform = create_transform(**settings)
+    train, test = Images(split.train, classes, train_transform), Images(split.test, classes, test_transform)
 
+    start = time.monotonic()
+    with advice_on_memory(options):
+        history = fit(net, train, test, options)
+        likely = probabilities(net, test, options)
+    took = {"history": history, "minutes": (time.monotonic() - start) / 60}
 
-def confusions(labels: list[int], predicted: list[int], classes: int) -> Tensor:
-    """[C,C]: how many images of the row's class were taken for the column's."""
-    pairs = torch.tensor(labels) * classes + torch.tensor(predicted)
-    return pairs.bincount(minlength=classes**2).view(classes, classes)
-
-
-def figures(net: APINet, test: Images, predicted: list[int], classes: list[str], stats: dict[str, Any]) -> list[str]:
-    """The first six wrong images, each beside an image of the class that it was taken for."""
-    wrong = [(row, other) for row, other in enumerate(predicted) if other != test.labels[row] and other in test.labels]
-    found = []
-    for row, other in wrong[:6]:
-        pair = torch.stack([test[row][0], test[test.labels.index(other)][0]])
-        caption = f"{classes[test.labels[row]]}, taken for {classes[other]}, and an image of that"
-        found.append(report.pair_figure(net, pair, caption, **stats))
-    return found
-
-
-def main() -> None:
-    args = parse()
-    train_items, test_items, classes = read(args)
-    fill_in(args, len(train_items), len(classes))
-    torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = APINet(args.backbone, len(classes), pretrained=not args.no_pretrained).to(device)
-    config = resolve_model_data_config(net.backbone)
-    stats = {name: list(config[name]) for name in ("mean", "std")}
-    settings = {"input_size": [3, args.image_size, args.image_size], "crop_pct": 1.0, **stats}
-    train = Images(train_items, classes, create_transform(**settings, is_training=True))
-    test = Images(test_items, classes, create_transform(**settings))
-
-    history = fit(net, train, args, device)
-    predicted = predict(net.cpu().eval(), test)
-    confusion = confusions(test.labels, predicted, len(classes))
-    accuracy = confusion.diagonal().sum().item() / len(test)
-
-    # Without `pretrained`, so that loading the folder asks for no weights but those in it.
-    net.save_pretrained(args.out, config={"backbone": args.backbone, "num_classes": len(classes)})
-    (args.out / "classes.json").write_text(json.dumps({"classes": classes, "transform": settings}))
-    metrics = {"accuracy": accuracy, "confusion": confusion.tolist(), "loss": history}
-    (args.out / "metrics.json").write_text(json.dumps(metrics))
-    pictures = [] if args.baseline else figures(net, test, predicted, classes, stats)
-    report.write(args.out / "report.html", classes, confusion, history, pictures)
-    print(f"test accuracy {accuracy:.1%}; {args.out / 'report.html'}")
+    metrics = {**measure(train, test, classes, likely, split, options), **took}
+    net = net.cpu().eval()
+    model_folder.save(options.out, net, config, {"classes": classes, "transform": settings}, metrics)
+    model_folder.save_predictions(options.out / "predictions.csv", test, classes, likely)
+    pairs = show_pairs(net, Images(split.train, classes, test_transform), test, likely, options)
+    write(options.out / "report.html", metrics, pairs)
+    low, high = metrics["accuracy_interval"]
+    print(f"test accuracy {metrics['accuracy']:.1%} ({low:.1%} to {high:.1%}); {options.out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""Photographs of solar cells as class folders: solar_cells.py DIR
+
+The 2,624 electroluminescence images of the ELPV data set (Deitsch et al., "Segmentation of photovoltaic module cells in
+uncalibrated electroluminescence images", 2021; Buerhop-Lutz et al., "A benchmark for visual identification of defective
+solar cells in electroluminescence imagery", 2018). They come with the package elpv-dataset: pip install
+'apinet-head[elpv]'. Their licence is CC BY-NC-SA 4.0: not for commercial use, and what is made from them, models
+included, is to be shared alike. Nothing of them is in this repository.
+
+Experts gave each cell a probability of being defective, 0, 1/3, 2/3 or 1, by how sure they were of what they saw. There
+are cells of monocrystalline and of polycrystalline silicon, which look different. Four classes are made of these: of
+either silicon functional (0 and 1/3) and defective (2/3 and 1). With --degrees, all four are classes, eight in all.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+DEGREES = ("functional", "possibly-defective", "probably-defective", "defective")  # 0, 1/3, 2/3, 1
+
+
+def class_name(kind: str, probability: float, degrees: bool = False) -> str:
+    """Such as "mono-functional".
+
+    Raises:
+        ValueError: no such degree was given to the cells.
+    """
+    thirds = round(3 * probability)
+    if abs(3 * probability - thirds) > 0.05 or not 0 <= thirds <= 3:
+        raise ValueError(f"the probability of a defect must be 0, 1/3, 2/3 or 1, got {probability}")
+    return f"{kind}-{DEGREES[thirds if degrees else 3 * (thirds // 2)]}"
+
+
+def write_folders(folder: Path, images: Any, probabilities: Any, kinds: Any, degrees: bool = False) -> Counter[str]:
+    """A PNG for each of the grey images [N,H,W], in the folder of its class; how many each class has."""
+    counts: Counter[str] = Counter()
+    for number, (image, probability, kind) in enumerate(zip(images, probabilities, kinds, strict=True), 1):
+        name = class_name(str(kind), float(probability), degrees)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(folder / name / f"cell{number:04d}.png")
+        counts[name] += 1
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the class folders")
+    parser.add_argument("--degrees", action="store_true", help="eight classes instead of four")
+    options = parser.parse_args()
+    if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
+        raise SystemExit(f"{options.folder} is there already: choose another folder")
+    try:
+        from elpv_dataset.utils import load_dataset
+    except ImportError:
+        raise SystemExit("the photographs come with a package: pip install 'apinet-head[elpv]'") from None
+    counts = write_folders(options.folder, *load_dataset(), degrees=options.degrees)
+    for name, count in sorted(counts.items()):
+        print(f"{name}: {count}")
+    print(f"{counts.total()} images in {options.folder}; licence of the images: CC BY-NC-SA 4.0")
+
+
+if __name__ == "__main__":
+    main()
