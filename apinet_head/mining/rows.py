@@ -21,7 +21,7 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     queries = queries.detach().to(dtype)
     rows = queries if keys is None else keys.detach().to(dtype)
     # On a CPU a look costs less than the passes over the rows that it saves.
-    if _may_look(rows):
+    if may_look(rows):
         centred = rows - (mean := rows.sum(0) / rows.shape[0])
         others = centred if keys is None else queries - mean
         if _ordinary(centred) and (keys is None or _ordinary(others)):
@@ -29,7 +29,7 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     return _prepare_unseen(queries, keys, rows)
 
 
-def _may_look(rows: Tensor) -> bool:
+def may_look(rows: Tensor) -> bool:
     """Whether a number of these can be read without waiting for a device: tensors on the CPU that are there now."""
     return rows.device.type == "cpu" and type(rows) is Tensor and not torch.compiler.is_compiling()
 
