@@ -1,14 +1,20 @@
 """Checks of arguments that cost nothing on the device: they read shapes, dtypes and devices, never values."""
 
+import math
+import reprlib
+from numbers import Integral, Real
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def describe(tensor: Tensor) -> str:
-    """`float32 [30, 2048] on cpu`, as every error message shows a tensor."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+def describe(value: object) -> str:
+    """`float32 [30, 2048] on cpu`, as every error message shows a tensor; of anything else its type."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 
 
 def check_features(features: Tensor, name: str = "features", dim: int | None = None) -> None:
@@ -24,8 +30,7 @@ def check_features(features: Tensor, name: str = "features", dim: int | None = N
         raise ValueError(
             f"{name} must be of a floating point dtype, float16, bfloat16, float32 or float64, got {describe(features)}"
         )
-    if features.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got {features.layout}, {describe(features)}")
+    check_dense(features, name)
     if features.shape[1] == 0:
         raise ValueError(f"{name} must have at least one channel, got {describe(features)}")
     if dim is not None and features.shape[1] != dim:
@@ -54,6 +59,13 @@ def check_integer(labels: Tensor, name: str = "labels") -> None:
     if labels.ndim != 1:
         advice = ": use labels.squeeze(1)" if labels.ndim == 2 and labels.shape[1] == 1 else ""
         raise ValueError(f"{name} must be [B], got {describe(labels)}{advice}")
+    check_dense(labels, name)
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Raise ValueError if the tensor is sparse, or of another layout that few operations know."""
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}, {describe(tensor)}")
 
 
 def check_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
@@ -73,3 +85,46 @@ def check_not_inference(tensor: Tensor, name: str) -> None:
         f"{name} was made in inference mode and can be used there alone, got {describe(tensor)}: make it under "
         "no_grad, or take its .clone()"
     )
+
+
+def check_generator(generator: torch.Generator | None, tensor: Tensor, owner: str) -> None:
+    """Raise unless `generator` is None or one on the device of `tensor`, which is the `owner`'s."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != tensor.device.type:
+        raise ValueError(f"generator must be on the {owner} device {tensor.device}, got {generator.device}")
+
+
+def check_module(module: nn.Module, name: str) -> None:
+    """Raise TypeError unless `module` is a module."""
+    if not isinstance(module, nn.Module):
+        advice = f": nn.Sequential(*{name}) makes one of them" if isinstance(module, (list, tuple)) else ""
+        raise TypeError(f"{name} must be a module, got {type(module).__name__}{advice}")
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless `dtype` is None or one that features may have."""
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype must be float16, bfloat16, float32, float64 or None, got {dtype!r}")
+
+
+def check_int(value: int, name: str, least: int | None = None) -> None:
+    """Raise unless `value` is an integer, of Python, numpy or a trace of torch's, and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_number(value: float, name: str, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raise unless `value` is a finite number in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    if not (math.isfinite(value) and least <= value <= most):
+        bounds = f"in [{least}, {most}{']' if math.isfinite(most) else ')'}" if math.isfinite(least) else "finite"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+
+
+def shown(value: object) -> str:
+    """What came in place of something else, in short."""
+    return describe(value) if isinstance(value, Tensor) else reprlib.repr(value)

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from apinet_head.checks import describe
+from apinet_head.checks import check_int, check_module, describe
 
 
 class ChunkedBackbone(nn.Module):
@@ -33,6 +33,7 @@ class ChunkedBackbone(nn.Module):
 
     Raises:
         ValueError: chunk_size is below 1.
+        TypeError: it is no int, or the backbone no module.
 
     Examples:
         >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -44,6 +45,7 @@ class ChunkedBackbone(nn.Module):
 
     def __init__(self, backbone: nn.Module, chunk_size: int) -> None:
         super().__init__()
+        check_module(backbone, "backbone")
         self.backbone = backbone
         self.chunk_size = check_chunk_size(chunk_size)
 
@@ -63,7 +65,10 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
     Raises:
         ValueError: a chunk would hold one image for BatchNorm to normalise by, or what the backbone gives for the
             chunks cannot be joined.
+        TypeError: images are no tensor that can be split.
     """
+    if not isinstance(images, Tensor) or images.ndim == 0:
+        raise TypeError(f"images must be a tensor [B, ...] to go in chunks, got {describe(images)}")
     smallest = min(len(images), len(images) % chunk_size or chunk_size)
     if smallest == 1 and any(isinstance(module, _BatchNorm) and module.training for module in backbone.modules()):
         raise ValueError(
@@ -86,9 +91,8 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
 
 
 def check_chunk_size(chunk_size: int) -> int:
-    """The size itself; ValueError if it is below 1."""
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    """The size itself; ValueError if it is below 1, TypeError if it is no int."""
+    check_int(chunk_size, "chunk_size", 1)
     return chunk_size
 
 

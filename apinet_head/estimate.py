@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from apinet_head.checks import check_int, check_module, check_number
 from apinet_head.chunked import check_chunk_size
 from apinet_head.fake_step import Loss, fake_copy, peak_of_step
 from apinet_head.loss import api_loss
@@ -99,6 +100,7 @@ def step_memory(
     Raises:
         ValueError: a number is out of its range, the net has no chunks to set the size of, or it reads values of
             tensors, which fake ones don't have.
+        TypeError: net is no module, or a size or number no int.
         RuntimeError: this torch has no MemTracker.
 
     Examples:
@@ -106,14 +108,16 @@ def step_memory(
         >>> step_memory(net, 8, 10, moments=2, loss=lambda net, images, labels: net(images).sum())
         StepMemory(total=494468, parameters=120400, gradients=120400, optimizer=240800, activations=12868)
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("moments", moments, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    check_module(net, "net")
+    check_int(batch_size, "batch_size", 1)
+    check_int(moments, "moments", 0)
+    shape = tuple(image_size) if isinstance(image_size, (tuple, list)) else (3, image_size, image_size)
+    for side in shape:
+        check_int(side, "image_size", 1)
     if chunk_size is not None:
         check_chunk_size(chunk_size)
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp must be torch.bfloat16, torch.float16 or None, got {amp!r}")
-    shape = (3, image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     peak, fixed, gradients = peak_of_step(net, (batch_size, *shape), chunk_size, amp, loss or _api_loss)
     optimizer = moments * gradients
     return StepMemory(peak + optimizer, fixed, gradients, optimizer, peak - fixed - gradients)
@@ -149,6 +153,7 @@ def pick_chunk_size(
 
     Raises:
         ValueError: no chunk size fits, or memory is None without a CUDA device; or as in `step_memory`.
+        TypeError: memory or margin is no number; or as in `step_memory`.
         RuntimeError: as in `step_memory`.
 
     Examples:
@@ -157,9 +162,11 @@ def pick_chunk_size(
         >>> pick_chunk_size(net, batch_size=32, image_size=64, memory=200 * 2**20).chunk_size
         7
     """
+    check_number(margin, "margin")
     if not 0 <= margin < 1:
         raise ValueError(f"margin must be a share in [0, 1), got {margin}")
     memory = _free_memory() if memory is None else memory
+    check_number(memory, "memory", 0)
     budget = int(memory * (1 - margin))
     needed: dict[int | None, int] = {}
 

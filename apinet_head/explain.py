@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apinet_head.checks import describe
+from apinet_head.checks import check_device, check_int, describe
 from apinet_head.chunked import ChunkedBackbone
+from apinet_head.head import APIHead
 from apinet_head.model import APINet
 from apinet_head.pairs import Pairs
 
@@ -53,8 +54,9 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
         any variation is 0. Channels of equal gates come in ascending order.
 
     Raises:
-        ValueError: there are not two images, top_k is out of range, or the backbone has no feature map whose channels
-            are those of the gates; the message says why.
+        ValueError: there are not two images, top_k is out of range, the features are not finite, or the backbone has no
+            feature map whose channels are those of the gates; the message says why.
+        TypeError: net is no APINet, images are no tensor or top_k is no int.
 
     Examples:
         >>> import torch
@@ -64,10 +66,7 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
         >>> seen.channels.shape, seen.heatmaps.shape
         (torch.Size([2, 3]), torch.Size([2, 3, 64, 64]))
     """
-    if images.ndim != 4 or len(images) != 2:
-        raise ValueError(f"images must be two, [2, 3, H, W], got {describe(images)}")
-    if not 1 <= top_k <= net.dim:
-        raise ValueError(f"top_k must be from 1 to the {net.dim} channels of the features, got {top_k}")
+    _check(net, images, top_k)
     modes = [(module, module.training) for module in net.modules()]
     try:
         # Not inference_mode: its tensors could not be used in anything that learns.
@@ -79,6 +78,11 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
     finally:
         for module, training in modes:  # one by one: a part of the net may be in another mode than the rest
             module.training = training
+    if not (features.isfinite().all() and gates.isfinite().all()):
+        raise ValueError(
+            f"nothing to explain: the features of the images, {describe(images)}, or their gates are not finite; look "
+            "at the images and at the weights of the net"
+        )
     channels, plain_channels = _largest(gates, top_k), _largest(features, top_k)
     return PairExplanation(
         gates=gates,
@@ -88,6 +92,26 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
         plain_heatmaps=heat_maps(maps, plain_channels, images.shape[-2:]),
         similarity=F.cosine_similarity(features[0], features[1], dim=0),
     )
+
+
+def _check(net: APINet, images: Tensor, top_k: int) -> None:
+    if not isinstance(getattr(net, "head", None), APIHead):  # a compiled APINet is none by its type
+        raise TypeError(f"net must be an APINet, got {type(net).__name__}")
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor [2, 3, H, W], got {type(images).__name__}")
+    if images.ndim != 4 or len(images) != 2:
+        raise ValueError(f"images must be two, [2, 3, H, W], got {describe(images)}")
+    if 0 in images.shape:
+        raise ValueError(f"images must have at least one pixel, got {describe(images)}")
+    weight = next(net.parameters(), images)
+    check_device(images, "images", weight, "the net")
+    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise ValueError(
+            f"images and the net must be of one dtype outside autocast, got {describe(images)} and {describe(weight)}"
+        )
+    check_int(top_k, "top_k")
+    if not 1 <= top_k <= net.dim:
+        raise ValueError(f"top_k must be from 1 to the {net.dim} channels of the features, got {top_k}")
 
 
 def _largest(values: Tensor, top_k: int) -> Tensor:

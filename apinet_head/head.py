@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from apinet_head.checks import check_device, check_features, check_labels, check_not_inference, describe
+from apinet_head.checks import (
+    check_device,
+    check_dtype,
+    check_features,
+    check_int,
+    check_labels,
+    check_not_inference,
+    check_number,
+    describe,
+)
 from apinet_head.distributed import gather_features, mean_over_ranks, world_size
 from apinet_head.dropout import Dropout
 from apinet_head.mutual import MutualMLP, make_mutual
@@ -66,6 +75,7 @@ class APIHead(nn.Module):
 
     Raises:
         ValueError: an argument is out of its range; the message shows it.
+        TypeError: it is no number where one is due.
 
     Examples:
         >>> from apinet_head import APIHead, api_loss
@@ -96,12 +106,11 @@ class APIHead(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, least in (("dim", dim, 1), ("num_classes", num_classes, 0), ("hidden_dim", hidden_dim, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            check_int(value, name, least)
         if gate not in ("pair", "single"):
             raise ValueError(f"gate must be 'pair' or 'single', got {gate!r}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+        check_number(dropout, "dropout", 0, 1)
+        check_dtype(dtype)
         if gate == "single" and mutual == "individual":
             raise ValueError("gate='single' is a function of the mutual vector, and mutual='individual' has none")
         searches_of(intra, inter)
@@ -142,6 +151,7 @@ class APIHead(nn.Module):
 
         Raises:
             ValueError: shapes, dtypes or devices don't fit; the message shows what came.
+            TypeError: it is no tensor, or pairs are no Pairs.
         """
         self._check(features)
         classify: Callable[[Tensor], Tensor] = classifier if classifier is not None else self.classifier
@@ -174,7 +184,7 @@ class APIHead(nn.Module):
         if not isinstance(classify, nn.Identity):
             gated = [classify(self.drop(features)) for features in gated]
         own, other = gated[0], gated[-1]
-        if own.ndim != 2 or own.shape[0] != rows.shape[1] * 2:
+        if not isinstance(own, Tensor) or own.ndim != 2 or own.shape[0] != rows.shape[1] * 2:
             raise ValueError(f"the classifier must map [N, D] to [N, C], got {describe(own)} for N={rows.shape[1] * 2}")
         # A pair that doesn't exist is left out, but not the loss's only sign that an image of the batch isn't finite.
         valid = pairs.valid.repeat(2) | ~own.detach().isfinite().all(1)
@@ -205,13 +215,20 @@ class APIHead(nn.Module):
         check_pairs(pairs, features)
         try:
             table, rows = self._images(features, pairs, keys)
-            return table, rows, self._mutual(table, rows, repeated=keys is None)
+            # Where each row is in several pairs, the quicker way; not for a subclass, which may compute otherwise.
+            if keys is None and type(self.mutual) is MutualMLP:
+                return table, rows, self.mutual.of_rows(table, *rows)
+            images = _take(table, rows)
         except IndexError as error:  # a CPU looks at the rows; a GPU stops by itself
             raise ValueError(
                 f"pairs must be rows of features {describe(features)}"
                 + ("" if keys is None else f" and, the partners, of keys {describe(keys)}")
                 + f", got {describe(pairs.anchor)} with others"
             ) from error
+        mutual: Tensor = self.mutual(*images)
+        if not isinstance(mutual, Tensor) or mutual.shape != images.shape[1:]:
+            raise ValueError(f"mutual must map two [P, D] to [P, D], got {describe(mutual)} for {describe(images[0])}")
+        return table, rows, mutual
 
     def _images(self, features: Tensor, pairs: Pairs, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """A table of features, and the rows [2,P] in it of the anchors and of the partners."""
@@ -221,22 +238,15 @@ class APIHead(nn.Module):
         check_device(keys, "keys", features, "features")
         if torch.promote_types(keys.dtype, features.dtype) != features.dtype:
             self._check_dtype(keys, "keys")
+        if (features.requires_grad or keys.requires_grad) and torch.is_grad_enabled():
+            for rows in (pairs.anchor, pairs.partner, pairs.valid):
+                check_not_inference(rows, "pairs")
         # A pair that doesn't exist points at any row of keys; were that one not finite, it would spoil the gradients
         # although the loss leaves the pair out.
         anchor = features.index_select(0, pairs.anchor)
         partner = keys.index_select(0, pairs.partner).where(pairs.valid[:, None], anchor)
         rows = torch.arange(partner.shape[0], device=features.device) + features.shape[0]
         return torch.cat([features, partner]), torch.stack([pairs.anchor, rows])
-
-    def _mutual(self, table: Tensor, rows: Tensor, repeated: bool) -> Tensor:
-        """The mutual vectors [P,D] of the rows [2,P] of the table; `repeated`: each row is in several pairs."""
-        if repeated and isinstance(self.mutual, MutualMLP):
-            return self.mutual.of_rows(table, *rows)
-        images = _take(table, rows)
-        mutual: Tensor = self.mutual(*images)
-        if mutual.shape != images.shape[1:]:
-            raise ValueError(f"mutual must map two [P, D] to [P, D], got {describe(mutual)} for {describe(images[0])}")
-        return mutual
 
     def _gates(self, images: Tensor, mutual: Tensor) -> Tensor:
         """Gates of images [2,P,D], the anchors and the partners."""
@@ -256,19 +266,21 @@ class APIHead(nn.Module):
             return
         check_device(features, "features", weight, "the head's weights")
         self._check_dtype(features, "features")
-        if weight.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             check_not_inference(features, "features")
 
     def _check_dtype(self, features: Tensor, name: str) -> None:
         weight = next(self.parameters(), None)
         if weight is None or features.dtype == weight.dtype:
             return
-        # Autocast leaves float64 alone.
-        double = torch.float64 in (features.dtype, weight.dtype)
-        if double or not torch.is_autocast_enabled(features.device.type):
+        # Autocast leaves float64 alone, and knows but one dtype of half precision at a time.
+        device = features.device.type
+        cast = weight.dtype != torch.float64 and torch.is_autocast_enabled(device)
+        if not cast or features.dtype not in (torch.float32, torch.get_autocast_dtype(device)):
             raise ValueError(
-                f"{name} and the head's weights must be of one dtype outside autocast, and float64 within it too, got "
-                f"{describe(features)} and {describe(weight)}: convert the {name}, or the head with .to()"
+                f"{name} and the head's weights must be of one dtype outside autocast, and within it {name} float32 or "
+                f"of autocast's dtype, got {describe(features)} and {describe(weight)}: convert the {name}, or the "
+                "head with .to()"
             )
 
     def extra_repr(self) -> str:

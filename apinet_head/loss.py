@@ -1,12 +1,11 @@
 """The loss: cross-entropy of all gated features, and ranking of own gate above the other's (paper, section 3.2)."""
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from apinet_head.checks import check_device, check_integer, describe
+from apinet_head.checks import FLOATS, check_dense, check_device, check_integer, check_number, describe
 
 if TYPE_CHECKING:
     from apinet_head.head import APIOutput
@@ -56,6 +55,7 @@ def api_loss_terms(
     Raises:
         ValueError: logits_self and logits_other differ in shape, labels or valid don't match them, a label is not in
             [0,C) (seen on a CPU; a GPU stops by itself), or margin, rank_weight or label_smoothing is out of range.
+        TypeError: output is no APIOutput of tensors, or one of the others no number.
 
     Examples:
         >>> from apinet_head import APIHead
@@ -64,9 +64,10 @@ def api_loss_terms(
         >>> bool(torch.isclose(terms.total, terms.cross_entropy + 0.5 * terms.ranking))
         True
     """
-    _check(output, label_smoothing)
-    if not (math.isfinite(margin) and math.isfinite(rank_weight)):
-        raise ValueError(f"margin and rank_weight must be finite, got {margin} and {rank_weight}")
+    _check(output)
+    for name, weight in (("margin", margin), ("rank_weight", rank_weight)):
+        check_number(weight, name)
+    check_number(label_smoothing, "label_smoothing", 0, 1)
     valid = output.valid
     labels = output.labels.long().where(valid, 0)[:, None]
     rows = valid.sum().clamp(min=1) if output.num_rows is None else output.num_rows
@@ -106,22 +107,27 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _check(output: "APIOutput", label_smoothing: float) -> None:
-    if not isinstance(output, tuple):
+def _check(output: "APIOutput") -> None:
+    if not (isinstance(output, tuple) and hasattr(output, "num_rows")):
         raise TypeError(f"the loss is of an APIOutput, got {type(output).__name__}: call the head with labels")
     own, other, labels, valid = output[:4]
-    if not (own.is_floating_point() and other.is_floating_point()):
+    for name, tensor in (("logits_self", own), ("logits_other", other), ("valid", valid)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+        check_dense(tensor, name)
+    if own.dtype not in FLOATS or other.dtype not in FLOATS:
         raise ValueError(f"logits must be of a floating point dtype, got {describe(own)} and {describe(other)}")
     if own.ndim != 2 or own.shape != other.shape:
         raise ValueError(f"logits must be two [2P, C], got {describe(own)} and {describe(other)}")
+    check_integer(labels)
     if not own.shape[:1] == labels.shape == valid.shape:
         raise ValueError(
             f"labels and valid must be [2P] for logits {describe(own)}, got {describe(labels)} and {describe(valid)}"
         )
-    check_integer(labels)
     if valid.dtype != torch.bool:
         raise ValueError(f"valid must be bool, got {describe(valid)}")
     for name, tensor in (("logits_other", other), ("labels", labels), ("valid", valid)):
         check_device(tensor, name, own, "logits_self")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    rows = output.num_rows
+    if rows is not None and not (isinstance(rows, Tensor) and rows.ndim == 0):
+        raise ValueError(f"num_rows must be a scalar tensor or None, got {describe(rows)}")

@@ -8,7 +8,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from apinet_head.checks import check_device, check_features, check_labels, check_not_inference, describe
+from apinet_head.checks import (
+    check_device,
+    check_dtype,
+    check_features,
+    check_int,
+    check_labels,
+    check_not_inference,
+    describe,
+)
 
 
 class FeatureMemory(nn.Module):
@@ -36,7 +44,8 @@ class FeatureMemory(nn.Module):
         num_pushed: 0-d int64, how many rows were ever pushed.
 
     Raises:
-        ValueError: size or dim is below 1.
+        ValueError: size or dim is below 1, or dtype not one of features.
+        TypeError: size or dim is no int.
 
     Examples:
         Search the batch and the memory, then keep the batch. Partners in the batch, which come first and so have
@@ -65,8 +74,8 @@ class FeatureMemory(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_int(value, name, 1)
+        check_dtype(dtype)
         self.size, self.dim = size, dim
         self.register_buffer("features", torch.full((size, dim), math.nan, device=device, dtype=dtype))
         self.register_buffer("labels", torch.full((size,), -1, device=device, dtype=torch.int64))

@@ -7,6 +7,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from apinet_head.checks import check_module, check_number
 from apinet_head.chunked import check_chunk_size, run_in_chunks
 from apinet_head.deploy import plain_classifier
 from apinet_head.head import APIHead, APIOutput
@@ -35,6 +36,7 @@ class APINet(
 
     Raises:
         ValueError: the channels of the backbone's features are unknown, or an argument doesn't fit.
+        TypeError: the backbone is neither a name nor a module, or a number none.
 
     Examples:
         >>> import torch
@@ -61,9 +63,12 @@ class APINet(
             import timm
 
             backbone = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **(backbone_args or {}))
-        elif pretrained or backbone_args:
-            raise ValueError("pretrained and backbone_args go with a timm name, got a module as backbone")
-        self.dim: int = head_args.pop("dim", None) or _feature_dim(backbone)
+        else:
+            check_module(backbone, "backbone")
+            if pretrained or backbone_args:
+                raise ValueError("pretrained and backbone_args go with a timm name, got a module as backbone")
+        dim = head_args.pop("dim", None)
+        self.dim: int = _feature_dim(backbone) if dim is None else dim
         self.backbone: nn.Module = backbone
         self.head = APIHead(self.dim, num_classes, **head_args)
         self._batch_norm_fixed = False
@@ -92,12 +97,17 @@ class APINet(
             backbone_lr: learning rate of the backbone.
             weight_decay: of all parameters, biases and norms included.
 
+        Raises:
+            ValueError: a rate or the decay is negative or not finite.
+
         Examples:
             >>> import torch
             >>> net = APINet("resnet18", num_classes=10)
             >>> optimizer = torch.optim.SGD(net.parameter_groups(0.01, backbone_lr=0.001), momentum=0.9)
         """
         rates = {"backbone": lr if backbone_lr is None else backbone_lr, "head": lr}
+        for name, value in (("lr", lr), ("backbone_lr", rates["backbone"]), ("weight_decay", weight_decay)):
+            check_number(value, name, 0)
         return [
             {
                 "name": name,

@@ -109,6 +109,8 @@ class MutualBilinear(nn.Module):
         self.register_buffer("signs", signs.to(device=device, dtype=dtype or torch.get_default_dtype()))
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
+        if anchor.shape[0] == 0:  # not every library has a Fourier transform of nothing
+            return anchor * partner
         spectra = [
             # There is no Fourier transform of bfloat16, nor of float16 in every length.
             torch.fft.rfft(self._sketch(x.to(torch.promote_types(x.dtype, torch.float32)), side))
@@ -142,6 +144,6 @@ def make_mutual(name: str, dim: int, hidden_dim: int, dropout: float, **factory:
         "sum": MutualSum,
         "product": MutualProduct,
     }
-    if name not in plain:
+    if not isinstance(name, str) or name not in plain:
         raise ValueError(f"mutual must be a module or one of {', '.join(map(repr, MUTUALS))}, got {name!r}")
     return plain[name]()

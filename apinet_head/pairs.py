@@ -5,8 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apinet_head.checks import check_device, check_features, check_integer, check_labels, describe
+from apinet_head.checks import (
+    check_device,
+    check_features,
+    check_generator,
+    check_int,
+    check_integer,
+    check_labels,
+    describe,
+)
 from apinet_head.mining import BACKENDS, Search, find
+from apinet_head.mining.rows import may_look
 
 SEARCHES = ("similar", "dissimilar", "random")
 
@@ -71,6 +80,7 @@ def mine_pairs(
 
     Raises:
         ValueError: an argument's shape, dtype, device or value doesn't fit; the message shows what came.
+        TypeError: it is of another type than is written above.
 
     Examples:
         >>> features = torch.tensor([[0.0], [1.0], [5.0], [9.0]])
@@ -84,10 +94,7 @@ def mine_pairs(
     check_labels(labels, features)
     searches = searches_of(intra, inter)
     _check_backend(backend)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-    if generator is not None and generator.device.type != features.device.type:
-        raise ValueError(f"generator must be on the features' device {features.device}, got {generator.device}")
+    check_generator(generator, features, "features'")
 
     size = features.shape[0]  # not len(): export would take that for a constant
     # All pairs at once, not one kind after the other: small batches cost a GPU as much as there are operations.
@@ -98,7 +105,7 @@ def mine_pairs(
             raise ValueError("key_labels and key_offset need keys, got keys=None")
         key_labels, key_offset, fallback = labels, 0, anchor
     else:
-        key_labels = _check_keys(features, keys, key_labels, key_offset)
+        key_labels = _check_keys(features, labels, keys, key_labels, key_offset)
         fallback = torch.zeros_like(anchor) if key_offset is None else anchor + key_offset
     if size == 0:
         return Pairs(anchor, anchor, anchor.bool(), anchor.bool())
@@ -128,7 +135,8 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
         Pairs with P = `num_pairs`; none is valid if B = 1.
 
     Raises:
-        ValueError: labels are no integer vector, there are none, or num_pairs is negative.
+        ValueError: labels are no integer vector, there are none, num_pairs is negative, or generator on another device.
+        TypeError: labels are no tensor, num_pairs no int or generator no generator.
 
     Examples:
         >>> pairs = random_pairs(torch.tensor([0, 0, 1]), 4, generator=torch.Generator().manual_seed(0))
@@ -136,6 +144,8 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
         True
     """
     check_integer(labels)
+    check_int(num_pairs, "num_pairs")
+    check_generator(generator, labels, "labels'")
     size = labels.shape[0]
     if size == 0 or num_pairs < 0:
         raise ValueError(f"need at least one label and num_pairs >= 0, got {size} labels and num_pairs={num_pairs}")
@@ -152,6 +162,8 @@ def check_pairs(pairs: Pairs, features: Tensor) -> None:
     for name, rows in (("pairs.anchor", pairs.anchor), ("pairs.partner", pairs.partner)):
         check_integer(rows, name)
         check_device(rows, name, features, "features")
+    if not isinstance(pairs.valid, Tensor):
+        raise TypeError(f"pairs.valid must be a tensor [P], got {describe(pairs.valid)}")
     check_device(pairs.valid, "pairs.valid", features, "features")
     if pairs.anchor.shape != pairs.partner.shape or pairs.valid.shape != pairs.anchor.shape:
         raise ValueError(
@@ -182,7 +194,9 @@ def _check_backend(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(map(repr, known))}, got {name!r}")
 
 
-def _check_keys(features: Tensor, keys: Tensor, key_labels: Tensor | None, key_offset: int | None) -> Tensor:
+def _check_keys(
+    features: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor | None, key_offset: int | None
+) -> Tensor:
     if key_labels is None:
         raise ValueError("keys need key_labels, got key_labels=None")
     check_features(keys, "keys", features.shape[1])
@@ -191,9 +205,24 @@ def _check_keys(features: Tensor, keys: Tensor, key_labels: Tensor | None, key_o
     if keys.shape[0] == 0:
         raise ValueError("keys must have at least one row to find partners in, got none")
     room = keys.shape[0] - features.shape[0]
-    if key_offset is not None and not 0 <= key_offset <= room:
-        raise ValueError(
-            f"key_offset says where the {features.shape[0]} queries sit among the {keys.shape[0]} keys and must be in "
-            f"[0, {room}], got {key_offset}; use None if they are not there"
-        )
+    if key_offset is not None:
+        check_int(key_offset, "key_offset")
+        if not 0 <= key_offset <= room:
+            raise ValueError(
+                f"key_offset says where the {features.shape[0]} queries sit among the {keys.shape[0]} keys and must be "
+                f"in [0, {room}], got {key_offset}; use None if they are not there"
+            )
+        if may_look(labels) and may_look(key_labels):
+            _check_offset(labels.long(), key_labels.long(), key_offset)
     return key_labels
+
+
+def _check_offset(labels: Tensor, key_labels: Tensor, key_offset: int) -> None:
+    """Raise ValueError if other images are where the queries should be: one would be paired with itself, unnoticed."""
+    there = key_labels[key_offset : key_offset + labels.shape[0]]
+    if not torch.equal(there, labels):
+        row = int((there != labels).nonzero()[0])
+        raise ValueError(
+            f"key_offset={key_offset} says that row {key_offset + row} of keys is query {row}, but key_labels has "
+            f"{int(there[row])} there, and labels {int(labels[row])}; use None if the queries are not in keys"
+        )

@@ -1,12 +1,14 @@
 """Batches of n_classes classes with n_samples images each, so that every image has company of its class."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from apinet_head.checks import check_int, check_integer, shown
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
@@ -30,7 +32,9 @@ class BalancedBatchSampler(Sampler[list[int]]):
         world_size: number of processes; None likewise.
 
     Raises:
-        ValueError: fewer classes than n_classes, n_classes not divisible by world_size, or a number out of range.
+        ValueError: labels are not of an integer dtype, fewer classes than n_classes, n_classes not divisible by
+            world_size, or a number out of range.
+        TypeError: a number is no int.
 
     Examples:
         >>> labels = [0, 0, 0, 1, 1, 2, 2, 2, 2]
@@ -54,16 +58,17 @@ class BalancedBatchSampler(Sampler[list[int]]):
         world_size: int | None = None,
     ) -> None:
         images: dict[int, list[int]] = {}
-        for index, label in enumerate(torch.as_tensor(labels).tolist()):
+        for index, label in enumerate(_as_ints(labels)):
             images.setdefault(label, []).append(index)
         self.images_of_class = dict(sorted(images.items()))
         self.n_classes, self.n_samples, self.seed = n_classes, n_samples, seed
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank = torch.distributed.get_rank() if rank is None else rank
             world_size = torch.distributed.get_world_size() if world_size is None else world_size
-        self.rank, self.world_size = rank or 0, 1 if world_size is None else world_size
+        self.rank, self.world_size = 0 if rank is None else rank, 1 if world_size is None else world_size
         self._check(n_batches)
-        self.n_batches = n_batches if n_batches is not None else max(1, len(labels) // (n_classes * n_samples))
+        count = sum(map(len, images.values()))
+        self.n_batches = n_batches if n_batches is not None else max(1, count // (n_classes * n_samples))
         self.epoch = 0
         self._start = 0  # batches of this epoch to leave out, as a resumed run has them behind it
         self._drawn = 0
@@ -84,6 +89,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Take the batches of this epoch from the next iteration on; from its first, unless just resumed in it."""
+        check_int(epoch, "epoch", 0)
         if epoch != self.epoch:
             self.epoch, self._start, self._drawn = epoch, 0, 0
 
@@ -98,29 +104,44 @@ class BalancedBatchSampler(Sampler[list[int]]):
         Args:
             batches_done: how many batches of the epoch the training has finished. Without it, as many as were drawn;
                 that is too many under a DataLoader with workers, which draws ahead.
+
+        Raises:
+            ValueError: the epoch has not that many batches.
         """
-        return {
-            "epoch": self.epoch,
-            "batches_done": self._drawn if batches_done is None else batches_done,
-            **self._settings(),
-        }
+        done = self._drawn if batches_done is None else batches_done
+        self._check_done(done)
+        return {"epoch": self.epoch, "batches_done": done, **self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken: the next iteration yields what is left of that epoch.
 
         Raises:
-            ValueError: the state is of a sampler with other settings, so its place would mean other images.
+            ValueError: it is no state, or that of a sampler with other settings, where its place means other images.
+            TypeError: it is no dict, or what it says no int.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state of a sampler is a dict, got {type(state).__name__}")
+        names = ("epoch", "batches_done", *self._settings())
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise ValueError(f"no state of a sampler: without {', '.join(missing)}, got {shown(dict(state))}")
+        for name in names:
+            check_int(state[name], name)
         differences = [
-            f"{name}: {state.get(name)!r} there, {value!r} here"
+            f"{name}: {state[name]!r} there, {value!r} here"
             for name, value in self._settings().items()
-            if state.get(name) != value
+            if state[name] != value
         ]
         if differences:
             raise ValueError(f"this state is of a sampler with other settings: {'; '.join(differences)}")
-        if not 0 <= state["batches_done"] <= self.n_batches:
-            raise ValueError(f"batches_done must be in [0, {self.n_batches}], got {state['batches_done']}")
+        check_int(state["epoch"], "epoch", 0)
+        self._check_done(state["batches_done"])
         self.epoch, self._start, self._drawn = state["epoch"], state["batches_done"], state["batches_done"]
+
+    def _check_done(self, batches_done: int) -> None:
+        check_int(batches_done, "batches_done")
+        if not 0 <= batches_done <= self.n_batches:
+            raise ValueError(f"batches_done must be in [0, {self.n_batches}], got {batches_done}")
 
     def _settings(self) -> dict[str, int]:
         return {
@@ -142,10 +163,11 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     def _check(self, n_batches: int | None) -> None:
         for name in ("n_classes", "n_samples", "world_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if n_batches is not None and n_batches < 1:
-            raise ValueError(f"n_batches must be at least 1, got {n_batches}")
+            check_int(getattr(self, name), name, 1)
+        for name in ("rank", "seed"):
+            check_int(getattr(self, name), name)
+        if n_batches is not None:
+            check_int(n_batches, "n_batches", 1)
         if self.n_classes > len(self.images_of_class):
             raise ValueError(
                 f"cannot draw n_classes={self.n_classes} classes for a batch: labels have {len(self.images_of_class)}"
@@ -155,6 +177,18 @@ class BalancedBatchSampler(Sampler[list[int]]):
                 f"n_classes={self.n_classes} must be divisible by world_size={self.world_size}, "
                 f"and rank={self.rank} in [0, {self.world_size})"
             )
+
+
+def _as_ints(labels: Sequence[int] | Tensor) -> list[int]:
+    """The labels as ints of Python, each of which is one key of a dict, as NaN and most objects are not."""
+    try:
+        found = torch.as_tensor(labels)
+        ints: list[int] = found.tolist()
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises any of them
+        raise ValueError(f"labels must be ints, or a tensor or array of them, got {shown(labels)}") from error
+    if found.numel():  # of no labels at all, the dtype says nothing
+        check_integer(found)
+    return ints
 
 
 class _Dealer:

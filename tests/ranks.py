@@ -23,7 +23,7 @@ def on_ranks(world: int, cases: Mapping[str, Callable[[], Any]], folder: Path) -
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     mp.start_processes(_run, (world, port, dict(cases), folder), nprocs=world, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def _run(rank: int, world: int, port: int, cases: dict[str, Callable[[], Any]], folder: Path) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = ("normal", "offset", "duplicates", "one class", "singletons", "non-finite", "ties", "huge", "tiny")
+DENORMAL = "denormal"  # one more, for what computes in all of its dtype's range
 
 
 def make_batch(seed: int, size: int, dim: int, classes: int, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]:
@@ -27,6 +28,8 @@ def make_batch(seed: int, size: int, dim: int, classes: int, dtype: torch.dtype,
         features *= torch.finfo(dtype).max / 8
     elif kind == "tiny":
         features *= torch.finfo(dtype).tiny * 64
+    elif kind == DENORMAL:
+        features *= torch.finfo(dtype).tiny / 64
     features = features.to(dtype)
     if kind == "non-finite":
         bad = torch.randint(size, (1 + size // 10,), generator=generator)

@@ -3,7 +3,21 @@
 import pytest
 import torch
 
-from apinet_head import APIHead, FeatureMemory, Pairs, api_loss, mine_pairs
+from apinet_head import (
+    APIHead,
+    APINet,
+    BalancedBatchSampler,
+    ChunkedBackbone,
+    FeatureMemory,
+    Pairs,
+    api_loss,
+    explain_pair,
+    load_official_checkpoint,
+    mine_pairs,
+    random_pairs,
+)
+from apinet_head.estimate import pick_chunk_size, step_memory
+from apinet_head.mutual import MUTUALS, MutualMLP
 
 X, Y = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1])
 
@@ -69,3 +83,180 @@ def test_tensors_of_inference_mode_stay_there():
     with pytest.raises(ValueError, match="inference mode"):
         memory.push(X, Y)
     assert Pairs(*mine_pairs(made, Y)).valid.all()
+
+
+def test_an_empty_batch_has_a_loss_of_0_with_any_mutual_vector():
+    for mutual in MUTUALS:
+        net = head(mutual=mutual)
+        loss = api_loss(net(X[:0].requires_grad_(), Y[:0]))
+        loss.backward()
+        assert loss == 0, mutual
+        assert net(X, Y, pairs=random_pairs(Y, 0)).logits_self.shape == (0, 3)
+
+
+def test_autocast_takes_float32_and_its_own_half_precision():
+    net = head()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        api_loss(net(X.bfloat16(), Y)).backward()
+        with pytest.raises(ValueError, match=r"float32 or of autocast's dtype, got float16 \[4, 8\].*float32"):
+            net(X.half(), Y)
+
+
+class Faulty(torch.nn.Module):
+    """A mutual vector of one's own, with a fault of one's own."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, anchor, partner):
+        return self.fault(anchor)
+
+
+def test_an_index_error_of_ones_own_comes_through():
+    with pytest.raises(IndexError, match="mine alone"):
+        head(mutual=Faulty(lambda x: exec("raise IndexError('mine alone')")))(X, Y)
+
+
+@pytest.mark.parametrize("fault", [lambda x: None, lambda x: x[:1], lambda x: [x]])
+def test_what_a_mutual_vector_must_be(fault):
+    with pytest.raises(ValueError, match=r"mutual must map two \[P, D\] to \[P, D\], got"):
+        head(mutual=Faulty(fault))(X, Y)
+
+
+def test_a_mutual_vector_derived_from_the_papers_is_asked():
+    class Halved(MutualMLP):
+        def forward(self, anchor, partner):
+            return super().forward(anchor, partner) / 2
+
+    net = head(mutual=Halved(8, 4, 0.0), dropout=0.0)
+    pairs = mine_pairs(X, Y)
+    images = X[pairs.anchor], X[pairs.partner]
+    assert torch.equal(net.gates(X, pairs)[0], torch.sigmoid(net.mutual(*images) * images[0]))
+
+
+def test_pairs_of_inference_mode_are_no_partners_among_keys():
+    with torch.inference_mode():
+        pairs = mine_pairs(X, Y)
+    with pytest.raises(ValueError, match=r"pairs was made in inference mode"):
+        head()(X.clone().requires_grad_(), Y, pairs=pairs, keys=X, key_labels=Y)
+
+
+def test_an_offset_at_which_other_images_are_is_noticed():
+    keys, key_labels = torch.cat([X + 1, X]), torch.cat([Y + 5, Y])
+    assert mine_pairs(X, Y, keys=keys, key_labels=key_labels, key_offset=4).valid.all()
+    with pytest.raises(ValueError, match=r"row 0 of keys is query 0, but key_labels has 5 there, and labels 0"):
+        mine_pairs(X, Y, keys=keys, key_labels=key_labels, key_offset=0)
+
+
+NAN = float("nan")
+IMAGES = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+FLAT = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+
+
+def explainable():
+    net = APINet(FLAT, 3, dim=3)
+    net.backbone.forward_features = lambda images: images
+    return net
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: BalancedBatchSampler([0, 0, NAN, NAN], 2, 1), ValueError, r"integer dtype, got float32 \[4\]"),
+        (lambda: BalancedBatchSampler(["a", "b"], 2, 1), ValueError, r"ints, or a tensor or array of them, got \['a'"),
+        (lambda: BalancedBatchSampler([0, 1], 2.0, 1), TypeError, r"n_classes must be an int, got 2\.0"),
+        (lambda: BalancedBatchSampler([0, 1], 2, 1, seed=0.5), TypeError, r"seed must be an int, got 0\.5"),
+        (lambda: BalancedBatchSampler([], 2, 1), ValueError, r"n_classes=2 classes for a batch: labels have 0"),
+        (lambda: BalancedBatchSampler([0, 1], 2, 1).set_epoch(-1), ValueError, r"epoch must be at least 0, got -1"),
+        (
+            lambda: BalancedBatchSampler([0, 1], 2, 1).state_dict(2),
+            ValueError,
+            r"batches_done must be in \[0, 1\], got 2",
+        ),
+        (
+            lambda: ChunkedBackbone([FLAT], 4),
+            TypeError,
+            r"backbone must be a module, got list: nn\.Sequential\(\*backbone",
+        ),
+        (lambda: ChunkedBackbone(FLAT, 2.5), TypeError, r"chunk_size must be an int, got 2\.5"),
+        (lambda: ChunkedBackbone(FLAT, 2)([IMAGES]), TypeError, r"images must be a tensor \[B, \.\.\.\].* got list"),
+        (lambda: APINet(FLAT, 3, dim=0), ValueError, r"dim must be at least 1, got 0"),
+        (lambda: APINet([FLAT], 3, dim=3), TypeError, r"backbone must be a module, got list"),
+        (lambda: APINet(FLAT, 3, dim=3).parameter_groups(NAN), ValueError, r"lr must be in \[0, inf\), got nan"),
+        (
+            lambda: APINet(FLAT, 3, dim=3).parameter_groups(0.1, -1),
+            ValueError,
+            r"backbone_lr must be in \[0, inf\), got -1",
+        ),
+        (lambda: APIHead(8.0), TypeError, r"dim must be an int, got 8\.0"),
+        (lambda: APIHead(8, dtype=torch.int64), ValueError, r"dtype must be float16.* got torch\.int64"),
+        (lambda: FeatureMemory(4, 8, dtype=torch.bool), ValueError, r"dtype must be float16.* got torch\.bool"),
+        (lambda: FeatureMemory(4.5, 8), TypeError, r"size must be an int, got 4\.5"),
+        (lambda: random_pairs(Y, 2.5), TypeError, r"num_pairs must be an int, got 2\.5"),
+        (lambda: random_pairs(Y, 2, generator=0), TypeError, r"generator must be a torch\.Generator or None, got int"),
+        (
+            lambda: mine_pairs(X, Y, keys=X, key_labels=Y, key_offset=0.0),
+            TypeError,
+            r"key_offset must be an int, got 0\.0",
+        ),
+        (lambda: mine_pairs(X, Y.to_sparse()), ValueError, r"labels must be a dense tensor"),
+        (lambda: api_loss((X, X, Y)), TypeError, r"APIOutput, got tuple"),
+        (lambda: api_loss(head()(X, Y)._replace(valid=None)), TypeError, r"valid must be a tensor, got NoneType"),
+        (
+            lambda: api_loss(head()(X, Y)._replace(num_rows=3)),
+            ValueError,
+            r"num_rows must be a scalar tensor or None, got int",
+        ),
+        (lambda: api_loss(head()(X, Y), margin="0.1"), TypeError, r"margin must be a number, got '0\.1'"),
+        (lambda: explain_pair(FLAT, IMAGES), TypeError, r"net must be an APINet, got Sequential"),
+        (lambda: explain_pair(explainable(), IMAGES.tolist()), TypeError, r"images must be a tensor .* got list"),
+        (
+            lambda: explain_pair(explainable(), IMAGES[..., :0]),
+            ValueError,
+            r"at least one pixel, got float32 \[2, 3, 4, 0\]",
+        ),
+        (lambda: explain_pair(explainable(), IMAGES.double()), ValueError, r"one dtype .* float64 \[2, 3, 4, 4\]"),
+        (
+            lambda: explain_pair(explainable(), IMAGES.to("meta")),
+            ValueError,
+            r"images and the net must be on one device",
+        ),
+        (
+            lambda: explain_pair(explainable(), IMAGES * NAN, top_k=1),
+            ValueError,
+            r"nothing to explain.*\[2, 3, 4, 4\].*not finite",
+        ),
+        (lambda: explain_pair(explainable(), IMAGES, top_k=1.0), TypeError, r"top_k must be an int, got 1\.0"),
+        (lambda: step_memory(FLAT, 4, 0), ValueError, r"image_size must be at least 1, got 0"),
+        (lambda: step_memory(FLAT, 4, (3, 0, 4)), ValueError, r"image_size must be at least 1, got 0"),
+        (lambda: step_memory(FLAT, 4.0, 4), TypeError, r"batch_size must be an int, got 4\.0"),
+        (lambda: step_memory([FLAT], 4, 4), TypeError, r"net must be a module, got list"),
+        (lambda: pick_chunk_size(FLAT, 4, 4, memory=NAN), ValueError, r"memory must be in \[0, inf\), got nan"),
+        (lambda: load_official_checkpoint(3), TypeError, r"source must be a path or a dict, got int"),
+    ],
+)
+def test_arguments_that_do_not_fit(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+RUBBISH = [
+    ([], "the state of a sampler is a dict, got list"),
+    ({}, "no state of a sampler: without epoch, batches_done, seed"),
+    ({"epoch": 1, "batches_done": 0}, "no state of a sampler: without seed"),
+    ({"batches_done": NAN}, "batches_done must be an int, got nan"),
+    ({"batches_done": 1.0}, r"batches_done must be an int, got 1\.0"),
+    ({"epoch": None}, "epoch must be an int, got None"),
+    ({"epoch": -1}, "epoch must be at least 0, got -1"),
+    ({"n_images": torch.ones(2)}, r"n_images must be an int, got float32 \[2\] on cpu"),
+]
+
+
+@pytest.mark.parametrize(("rubbish", "message"), RUBBISH)
+def test_a_sampler_refuses_a_state_of_rubbish_and_stays_as_it_was(rubbish, message):
+    sampler = BalancedBatchSampler([0, 0, 1, 1, 2, 2], 2, 1)
+    before, whole = sampler.state_dict(), message.startswith(("the state", "no state"))
+    with pytest.raises((ValueError, TypeError), match=message):
+        sampler.load_state_dict(rubbish if whole else {**before, **rubbish})
+    assert sampler.state_dict() == before

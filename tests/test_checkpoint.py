@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -84,6 +85,27 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match=r"evil\.pth cannot be read .* more than tensors") as refused:
         load_official_checkpoint(tmp_path / "evil.pth")
+    assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint\n", b"PK\x03\x04", "cut short"])
+def test_a_file_that_is_no_checkpoint_is_named_with_its_cause(content, published, tmp_path):
+    path = tmp_path / "model_best.pth.tar"
+    if content == "cut short":
+        torch.save(published.fc.state_dict(), path)
+        content = path.read_bytes()[:-100]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} cannot be read .*Download it again") as refused:
+        load_official_checkpoint(path)
+    assert refused.value.__cause__ is not None
+    with pytest.raises(FileNotFoundError):
+        load_official_checkpoint(tmp_path / "nowhere.pth")
+
+
+def test_weights_that_are_there_twice_are_named(published):
+    state = published.state_dict()
+    with pytest.raises(ValueError, match=r"twice, with and without 'module.': fc.weight"):
+        load_official_checkpoint({**state, "module.fc.weight": state["fc.weight"] + 1})

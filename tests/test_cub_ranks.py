@@ -62,7 +62,7 @@ def on_two_ranks(*runs):
 
 def told(output):
     """What each rank had at the end of a run."""
-    return [torch.load(f"{output}-rank{rank}.pt", map_location="cpu") for rank in range(2)]
+    return [torch.load(f"{output}-rank{rank}.pt", map_location="cpu", weights_only=True) for rank in range(2)]
 
 
 def same(one, other):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import candidates, check_partners
-from strategies import DTYPES, KINDS, batches, make_batch
+from strategies import DENORMAL, DTYPES, KINDS, batches, make_batch
 
 from apinet_head import Pairs, mine_pairs, mining, random_pairs
 from apinet_head.mining import BACKENDS, choose, dense, rows, tiled
@@ -19,7 +19,7 @@ from apinet_head.mining.rows import finite_rows
 # Tiles so small that the tests' batches have many, whole ones and parts.
 BACKENDS["tiled by 16"] = partial(tiled.mine, tile=16)
 # As on devices where nobody waits for a number.
-BACKENDS["dense, unseen"] = mock.patch.object(rows, "_may_look", mock.Mock(return_value=False))(dense.mine)
+BACKENDS["dense, unseen"] = mock.patch.object(rows, "may_look", mock.Mock(return_value=False))(dense.mine)
 # "triton" has tests of its own, because it needs a GPU, or a process of its own.
 each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 HOWS = ("similar", "dissimilar", "random")
@@ -49,7 +49,7 @@ def test_any_batch(backend, batch, intra, inter):
 
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, DENORMAL])
 def test_adversarial(kind, dtype, backend):
     features, labels = make_batch(seed=1, size=120, dim=64, classes=30, dtype=dtype, kind=kind)
     check(features, labels, backend=backend)

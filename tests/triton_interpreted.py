@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import KINDS, batches, make_batch
+from strategies import DENORMAL, KINDS, batches, make_batch
 from test_mining import HOWS, check
 
 from apinet_head import mine_pairs
@@ -26,8 +26,10 @@ def path(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, DENORMAL])
 def test_adversarial(kind, dtype, path):
+    if kind == DENORMAL and dtype == torch.bfloat16:
+        pytest.skip("the interpreter makes other numbers of denormal ones of bfloat16")
     features, labels = make_batch(seed=1, size=40, dim=33, classes=10, dtype=dtype, kind=kind)
     check(features, labels, intra="similar", inter="dissimilar", backend="triton")
 

@@ -21,7 +21,7 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     queries = queries.detach().to(dtype)
     rows = queries if keys is None else keys.detach().to(dtype)
     # On a CPU a look costs less than the passes over the rows that it saves.
-    if _may_look(rows):
+    if may_look(rows):
         mean = rows.sum(0) / rows.shape[0]
         squares = _squares(rows)
         if keys is None and _ordinary(squares, dtype) and rows.shape[0] * _squares(mean) < squares / 2:
@@ -33,7 +33,7 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     return _prepare_unseen(queries, keys, rows)
 
 
-def _may_look(rows: Tensor) -> bool:
+def may_look(rows: Tensor) -> bool:
     """Whether a number of these can be read without waiting for a device: tensors on the CPU that are there now."""
     return rows.device.type == "cpu" and type(rows) is Tensor and not torch.compiler.is_compiling()
 

@@ -1,0 +1,152 @@
+"""The same input gives the same output, bit for bit, and under PyTorch's deterministic algorithms too."""
+
+import pytest
+import torch
+from strategies import make_batch
+from torch import nn
+
+from apinet_head import (
+    APIHead,
+    APINet,
+    BalancedBatchSampler,
+    ChunkedBackbone,
+    FeatureMemory,
+    api_loss,
+    explain_pair,
+    mine_pairs,
+    random_pairs,
+)
+from apinet_head.mutual import MUTUALS
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+HOWS = ("similar", "dissimilar", "random")
+SIZE, DIM, CLASSES = 40, 24, 8
+
+
+def features_and_labels(device, size=SIZE, kind="normal"):
+    features, _ = make_batch(0, size, DIM, CLASSES, torch.float32, kind)
+    return features.to(device), (torch.arange(size) % CLASSES).to(device)
+
+
+def mined(device, backend, how):
+    generator = torch.Generator(device).manual_seed(0)
+    features, labels = features_and_labels(device)
+    keys = {"keys": torch.cat([features, features.flip(0)]), "key_labels": torch.cat([labels, labels.flip(0)])}
+    arguments = {"intra": how, "inter": how, "generator": generator, "backend": backend}
+    pairs = mine_pairs(features, labels, **arguments), mine_pairs(features, labels, **keys, key_offset=0, **arguments)
+    return [*pairs[0], *pairs[1]]
+
+
+def drawn(device):
+    return random_pairs(features_and_labels(device)[1], 50, generator=torch.Generator(device).manual_seed(0))
+
+
+def step_of_head(device, mutual):
+    """A step with dropout, and its gradients."""
+    features, labels = features_and_labels(device)
+    head = APIHead(DIM, CLASSES, hidden_dim=8, mutual=mutual, device=device)
+    output = head(features.requires_grad_(), labels)
+    loss = api_loss(output, label_smoothing=0.1)
+    loss.backward()
+    gradients = [parameter.grad for parameter in head.parameters()]
+    return [*output[:4], loss, features.grad, *gradients, *head.gates(features, output.pairs)]
+
+
+def pushed(device):
+    """Batches into a memory, the last of them larger than it, with a search in it in between."""
+    memory = FeatureMemory(30, DIM, device=device)
+    features, labels = features_and_labels(device)
+    memory.push(features[:8], labels[:8])
+    pairs = mine_pairs(features, labels, keys=memory.features, key_labels=memory.labels)
+    memory.push(features, labels)
+    return [*pairs, *memory.buffers()]
+
+
+def step_in_chunks(device):
+    backbone = nn.Sequential(nn.Conv2d(3, DIM, 3), nn.BatchNorm2d(DIM), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(2)).to(
+        device
+    )
+    features = ChunkedBackbone(backbone, 3)(torch.randn(8, 3, 9, 9, device=device)).mean(2)
+    features.square().sum().backward()
+    return [features, *(parameter.grad for parameter in backbone.parameters()), *backbone.buffers()]
+
+
+def explained(device):
+    net = APINet("test_resnet", CLASSES, hidden_dim=8).to(device)
+    return explain_pair(net, torch.randn(2, 3, 48, 48, device=device))
+
+
+CASES = {
+    **{f"{backend}, {how}": (mined, backend, how) for backend in ("dense", "tiled", "triton") for how in HOWS},
+    **{f"head, {mutual}": (step_of_head, mutual) for mutual in MUTUALS},
+    "random pairs": (drawn,),
+    "memory": (pushed,),
+    "chunks": (step_in_chunks,),
+    "explained": (explained,),
+}
+
+
+def run(case, device):
+    function, *arguments = CASES[case]
+    torch.manual_seed(0)
+    return function(device, *arguments)
+
+
+def skip_unless_possible(case, device):
+    if case.startswith("triton") and device == "cpu":
+        pytest.skip("Triton's kernels are for a GPU")
+
+
+def assert_equal(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twice_gives_the_same_bits_on_a_cpu(case):
+    skip_unless_possible(case, "cpu")
+    assert_equal(run(case, "cpu"), run(case, "cpu"))
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS refuses
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES)
+def test_deterministic_algorithms_do_all_of_it(case, device, deterministic):
+    skip_unless_possible(case, device)
+    assert_equal(run(case, device), run(case, device))
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("kind", ["normal", "offset", "ties"])
+def test_pairs_are_the_same_on_any_number_of_threads(kind, how, backend, threads):
+    # Enough for PyTorch to share out the work, and for several tiles.
+    features, labels = features_and_labels("cpu", size=1100, kind=kind)
+    found = []
+    for count in (1, 2, 4):
+        threads(count)
+        generator = torch.Generator().manual_seed(0)
+        found.append(mine_pairs(features, labels, intra=how, inter=how, backend=backend, generator=generator))
+    for other in found[1:]:
+        assert_equal(other, found[0])
+
+
+def test_a_sampler_has_the_same_epoch_each_time():
+    labels = [label for label in range(9) for _ in range(label + 1)]
+    epochs = [list(BalancedBatchSampler(labels, 3, 2, seed=5)) for _ in range(2)]
+    assert epochs[0] == epochs[1]

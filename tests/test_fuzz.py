@@ -1,0 +1,297 @@
+"""Anything at all into the functions and the head: the documented result, or an error that shows what came."""
+
+import reference
+import torch
+from fuzzing import (
+    INTEGERS,
+    MODES,
+    NO_CLASSES,
+    NO_COUNT,
+    NO_FEATURES,
+    NO_LABELS,
+    NO_NUMBER,
+    NO_SHARE,
+    be,
+    check_refused,
+    draw_batch,
+    fuzzed,
+    more,
+    one_of,
+    spoil,
+)
+from hypothesis import strategies as st
+from strategies import DTYPES
+
+from apinet_head import (
+    APIHead,
+    APIOutput,
+    LossTerms,
+    Pairs,
+    api_loss,
+    api_loss_terms,
+    gather_features,
+    mine_pairs,
+    random_pairs,
+)
+from apinet_head.mutual import MUTUALS
+
+HOWS = ("similar", "dissimilar", "random")
+NO_HOW = (be("nearest"), be(1), be(["similar"]))
+
+
+def draw_hows(data):
+    intra = one_of(data, [*HOWS, None])
+    return {"intra": intra, "inter": one_of(data, HOWS if intra is None else [*HOWS, None])}
+
+
+def draw_keys(data, features, labels):
+    """Keys that hold the batch among others, all in any dtype that holds the numbers; or nothing."""
+    if len(features) == 0 or data.draw(st.booleans()):
+        return {}
+    before, dtype = data.draw(st.integers(0, 3)), torch.promote_types(features.dtype, torch.float32)
+    x = features.detach().to(one_of(data, [features.dtype, dtype]))
+    keys, key_labels = (
+        torch.cat([x[:before], x, x[:1]]),
+        torch.cat([rows.long() for rows in (labels[:before], labels, labels[:1])]),
+    )
+    offset = one_of(data, [min(before, len(x)), None])
+    dtype = one_of(data, [dtype for dtype in INTEGERS if torch.equal(key_labels.to(dtype).long(), key_labels)])
+    return {"keys": keys, "key_labels": key_labels.to(dtype), "key_offset": offset}
+
+
+def check_pairs(pairs, features, labels, intra, inter, keys=None, key_labels=None, key_offset=None):
+    """Assert that anchors are in order, partners candidates where valid, and their own anchors where there are none."""
+    size, offset = len(features), 0 if keys is None else key_offset
+    if keys is None:
+        keys, key_labels = features, labels
+    kinds = [same for how, same in ((intra, True), (inter, False)) if how is not None]
+    assert [field.dtype for field in pairs] == [torch.int64, torch.int64, torch.bool, torch.bool]
+    assert pairs.anchor.tolist() == [*range(size)] * len(kinds)
+    assert pairs.same_class.tolist() == [same for same in kinds for _ in range(size)]
+    finite = keys.detach().isfinite().all(1).numpy()
+    fallback = torch.arange(size) + offset if offset is not None else torch.zeros(size).long()
+    for row, same in enumerate(kinds):
+        partner, valid = (field[row * size : (row + 1) * size] for field in (pairs.partner, pairs.valid))
+        allowed = torch.from_numpy(
+            reference.candidates(labels.long().numpy(), key_labels.long().numpy(), finite, same, offset)
+        )
+        assert torch.equal(valid, allowed.any(1))
+        assert allowed[valid, partner[valid]].all()
+        assert torch.equal(partner[~valid], fallback[~valid])
+
+
+KEYS = {
+    "keys": (*NO_FEATURES, lambda x: torch.cat([x, x[:, :1]], 1)),
+    "key_labels": NO_LABELS,
+    "key_offset": (be(-1), be(100), be(0.5), be(True), be("0")),
+}
+
+
+@fuzzed
+def test_mine_pairs(data):
+    features, labels, _ = draw_batch(data)
+    if labels.dtype.is_signed:
+        labels = labels - data.draw(st.integers(0, 20))
+    arguments = {"features": features, "labels": labels, **draw_hows(data), **draw_keys(data, features, labels)}
+    backend = one_of(data, ["auto", "dense", "tiled"])
+    ways = {"features": NO_FEATURES, "labels": (*NO_LABELS, be(None)), "intra": NO_HOW, "inter": NO_HOW, **KEYS}
+    given, spoiled = spoil(data, arguments, ways)
+    with one_of(data, MODES)():
+        if spoiled:
+            check_refused(lambda: mine_pairs(**given, backend=backend), *spoiled)
+        else:
+            check_pairs(mine_pairs(**given, backend=backend), **given)
+
+
+@fuzzed
+def test_random_pairs(data):
+    _, labels, _ = draw_batch(data)
+    arguments = {"labels": labels, "num_pairs": data.draw(st.integers(0, 20)), "generator": torch.Generator()}
+    ways = {"labels": NO_CLASSES, "num_pairs": NO_COUNT[1:], "generator": (be(0), be("cpu"))}
+    given, spoiled = spoil(data, arguments, ways)
+    if spoiled or len(labels) == 0:
+        check_refused(lambda: random_pairs(**given), *spoiled, *([0] if len(labels) == 0 else []))
+        return
+    pairs = random_pairs(**given)
+    assert {field.shape for field in pairs} == {(given["num_pairs"],)}
+    assert ((pairs.anchor >= 0) & (pairs.anchor < len(labels))).all()
+    assert ((pairs.partner >= 0) & (pairs.partner < len(labels))).all()
+    labels = labels.long()
+    assert torch.equal(pairs.same_class, labels[pairs.anchor] == labels[pairs.partner])
+    assert torch.equal(pairs.valid, pairs.anchor != pairs.partner)
+    assert pairs.valid.all() or len(labels) == 1
+
+
+def draw_head(data, **fixed):
+    gate = one_of(data, ["pair", "single"])
+    return {
+        "hidden_dim": data.draw(st.integers(1, 5)),
+        "dropout": one_of(data, [0.0, 0.5, 1.0]),
+        "mutual": one_of(data, [name for name in MUTUALS if (gate, name) != ("single", "individual")]),
+        "gate": gate,
+        **draw_hows(data),
+        **fixed,
+    }
+
+
+@fuzzed
+def test_the_making_of_a_head(data):
+    arguments = draw_head(
+        data, dim=data.draw(st.integers(1, 9)), num_classes=data.draw(st.integers(0, 4)), dtype=one_of(data, DTYPES)
+    )
+    ways = {
+        "dim": NO_COUNT,
+        "num_classes": NO_COUNT[1:],
+        "hidden_dim": NO_COUNT,
+        "dropout": NO_SHARE,
+        "mutual": (be("attention"), be(None), be(["mlp"]), be(torch.nn.Linear)),
+        "gate": (be("triple"), be(None), be(["pair"])),
+        "intra": NO_HOW,
+        "inter": NO_HOW,
+        "dtype": (be(torch.int64), be(torch.bool), be(torch.complex64), be("float32")),
+    }
+    given, spoiled = spoil(data, arguments, ways)
+    if spoiled:
+        check_refused(lambda: APIHead(**given), *spoiled)
+    else:
+        assert {parameter.dtype for parameter in APIHead(**given).parameters()} <= {given["dtype"]}
+
+
+def is_ordinary(kind, dtype):
+    """Whether nothing that the head computes of such features comes near the ends of the dtype."""
+    return kind not in ("non-finite", "huge") and not (kind == "offset" and dtype == torch.float16)
+
+
+def check_loss(output, kind, ordinary, learning):
+    """Assert that a loss is finite with its gradients where it should be, and that it isn't where it should not."""
+    terms = api_loss_terms(output)
+    assert isinstance(terms, LossTerms)
+    if ordinary:
+        assert all(term.isfinite() for term in terms)
+    if kind == "non-finite":
+        assert not terms.total.isfinite()
+    if terms.total.requires_grad:
+        gradients = torch.autograd.grad(terms.total, learning, allow_unused=True)
+        assert not ordinary or all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
+
+
+@fuzzed
+def test_head_and_loss(data):
+    features, labels, kind = draw_batch(data)
+    classes, dtype = int(labels.long().max()) + 1 if len(labels) else 3, features.dtype
+    autocast = dtype in (torch.bfloat16, torch.float32) and data.draw(st.booleans())
+    head = APIHead(features.shape[1], classes, **draw_head(data, dtype=torch.float32 if autocast else dtype))
+    arguments = {"features": features, "labels": labels, **draw_keys(data, features, labels)}
+    if "keys" in arguments:
+        arguments["keys"] = arguments["keys"].to(dtype)
+    wrong = (
+        lambda x: torch.cat([x, x[:, :1]], 1),
+        lambda x: x.to(torch.float32 if x.dtype == torch.float64 else torch.float64),
+        lambda x: x.to(torch.bfloat16 if x.dtype == torch.float16 else torch.float16),
+    )
+    ways = {"features": (*NO_FEATURES, *wrong), "labels": NO_LABELS, **KEYS, "keys": KEYS["keys"][1:]}
+    given, spoiled = spoil(data, arguments, ways)
+    with one_of(data, MODES)(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        if spoiled:
+            check_refused(lambda: head(**given), *spoiled)
+            return
+        assert head(features).shape == (len(features), classes)
+        output = head(**given)
+        pairs, rows = output.pairs, 2 * len(output.pairs.anchor)
+        assert output.logits_self.shape == output.logits_other.shape == (rows, classes)
+        assert output.labels.shape == output.valid.shape == (rows,)
+        partner_labels = given.get("key_labels", labels).long()
+        assert torch.equal(output.labels, torch.cat([labels.long()[pairs.anchor], partner_labels[pairs.partner]]))
+        check_pairs(pairs, intra=head.intra, inter=head.inter, **given)
+        learning = [value for value in (features, *head.parameters()) if value.requires_grad]
+        check_loss(output, kind, is_ordinary(kind, dtype), learning)
+
+
+@fuzzed
+def test_pairs_of_ones_own(data):
+    features, labels, kind = draw_batch(data, dtypes=DTYPES[2:], least=1)
+    head = APIHead(features.shape[1], 50, **draw_head(data, dtype=features.dtype))
+    keys = draw_keys(data, features, labels)
+    count, rows = data.draw(st.integers(0, 9)), len(keys.get("keys", features))
+    good = {
+        "anchor": torch.randint(len(features), (count,)),
+        "partner": torch.randint(rows, (count,)),
+        "same_class": torch.zeros(count, dtype=torch.bool),
+        "valid": torch.rand(count) < 0.8,
+    }
+    ways = {
+        "anchor": (be(None), more, lambda y: y.tolist(), lambda y: y.double(), lambda y: torch.full_like(y, -1)),
+        "partner": (be(3), more, lambda y: y[:, None], lambda y: y.to("meta"), lambda y: torch.full_like(y, rows)),
+        "valid": (be(None), more, lambda y: y.long(), lambda y: y.to("meta"), lambda y: y.tolist()),
+    }
+    fields, spoiled = spoil(data, good, ways) if count else (good, [])
+    pairs = Pairs(**fields)
+    if spoiled:
+        check_refused(lambda: head.gates(features, pairs, keys=keys.get("keys")), *spoiled)
+        check_refused(lambda: head(features, labels, pairs=pairs, **keys), *spoiled)
+        return
+    gates = head.gates(features, pairs, keys=keys.get("keys"))
+    assert {gate.shape for gate in gates} == {(count, features.shape[1])}
+    output = head(features, labels, pairs=pairs, **keys)
+    assert output.pairs is pairs
+    assert len(output.valid) == 2 * count
+    if is_ordinary(kind, features.dtype):
+        assert all(((gate >= 0) & (gate <= 1)).all() for gate in gates)
+        assert torch.equal(output.valid, pairs.valid.repeat(2))
+
+
+@fuzzed
+def test_loss_of_any_logits(data):
+    rows, classes, dtype = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 6)), one_of(data, DTYPES)
+    fields = {
+        "logits_self": torch.randn(rows, classes).to(dtype).requires_grad_(data.draw(st.booleans())),
+        "logits_other": torch.randn(rows, classes).to(one_of(data, DTYPES)),
+        "labels": torch.randint(classes, (rows,)).to(one_of(data, INTEGERS)),
+        "valid": torch.rand(rows) < 0.7,
+        "num_rows": one_of(data, [None, torch.tensor(2.5)]),
+    }
+    weights = {
+        "margin": data.draw(st.floats(-2, 2)),
+        "rank_weight": data.draw(st.floats(-2, 2)),
+        "label_smoothing": data.draw(st.floats(0, 1)),
+    }
+    ways = {
+        "logits_self": NO_FEATURES,
+        "logits_other": NO_FEATURES,
+        "labels": (*NO_LABELS, be(None)),
+        "valid": (be(None), more, lambda y: y.long(), lambda y: y.to("meta"), lambda y: y.tolist()),
+        "num_rows": (be(3), be(torch.ones(2))),
+        "margin": NO_NUMBER,
+        "rank_weight": NO_NUMBER,
+        "label_smoothing": NO_SHARE,
+    }
+    given, spoiled = spoil(data, fields | weights, ways)
+    row = data.draw(st.integers(0, rows - 1)) if rows and not spoiled else None
+    counts = row is not None and bool(given["valid"][row])
+    number, label = (one_of(data, choices) for choices in ([0.0, torch.nan, torch.inf], [0, -1, classes, 10**9]))
+    if row is not None:  # a row with a bad number, a bad label or both: nothing to the loss, unless the row counts
+        given["logits_self"] = torch.cat(
+            [given["logits_self"][:row], torch.full((1, classes), number, dtype=dtype), given["logits_self"][row + 1 :]]
+        )
+        given["labels"] = given["labels"].long().index_fill(0, torch.tensor(row), label)
+        spoiled = [label] if counts and label else []
+    output = APIOutput(pairs=None, **{name: given[name] for name in fields})
+    weights = {name: given[name] for name in weights}
+    if spoiled:
+        check_refused(lambda: api_loss(output, **weights), *spoiled)
+    else:
+        assert api_loss(output, **weights).isfinite() == (number == 0 or not counts)
+
+
+@fuzzed
+def test_gather_features_of_one_process(data):
+    features, labels, _ = draw_batch(data)
+    ways = {"features": NO_FEATURES, "labels": (*NO_LABELS, be(None))}
+    given, spoiled = spoil(data, {"features": features, "labels": labels}, ways)
+    if spoiled:
+        check_refused(lambda: gather_features(**given), *spoiled)
+    else:
+        all_features, all_labels, offset = gather_features(**given)
+        assert all_features is features
+        assert all_labels is labels
+        assert offset == 0
