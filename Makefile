@@ -63,7 +63,8 @@ types: $(READY)  ## mypy, strict, on the package
 	$(BIN)/mypy
 
 pyright: $(READY)  ## pyright, on the public names (it fetches itself on first use)
-	PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes apinet_head --ignoreexternal
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/typed .
+	PYTHONPATH=build/typed PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes apinet_head --ignoreexternal
 
 docs: $(READY)  ## the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -261,7 +261,7 @@ class APIHead(nn.Module):
 
     def _check(self, features: Tensor) -> None:
         check_features(features, dim=self.dim)
-        weight = next(self.parameters(), None)
+        weight = self._weight()
         if weight is None:
             return
         check_device(features, "features", weight, "the head's weights")
@@ -269,8 +269,13 @@ class APIHead(nn.Module):
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             check_not_inference(features, "features")
 
+    def _weight(self) -> nn.Parameter | None:
+        for weight in self.parameters():  # next() with a default is more than torch 2.5 can compile
+            return weight
+        return None
+
     def _check_dtype(self, features: Tensor, name: str) -> None:
-        weight = next(self.parameters(), None)
+        weight = self._weight()
         if weight is None or features.dtype == weight.dtype:
             return
         # Autocast leaves float64 alone, and knows but one dtype of half precision at a time.
