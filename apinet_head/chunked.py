@@ -47,7 +47,7 @@ class ChunkedBackbone(nn.Module):
         super().__init__()
         check_module(backbone, "backbone")
         self.backbone = backbone
-        self.chunk_size = check_chunk_size(chunk_size)
+        self.chunk_size: int = check_chunk_size(chunk_size)
 
     def forward(self, images: Tensor) -> Any:
         return run_in_chunks(self.backbone, images, self.chunk_size)

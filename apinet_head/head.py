@@ -115,13 +115,17 @@ class APIHead(nn.Module):
             raise ValueError("gate='single' is a function of the mutual vector, and mutual='individual' has none")
         searches_of(intra, inter)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dim, self.num_classes = dim, num_classes
-        self.gate, self.intra, self.inter, self.gather = gate, intra, inter, gather
-        self.mutual = (
+        self.dim: int = dim
+        self.num_classes: int = num_classes
+        self.gate: str = gate
+        self.intra: str | None = intra
+        self.inter: str | None = inter
+        self.gather: bool = gather
+        self.mutual: nn.Module = (
             mutual if isinstance(mutual, nn.Module) else make_mutual(mutual, dim, hidden_dim, dropout, **factory)
         )
-        self.drop = Dropout(dropout)
-        self.classifier = nn.Linear(dim, num_classes, **factory) if num_classes else nn.Identity()
+        self.drop: nn.Dropout = Dropout(dropout)
+        self.classifier: nn.Module = nn.Linear(dim, num_classes, **factory) if num_classes else nn.Identity()
 
     def forward(
         self,
@@ -261,8 +265,7 @@ class APIHead(nn.Module):
 
     def _check(self, features: Tensor) -> None:
         check_features(features, dim=self.dim)
-        weight = self._weight()
-        if weight is None:
+        if (weight := self._weight()) is None:
             return
         check_device(features, "features", weight, "the head's weights")
         self._check_dtype(features, "features")
@@ -270,9 +273,8 @@ class APIHead(nn.Module):
             check_not_inference(features, "features")
 
     def _weight(self) -> nn.Parameter | None:
-        for weight in self.parameters():  # next() with a default is more than torch 2.5 can compile
-            return weight
-        return None
+        weights = list(self.parameters())  # next() with a default is more than torch 2.5 can compile
+        return weights[0] if weights else None
 
     def _check_dtype(self, features: Tensor, name: str) -> None:
         weight = self._weight()
@@ -289,8 +291,7 @@ class APIHead(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        names = ("dim", "num_classes", "gate", "intra", "inter")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in ("dim", "num_classes", "gate", "intra", "inter"))
 
 
 def _take(table: Tensor, rows: Tensor) -> Tensor:

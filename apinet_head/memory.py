@@ -76,7 +76,8 @@ class FeatureMemory(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             check_int(value, name, 1)
         check_dtype(dtype)
-        self.size, self.dim = size, dim
+        self.size: int = size
+        self.dim: int = dim
         self.register_buffer("features", torch.full((size, dim), math.nan, device=device, dtype=dtype))
         self.register_buffer("labels", torch.full((size,), -1, device=device, dtype=torch.int64))
         self.register_buffer("num_pushed", torch.zeros((), device=device, dtype=torch.int64))

@@ -13,10 +13,10 @@ from apinet_head.pairs import Pairs, mine_pairs, searches_of
 
 try:
     from pytorch_metric_learning.miners import BaseMiner
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "apinet_head.metric_learning needs pytorch-metric-learning: pip install pytorch-metric-learning"
-    ) from error
+    ) from _error
 
 PAIRS, TRIPLETS = ("anchor", "positive", "anchor", "negative"), ("anchor", "positive", "negative")
 
@@ -87,7 +87,8 @@ class APIMiner(BaseMiner):
     def __init__(self, intra: str | None = "similar", inter: str | None = "similar") -> None:
         super().__init__()
         searches_of(intra, inter)
-        self.intra, self.inter = intra, inter
+        self.intra: str | None = intra
+        self.inter: str | None = inter
 
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor

@@ -58,7 +58,7 @@ class APINet(
         **head_args: Any,
     ) -> None:
         super().__init__()
-        self.chunk_size = None if chunk_size is None else check_chunk_size(chunk_size)
+        self.chunk_size: int | None = None if chunk_size is None else check_chunk_size(chunk_size)
         if isinstance(backbone, str):
             import timm
 
@@ -70,7 +70,7 @@ class APINet(
         dim = head_args.pop("dim", None)
         self.dim: int = _feature_dim(backbone) if dim is None else dim
         self.backbone: nn.Module = backbone
-        self.head = APIHead(self.dim, num_classes, **head_args)
+        self.head: APIHead = APIHead(self.dim, num_classes, **head_args)
         self._batch_norm_fixed = False
 
     def forward(self, images: Tensor, labels: Tensor | None = None, **head_args: Any) -> Tensor | APIOutput:

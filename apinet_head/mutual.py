@@ -24,9 +24,9 @@ class MutualMLP(nn.Module):
         self, dim: int, hidden_dim: int = 512, dropout: float = 0.5, out_dim: int | None = None, **factory: Any
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(2 * dim, hidden_dim, **factory)
-        self.drop = Dropout(dropout)
-        self.fc2 = nn.Linear(hidden_dim, dim if out_dim is None else out_dim, **factory)
+        self.fc1: nn.Linear = nn.Linear(2 * dim, hidden_dim, **factory)
+        self.drop: nn.Dropout = Dropout(dropout)
+        self.fc2: nn.Linear = nn.Linear(hidden_dim, dim if out_dim is None else out_dim, **factory)
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
         return self._finish(self.fc1(torch.cat([anchor, partner], 1)))
@@ -81,7 +81,7 @@ class MutualWeighted(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int = 512, dropout: float = 0.5, **factory: Any) -> None:
         super().__init__()
-        self.mlp = MutualMLP(dim, hidden_dim, dropout, out_dim=2, **factory)
+        self.mlp: MutualMLP = MutualMLP(dim, hidden_dim, dropout, out_dim=2, **factory)
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
         weights: Tensor = self.mlp(anchor, partner).softmax(1)

@@ -60,16 +60,19 @@ class BalancedBatchSampler(Sampler[list[int]]):
         images: dict[int, list[int]] = {}
         for index, label in enumerate(_as_ints(labels)):
             images.setdefault(label, []).append(index)
-        self.images_of_class = dict(sorted(images.items()))
-        self.n_classes, self.n_samples, self.seed = n_classes, n_samples, seed
+        self.images_of_class: dict[int, list[int]] = dict(sorted(images.items()))
+        self.n_classes: int = n_classes
+        self.n_samples: int = n_samples
+        self.seed: int = seed
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank = torch.distributed.get_rank() if rank is None else rank
             world_size = torch.distributed.get_world_size() if world_size is None else world_size
-        self.rank, self.world_size = 0 if rank is None else rank, 1 if world_size is None else world_size
+        self.rank: int = 0 if rank is None else rank
+        self.world_size: int = 1 if world_size is None else world_size
         self._check(n_batches)
         count = sum(map(len, images.values()))
-        self.n_batches = n_batches if n_batches is not None else max(1, count // (n_classes * n_samples))
-        self.epoch = 0
+        self.n_batches: int = n_batches if n_batches is not None else max(1, count // (n_classes * n_samples))
+        self.epoch: int = 0
         self._start = 0  # batches of this epoch to leave out, as a resumed run has them behind it
         self._drawn = 0
 

@@ -90,6 +90,7 @@ def test_export_with_any_batch_size(model, deployed):
     torch.testing.assert_close(program.module()(images.repeat(3, 1, 1, 1)), net(images.repeat(3, 1, 1, 1)))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 has no dynamic batch in its dynamo exporter")
 @pytest.mark.parametrize("model", MODELS)
 def test_onnx_with_any_batch_size(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -6,6 +6,9 @@ import torch
 
 from apinet_head import APINet
 
+# There, many of timm's models ask for values of tensors on the meta device while they are made.
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 can't make them on the meta device")
+
 MODELS = {module: names[0] for module in timm.list_modules() if (names := timm.list_models(module=module))}
 MODELS["sequencer"] = "sequencer2d_s"  # the first takes 20 seconds to make
 
