@@ -4,6 +4,8 @@ PYTHON ?= python3
 #   make test TORCH="torch==2.9.1+cpu torchvision==0.24.1+cpu" PIP_ARGS="--extra-index-url <PyTorch's CPU index>"
 PIP_ARGS ?=
 TORCH ?= torch torchvision
+# As many processes as processors, but not so many that each waits for the others' memory.
+PYTEST := python -m pytest -n auto --maxprocesses 8
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -30,10 +32,10 @@ ablate: $(READY)  ## the paper's ablation on the embedded birds: a table and a p
 	$(BIN)/python examples/cub/ablate.py --epochs 60
 
 test: $(READY)  ## all tests but the slow ones and those for a GPU
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 
 test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/$(PYTEST) -m slow
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
@@ -43,13 +45,13 @@ test-oldest:  ## the tests on the oldest releases that setup.cfg allows, in .ven
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
 	.venv-oldest/bin/python tests/oldest.py > .venv-oldest/pins.txt
 	.venv-oldest/bin/python -m pip install --quiet $(PIP_ARGS) --constraint .venv-oldest/pins.txt $(TORCH) --editable '.[test]'
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/$(PYTEST)
 
 test-newest:  ## the tests on the newest releases there are, in .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(PIP_ARGS) $(TORCH) --editable '.[test]'
-	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/$(PYTEST)
 
 bench: $(READY)  ## measure everything on this machine, then draw tables and plots (up to 10 minutes, nothing else running)
 	$(BIN)/python benchmarks/run.py

@@ -44,7 +44,7 @@ def live_tensors():
 
 
 def take_all_steps() -> None:
-    """Fails if tensors or the process's memory grow; in a process of its own, for what other tests leave comes and goes."""
+    """Fails if tensors or memory grow; for a process of its own, as what other tests leave comes and goes."""
     step, process = training("cpu"), psutil.Process()
     for _ in range(WARM_UP):
         step()
