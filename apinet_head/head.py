@@ -192,11 +192,12 @@ class APIHead(nn.Module):
             raise ValueError(f"the classifier must map [N, D] to [N, C], got {describe(own)} for N={rows.shape[1] * 2}")
         # A pair that doesn't exist is left out, but not the loss's only sign that an image of the batch isn't finite.
         valid = pairs.valid.repeat(2) | ~own.detach().isfinite().all(1)
-        partner_labels = (labels if key_labels is None else key_labels).index_select(0, pairs.partner)
+        labels = labels.long()  # torch before 2.6 selects from few other dtypes
+        partner_labels = labels if key_labels is None else key_labels.long()
         return APIOutput(
             logits_self=own,
             logits_other=other,
-            labels=torch.cat([labels.index_select(0, pairs.anchor).long(), partner_labels.long()]),
+            labels=torch.cat([labels.index_select(0, pairs.anchor), partner_labels.index_select(0, pairs.partner)]),
             valid=valid,
             pairs=pairs,
             num_rows=mean_over_ranks(valid.sum()) if across_ranks else None,

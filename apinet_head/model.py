@@ -180,7 +180,7 @@ class APINet(
                 "as from_pretrained(..., backbone=module)"
             )
         net: Self = super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
-        return net
+        return net.eval()  # huggingface_hub before 1.0 does this for some formats only
 
 
 def _feature_dim(backbone: nn.Module) -> int:

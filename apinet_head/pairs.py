@@ -152,6 +152,7 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
     anchor = torch.randint(size, (num_pairs,), generator=generator, device=labels.device)
     step = torch.randint(1, max(size, 2), (num_pairs,), generator=generator, device=labels.device)
     partner = (anchor + step) % size
+    labels = labels.long()  # torch before 2.6 selects from few other dtypes
     return Pairs(anchor, partner, labels[anchor] == labels[partner], anchor != partner)
 
 

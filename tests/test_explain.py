@@ -1,8 +1,10 @@
 """explain_pair: the channels that it names, where its heat maps are hot, and that it leaves the net as it was."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import nn
 
 from apinet_head import APINet, ChunkedBackbone, Pairs
@@ -98,9 +100,12 @@ def test_channels_are_those_of_the_largest_gates(head):
 MODELS = {
     "resnet18": (64, 64), "test_resnet": (64, 96), "test_vit": (160, 160), "test_vit2": (160, 160),
     "test_vit4": (160, 160), "test_convnext": (64, 96), "test_efficientnet": (64, 96), "test_nfnet": (64, 64),
-    "levit_128s": (224, 224), "coat_lite_tiny": (224, 224), "pvt_v2_b0": (64, 64), "efficientformer_l1": (224, 224),
+    "levit_128s": (224, 224), "pvt_v2_b0": (64, 64), "efficientformer_l1": (224, 224),
     "mobilenetv2_035": (64, 64),
 }  # fmt: skip
+NEWEST = Version(timm.__version__) >= Version("1.0.27")  # before, some models told less of their last map
+if NEWEST:
+    MODELS["coat_lite_tiny"] = (224, 224)
 
 
 def check(net, images, top_k=3):
@@ -173,7 +178,7 @@ def test_a_bright_corner_is_where_the_heat_is():
         ("mobilenetv3_small_050", {}, "1024 channels of the features of MobileNetV3 are not the 288 of its last"),
         ("test_mambaout", {}, r"hidden layer \(head.pre_logits\) after its last feature map"),
         ("test_vit3", {}, r"pools by attention.*global_pool"),
-        ("pit_ti_224", {}, "gives 1 tokens.*no grid of 7 x 7 patches"),
+        ("pit_ti_224", {}, f"gives 1 tokens.*no grid of {'7 x 7' if NEWEST else '8 x 8'} patches"),
         ("crossvit_9_240", {}, "must give one map.*got a list"),
     ],
 )  # fmt: skip

@@ -95,6 +95,7 @@ def test_export_of_the_training_path():
     torch.testing.assert_close(program.module()(features, labels)[0], head(features, labels)[0])
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 can't make a layer of fake CUDA tensors without CUDA")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors_need_no_data(device):
     # A fake tensor has no values: any .item(), .cpu(), nonzero() or branch on data would raise here.

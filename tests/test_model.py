@@ -164,6 +164,7 @@ def test_loading_with_weights_missing_is_an_error(tmp_path):
         APINet.from_pretrained(tmp_path, num_classes=6)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 itself brings sympy, when distributed is imported")
 def test_import_leaves_alone_what_takes_long():
     slow = {"timm", "huggingface_hub", "torchvision", "torch._dynamo", "sympy"}
     code = f"import sys, torch; had = {{*sys.modules}}; import apinet_head; print(*({slow} & {{*sys.modules}} - had))"

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--accelerator", default="auto", help="Lightning's")
     parser.add_argument("--devices", type=int, default=1, help="processes, each with a GPU if there are any")
     args = parser.parse_args(arguments)
-    lightning.seed_everything(0, verbose=False)
+    lightning.seed_everything(0)
     trainer = lightning.Trainer(
         accelerator=args.accelerator, devices=args.devices, max_epochs=args.epochs, logger=False,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
