@@ -4,6 +4,7 @@ Needs `pip install pytorch-metric-learning`; nothing else in the package imports
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,12 +12,15 @@ from torch import Tensor
 from apinet_head.checks import check_device, check_integer
 from apinet_head.pairs import Pairs, mine_pairs, searches_of
 
-try:
-    from pytorch_metric_learning.miners import BaseMiner
-except ImportError as _error:
-    raise ImportError(
-        "apinet_head.metric_learning needs pytorch-metric-learning: pip install pytorch-metric-learning"
-    ) from _error
+if TYPE_CHECKING:  # that library has no types; its miners are modules
+    from torch.nn import Module as BaseMiner
+else:
+    try:
+        from pytorch_metric_learning.miners import BaseMiner
+    except ImportError as error:
+        raise ImportError(
+            "apinet_head.metric_learning needs pytorch-metric-learning: pip install pytorch-metric-learning"
+        ) from error
 
 PAIRS, TRIPLETS = ("anchor", "positive", "anchor", "negative"), ("anchor", "positive", "negative")
 
