@@ -83,6 +83,8 @@ def test_without_a_classifier_there_is_nothing_to_deploy():
 @pytest.mark.parametrize("deployed", [True, False], ids=["deployed", "net"])
 @pytest.mark.parametrize("model", MODELS)
 def test_export_with_any_batch_size(model, deployed):
+    if model == "test_vit" and torch.__version__ < "2.6":
+        pytest.skip("torch 2.5 takes its batch for a constant")
     net, images = make_case(model)
     program = torch.export.export(
         net.to_deploy() if deployed else net, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
