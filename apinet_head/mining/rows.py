@@ -12,6 +12,7 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
 
     The mean goes because |k|² - 2qk cancels badly for rows far from the origin; the scale, a power of two and so
     exact, because squares of features near the ends of the number range would be infinite or zero.
+    Where a look on the CPU tells that neither is needed, the rows stay as they are.
 
     Returns:
         queries [B,D] and keys [M,D] (the same tensor if `keys` is None), float32 or float64, non-finite rows replaced;
