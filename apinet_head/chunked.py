@@ -1,7 +1,7 @@
 """A batch through the backbone chunk by chunk: the memory of one chunk, the gradient of the whole batch."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class ChunkedBackbone(nn.Module):
     statistics end as after one pass over the chunks. 8 chunks of 15 are what the published training computes on 8 GPUs.
 
     Where no gradient will come (eval under `no_grad`, a frozen backbone), nothing runs twice. The backbone may be
-    compiled, and may do gradient checkpointing of its own (timm: `set_grad_checkpointing`); that counts the running
+    compiled (a last chunk of another size then runs uncompiled), and may do gradient checkpointing of its own (timm: `set_grad_checkpointing`); that counts the running
     statistics of its BatchNorm twice, as it does without chunks. `torch.compile` around this module leaves the chunks
     as they are: compile the backbone instead.
 
@@ -84,7 +84,12 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
         return nullcontext(), _RunningStatisticsKept(backbone)
 
     def run(chunk: Tensor) -> Any:
-        return checkpoint(backbone, chunk, use_reentrant=False, context_fn=contexts) if learns else backbone(chunk)
+        if not learns:
+            return backbone(chunk)
+        # For a last chunk of another size the compiler would make a second graph, fit for all chunks, and the second
+        # pass over a chunk might take the other one than the first, whose tensors it cannot replace.
+        module = backbone if len(chunk) == chunk_size else _Uncompiled(backbone)
+        return checkpoint(module, chunk, use_reentrant=False, context_fn=contexts)
 
     first, *others = [run(chunk) for chunk in torch.split(images, chunk_size)]
     return tree_map(_join, first, *others)
@@ -94,6 +99,16 @@ def check_chunk_size(chunk_size: int) -> int:
     """The size itself; ValueError if it is below 1, TypeError if it is no int."""
     check_int(chunk_size, "chunk_size", 1)
     return chunk_size
+
+
+class _Uncompiled(NamedTuple):
+    """A backbone that runs as it was written, compiled or not (before PyTorch 2.6 nothing can ask for that)."""
+
+    backbone: nn.Module
+
+    def __call__(self, chunk: Tensor) -> Any:
+        with torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext():
+            return self.backbone(chunk)
 
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -16,15 +16,15 @@ from turns import ratio, spread, take_turns
 
 from apinet_head import mine_pairs
 from apinet_head.mining import Search, dense
-from apinet_head.mining.rows import prepare
+from apinet_head.mining.products import symmetric_products
+from apinet_head.mining.rows import may_stay
 
 SEARCHES = [Search("similar", same_class=True), Search("similar", same_class=False)]
 
 
 def stages(features: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
     """mine_pairs and its steps, each on what the step before gives; then the others."""
-    rows, _, _ = prepare(features, None)
-    products = dense._symmetric_products(rows)
+    products = symmetric_products(features)
     distance = torch.sub(products.diagonal(), products, alpha=2)
     same = labels[:, None] == labels
     candidate = torch.stack([same, ~same])
@@ -41,8 +41,10 @@ def stages(features: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
         "… its backend, without checks and the making of Pairs": lambda: dense.mine(
             features, labels, None, labels, 0, SEARCHES
         ),
-        "… … whether all is finite, and not far from the origin": lambda: prepare(features, None),
-        "… … products, most of them once": lambda: dense._symmetric_products(rows),
+        "… … products, most of them once": lambda: symmetric_products(features),
+        "… … whether a sample, and all, are finite and not far from the origin": lambda: (
+            may_stay(features[::15] @ features[::15].T) and may_stay(products)
+        ),
         "… … distances": lambda: torch.sub(products.diagonal(), products, alpha=2),
         "… … who may be whose partner": masks,
         "… … the nearest of those": lambda: torch.where(candidate, distance, torch.inf).min(2),

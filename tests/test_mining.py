@@ -16,10 +16,17 @@ from apinet_head.mining import BACKENDS, choose, dense, rows, tiled
 from apinet_head.mining.draw import draw
 from apinet_head.mining.rows import finite_rows
 
+
+def unseen(module, mine):
+    """A backend as it is on devices where nobody waits for a number."""
+    never = mock.Mock(return_value=False)
+    return mock.patch.object(rows, "may_look", never)(mock.patch.object(module, "may_look", never)(mine))
+
+
 # Tiles so small that the tests' batches have many, whole ones and parts.
 BACKENDS["tiled by 16"] = partial(tiled.mine, tile=16)
-# As on devices where nobody waits for a number.
-BACKENDS["dense, unseen"] = mock.patch.object(rows, "may_look", mock.Mock(return_value=False))(dense.mine)
+BACKENDS["dense, unseen"] = unseen(dense, dense.mine)
+BACKENDS["tiled by 16, unseen"] = unseen(tiled, partial(tiled.mine, tile=16))
 # "triton" has tests of its own, because it needs a GPU, or a process of its own.
 each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 HOWS = ("similar", "dissimilar", "random")
@@ -54,6 +61,14 @@ def test_adversarial(kind, dtype, backend):
     features, labels = make_batch(seed=1, size=120, dim=64, classes=30, dtype=dtype, kind=kind)
     check(features, labels, backend=backend)
     check(features, labels, intra="dissimilar", inter="dissimilar", backend=backend)
+
+
+@pytest.mark.parametrize("away", range(dense.SAMPLE + 1))
+def test_a_sample_of_the_rows_does_not_speak_for_all(away):
+    # Of each `SAMPLE` rows that follow each other some are far from the origin, and close together there.
+    features, labels = make_batch(seed=4, size=96, dim=64, classes=24, dtype=torch.float32, kind="normal")
+    features[torch.arange(96) % dense.SAMPLE >= dense.SAMPLE - away] += 1000
+    check(features, labels)
 
 
 @each_backend

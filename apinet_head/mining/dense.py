@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from apinet_head.mining.contract import Found, Search
-from apinet_head.mining.rows import exact_products, prepare
+from apinet_head.mining.products import exact_products, symmetric_products
+from apinet_head.mining.rows import may_look, may_stay, prepare
 
-SPLIT_FROM = 12_000_000  # multiplications, on a CPU: 120 rows of 830
+SAMPLE = 8  # rows that tell whether it is worth a try to leave all of them as they are
 
 
 def mine(
@@ -20,11 +21,9 @@ def mine(
     searches: Sequence[Search],
 ) -> Found:
     """See `contract.Backend`."""
-    queries, rows, finite = prepare(features, keys)
     with exact_products(features.device.type):
-        products = _symmetric_products(rows) if keys is None else queries @ rows.T
+        products, squares, finite = _products(features, keys)
     # |q - k|² less |q|², which is the same for all candidates of a row.
-    squares = products.diagonal() if keys is None else rows.square().sum(1)
     distance = torch.sub(squares, products, alpha=2)
 
     same = labels[:, None] == key_labels
@@ -45,18 +44,17 @@ def cost_of(searches: Sequence[Search], distance: Tensor) -> Tensor:
     return torch.stack([distance if search.how == "similar" else -distance for search in searches])
 
 
-def _symmetric_products(rows: Tensor) -> Tensor:
-    """rows @ rows.T."""
-    size, dim = rows.shape
-    # A traced size can't be split, and a small product is over before its parts are set up.
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or size * size * dim < SPLIT_FROM:
-        return rows @ rows.T
-    # What lies below the diagonal is known from above it. On a CPU, a third less to multiply outweighs the copies.
-    products, columns = rows.new_empty(size, size), rows.T
-    a, b = size // 3, 2 * size // 3
-    torch.mm(rows[:a], columns, out=products[:a])
-    torch.mm(rows[a:b], columns[:, a:], out=products[a:b, a:])
-    torch.mm(rows[b:], columns[:, b:], out=products[b:, b:])
-    products[a:, :a] = products[:a, a:].T
-    products[b:, a:b] = products[a:b, b:].T
-    return products
+def _products(features: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q·k of all pairs of prepared rows [B,M], |k|² [M], and which keys are finite [M], None if all are."""
+    if keys is not None:
+        queries, rows, finite = prepare(features, keys)
+        return queries @ rows.T, rows.square().sum(1), finite
+    rows = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+    if may_look(rows):
+        # The products themselves say whether the rows were ready for them, which saves the passes over the rows.
+        sample = rows[:: max(1, rows.shape[0] // SAMPLE)]
+        if may_stay(sample @ sample.T) and may_stay(products := symmetric_products(rows)):
+            return products, products.diagonal(), None
+    _, rows, finite = prepare(rows, None)
+    products = symmetric_products(rows)
+    return products, products.diagonal(), finite

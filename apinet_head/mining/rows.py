@@ -1,7 +1,6 @@
 """Feature rows made ready for distances: one dtype, one scale, one centre, and a note of which are finite."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,8 +24,8 @@ def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     if may_look(rows):
         mean = rows.sum(0) / rows.shape[0]
         squares = _squares(rows)
-        if keys is None and _ordinary(squares, dtype) and rows.shape[0] * _squares(mean) < squares / 2:
-            return rows, rows, None  # not far from the origin: at most one bit is lost
+        if keys is None and _may_stay(squares, rows.shape[0] * _squares(mean), dtype):
+            return rows, rows, None
         centred = rows - mean
         others = centred if keys is None else queries - mean
         if _ordinary(_squares(centred), dtype) and (keys is None or _ordinary(_squares(others), dtype)):
@@ -43,6 +42,19 @@ def _squares(numbers: Tensor) -> float:
     """The sum of the squares of all numbers."""
     flat = numbers.flatten()
     return float(flat.dot(flat))
+
+
+def may_stay(products: Tensor) -> bool:
+    """Whether `prepare` would leave rows as they are, by their products with each other [N,N] on the CPU."""
+    return _may_stay(float(products.trace()), float(products.sum()) / products.shape[0], products.dtype)
+
+
+def _may_stay(squares: float, of_mean: float, dtype: torch.dtype) -> bool:
+    """Whether rows are ordinary and not far from the origin: without their mean they keep half of their squares.
+
+    Their distances then lose one bit at most.
+    """
+    return _ordinary(squares, dtype) and of_mean < squares / 2
 
 
 def _ordinary(squares: float, dtype: torch.dtype) -> bool:
@@ -82,11 +94,3 @@ def finite_rows(rows: Tensor) -> Tensor:
 def _peaks(rows: Tensor) -> Tensor:
     """The largest absolute value of each row; NaN and infinity come through."""
     return torch.maximum(rows.amax(1), -rows.amin(1))  # an infinity norm says the same, 15 times slower on a CPU
-
-
-def exact_products(device_type: str) -> AbstractContextManager[None]:
-    """Within it, no autocast takes products in half precision, which is too coarse to rank near neighbours."""
-    # Only where there is one to switch off: traced graphs stay plain, and the meta device knows none.
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from apinet_head.mining.contract import Found, Search
 from apinet_head.mining.dense import cost_of
-from apinet_head.mining.rows import exact_products, prepare
+from apinet_head.mining.products import exact_products, symmetric_products
+from apinet_head.mining.rows import may_look, prepare
 
 
 def mine(
@@ -38,7 +39,10 @@ def mine(
         for left in range(top if symmetric else 0, rows.shape[0], tile):
             down, across = slice(top, top + tile), slice(left, left + tile)
             with exact_products(features.device.type):
-                distance = torch.addmm(squares[across], queries[down], rows[across].T, alpha=-2)
+                if symmetric and left == top:
+                    distance = torch.sub(squares[across], symmetric_products(rows[across]), alpha=2)
+                else:
+                    distance = torch.addmm(squares[across], queries[down], rows[across].T, alpha=-2)
             distance.add_(query_squares[down, None])
             same = labels[down, None] == key_labels[across]
             candidate = torch.stack([same if search.same_class else ~same for search in searches])
@@ -66,10 +70,21 @@ class _Best:
         shape, device = (searches, queries.shape[0]), queries.device
         self.cost = torch.full(shape, torch.inf, dtype=queries.dtype, device=device)
         self.partner = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.may_look = may_look(queries)
 
     def take(self, queries: slice, cost: Tensor, dim: int, first: int) -> None:
         """Let the queries choose along `dim` of their costs [S,rows,columns], where the keys from `first` on are."""
+        if self.may_look:
+            self._take_few(queries, cost.movedim(dim, 2), first)
+            return
         lowest, partner = cost.min(dim)
         better = lowest < self.cost[:, queries]
         self.cost[:, queries] = torch.where(better, lowest, self.cost[:, queries])
         self.partner[:, queries] = torch.where(better, partner + first, self.partner[:, queries])
+
+    def _take_few(self, queries: slice, cost: Tensor, first: int) -> None:
+        """`take` on a CPU, which finds minima ten times as fast as where they are: asked only where one is better."""
+        lowest = cost.amin(2)
+        better = lowest < self.cost[:, queries]
+        self.cost[:, queries][better] = lowest[better]
+        self.partner[:, queries][better] = cost[better].argmin(1) + first
