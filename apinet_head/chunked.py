@@ -22,9 +22,9 @@ class ChunkedBackbone(nn.Module):
     statistics end as after one pass over the chunks. 8 chunks of 15 are what the published training computes on 8 GPUs.
 
     Where no gradient will come (eval under `no_grad`, a frozen backbone), nothing runs twice. The backbone may be
-    compiled (a last chunk of another size then runs uncompiled), and may do gradient checkpointing of its own (timm: `set_grad_checkpointing`); that counts the running
-    statistics of its BatchNorm twice, as it does without chunks. `torch.compile` around this module leaves the chunks
-    as they are: compile the backbone instead.
+    compiled (a last chunk of another size then runs uncompiled, from PyTorch 2.6 on), and may do gradient checkpointing
+    of its own (timm: `set_grad_checkpointing`); that counts the running statistics of its BatchNorm twice, as it does
+    without chunks. `torch.compile` around this module leaves the chunks as they are: compile the backbone instead.
 
     Args:
         backbone: any module that maps images [B,...] to features [B,...], each image by itself but for BatchNorm; or to

@@ -25,7 +25,7 @@ SEARCHES = [Search("similar", same_class=True), Search("similar", same_class=Fal
 def stages(features: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
     """mine_pairs and its steps, each on what the step before gives; then the others."""
     products = symmetric_products(features)
-    distance = torch.sub(products.diagonal(), products, alpha=2)
+    distance = torch.sub(products.diagonal().clone(), products, alpha=2)
     same = labels[:, None] == labels
     candidate = torch.stack([same, ~same])
 
@@ -45,7 +45,7 @@ def stages(features: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
         "… … whether a sample, and all, are finite and not far from the origin": lambda: (
             may_stay(features[::15] @ features[::15].T) and may_stay(products)
         ),
-        "… … distances": lambda: torch.sub(products.diagonal(), products, alpha=2),
+        "… … distances": lambda: torch.sub(products.diagonal().clone(), products, alpha=2),
         "… … who may be whose partner": masks,
         "… … the nearest of those": lambda: torch.where(candidate, distance, torch.inf).min(2),
         PUBLISHED: publish(features, labels),

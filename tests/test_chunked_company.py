@@ -101,6 +101,22 @@ def test_compiled_backbone(backend):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="PyTorch before 2.6 can't leave out compiled code"
+)
+def test_a_last_chunk_of_another_size_needs_no_second_graph():
+    torch._dynamo.reset()
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    chunked = ChunkedBackbone(torch.compile(small(), backend=backend), 4)
+    chunked(batch(10)).sum().backward()
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("compile_backbone", [False, True])
 def test_compiled_net_leaves_its_chunks_as_they_are(compile_backbone):
     torch._dynamo.reset()
