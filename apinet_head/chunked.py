@@ -1,7 +1,8 @@
 """A batch through the backbone chunk by chunk: the memory of one chunk, the gradient of the whole batch."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +89,8 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
             return backbone(chunk)
         # For a last chunk of another size the compiler would make a second graph, fit for all chunks, and the second
         # pass over a chunk might take the other one than the first, whose tensors it cannot replace.
-        module = backbone if len(chunk) == chunk_size else _Uncompiled(backbone)
-        return checkpoint(module, chunk, use_reentrant=False, context_fn=contexts)
+        function = backbone if len(chunk) == chunk_size else partial(_uncompiled, backbone)
+        return checkpoint(function, chunk, use_reentrant=False, context_fn=contexts)
 
     first, *others = [run(chunk) for chunk in torch.split(images, chunk_size)]
     return tree_map(_join, first, *others)
@@ -101,14 +102,10 @@ def check_chunk_size(chunk_size: int) -> int:
     return chunk_size
 
 
-class _Uncompiled(NamedTuple):
-    """A backbone that runs as it was written, compiled or not (before PyTorch 2.6 nothing can ask for that)."""
-
-    backbone: nn.Module
-
-    def __call__(self, chunk: Tensor) -> Any:
-        with torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext():
-            return self.backbone(chunk)
+def _uncompiled(backbone: nn.Module, chunk: Tensor) -> Any:
+    """What the backbone gives, run as it was written even if it is compiled (PyTorch before 2.6 can't be asked to)."""
+    with torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext():
+        return backbone(chunk)
 
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -54,7 +54,7 @@ def _products(features: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Te
         # The products themselves say whether the rows were ready for them, which saves the passes over the rows.
         sample = rows[:: max(1, rows.shape[0] // SAMPLE)]
         if may_stay(sample @ sample.T) and may_stay(products := symmetric_products(rows)):
-            return products, products.diagonal().clone(), None  # row by row, not strided: twice as fast to subtract
+            return products, products.diagonal().clone(), None  # contiguous: subtracts twice as fast
     _, rows, finite = prepare(rows, None)
     products = symmetric_products(rows)
     return products, products.diagonal(), finite
