@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import under_torchrun
 from test_cub_survival import FULL, assert_ends_alike
 from test_cub_train import TINY, run
 
@@ -61,6 +62,7 @@ def test_sigkill_then_sigterm_to_a_whole_group_with_workers(birds, tmp_path):
     assert_ends_alike(tmp_path / "run", tmp_path / "whole", last="epoch-0016")
 
 
+@under_torchrun
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_to_two_ranks_stop_them_at_the_same_step(birds, tmp_path, number):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -13,8 +13,11 @@ import pytest
 import torch
 import train
 from data import test_transform as plain_transform
+from ranks import under_torchrun
 
 from apinet_head import APINet
+
+pytestmark = under_torchrun
 
 ROOT = Path(__file__).parents[1]
 # 5 species: 25 test images, which two ranks cannot share equally.

@@ -15,6 +15,7 @@ import pytest
 import timm_finetune
 import torch
 from frameworks_on_ranks import watch
+from ranks import under_torchrun
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
@@ -154,6 +155,7 @@ def on_two_ranks(example, folder, *flags, launcher=TORCHRUN):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@under_torchrun
 @pytest.mark.parametrize(
     ("example", "flags", "settings"),
     [
