@@ -28,6 +28,7 @@ def stages(features: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
     distance = torch.sub(products.diagonal().clone(), products, alpha=2)
     same = labels[:, None] == labels
     candidate = torch.stack([same, ~same])
+    sample = features[:: max(1, len(features) // dense.SAMPLE)]
 
     def masks() -> Tensor:
         same = labels[:, None] == labels
@@ -43,7 +44,7 @@ def stages(features: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
         ),
         "… … products, most of them once": lambda: symmetric_products(features),
         "… … whether a sample, and all, are finite and not far from the origin": lambda: (
-            may_stay(features[::15] @ features[::15].T) and may_stay(products)
+            may_stay(sample @ sample.T) and may_stay(products)
         ),
         "… … distances": lambda: torch.sub(products.diagonal().clone(), products, alpha=2),
         "… … who may be whose partner": masks,

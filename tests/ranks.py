@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# There, the end of a process that trained with DistributedDataParallel waits for a thread of gloo that waits for it.
+# Seen after training, where the last reference to DistributedDataParallel goes.
 under_torchrun = pytest.mark.skipif(torch.__version__ < "2.6", reason="gloo of torch 2.5 can hang where a process ends")
 
 
