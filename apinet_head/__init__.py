@@ -10,12 +10,12 @@ from apinet_head.chunked import ChunkedBackbone
 from apinet_head.distributed import gather_features
 from apinet_head.head import APIHead, APIOutput
 from apinet_head.loss import LossTerms, api_loss, api_loss_terms
-from apinet_head.memory import FeatureMemory
+from apinet_head.feature_memory import FeatureMemory
 from apinet_head.pairs import Pairs, mine_pairs, random_pairs
 from apinet_head.sampler import BalancedBatchSampler
 
 if TYPE_CHECKING:
-    from apinet_head.checkpoint import load_official_checkpoint
+    from apinet_head.official import load_official_checkpoint
     from apinet_head.explain import PairExplanation, explain_pair
     from apinet_head.model import APINet
 
@@ -46,7 +46,7 @@ _ON_FIRST_USE = {
     "APINet": "apinet_head.model",
     "PairExplanation": "apinet_head.explain",
     "explain_pair": "apinet_head.explain",
-    "load_official_checkpoint": "apinet_head.checkpoint",
+    "load_official_checkpoint": "apinet_head.official",
 }
 
 

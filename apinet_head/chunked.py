@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from apinet_head.checks import check_int, check_module, describe
+from apinet_head._checks import check_int, check_module, describe
 
 
 class ChunkedBackbone(nn.Module):

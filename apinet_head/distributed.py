@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from apinet_head.checks import check_features, check_labels
+from apinet_head._checks import check_features, check_labels
 
 
 def gather_features(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apinet_head.checks import check_device, check_int, describe
+from apinet_head._checks import check_device, check_int, describe
 from apinet_head.chunked import ChunkedBackbone
 from apinet_head.head import APIHead
 from apinet_head.model import APINet

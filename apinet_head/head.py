@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from apinet_head.checks import (
+from apinet_head._checks import (
     check_device,
     check_dtype,
     check_features,
@@ -18,7 +18,6 @@ from apinet_head.checks import (
     describe,
 )
 from apinet_head.distributed import gather_features, mean_over_ranks, world_size
-from apinet_head.dropout import Dropout
 from apinet_head.mutual import MutualMLP, make_mutual
 from apinet_head.pairs import Pairs, check_pairs, mine_pairs, searches_of
 
@@ -124,7 +123,7 @@ class APIHead(nn.Module):
         self.mutual: nn.Module = (
             mutual if isinstance(mutual, nn.Module) else make_mutual(mutual, dim, hidden_dim, dropout, **factory)
         )
-        self.drop: nn.Dropout = Dropout(dropout)
+        self.drop: nn.Dropout = nn.Dropout(dropout)
         self.classifier: nn.Module = nn.Linear(dim, num_classes, **factory) if num_classes else nn.Identity()
 
     def forward(

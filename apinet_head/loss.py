@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from apinet_head.checks import FLOATS, check_dense, check_device, check_integer, check_number, describe
+from apinet_head._checks import FLOATS, check_dense, check_device, check_integer, check_number, describe
 
 if TYPE_CHECKING:
     from apinet_head.head import APIOutput

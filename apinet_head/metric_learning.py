@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from apinet_head.checks import check_device, check_integer
+from apinet_head._checks import check_device, check_integer
 from apinet_head.pairs import Pairs, mine_pairs, searches_of
 
 if TYPE_CHECKING:  # that library has no types; its miners are modules

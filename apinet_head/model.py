@@ -7,7 +7,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apinet_head.checks import check_module, check_number
+from apinet_head._checks import check_module, check_number
 from apinet_head.chunked import check_chunk_size, run_in_chunks
 from apinet_head.deploy import plain_classifier
 from apinet_head.head import APIHead, APIOutput

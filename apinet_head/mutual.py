@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apinet_head.dropout import Dropout
 
 
 class MutualMLP(nn.Module):
@@ -25,7 +24,7 @@ class MutualMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1: nn.Linear = nn.Linear(2 * dim, hidden_dim, **factory)
-        self.drop: nn.Dropout = Dropout(dropout)
+        self.drop: nn.Dropout = nn.Dropout(dropout)
         self.fc2: nn.Linear = nn.Linear(hidden_dim, dim if out_dim is None else out_dim, **factory)
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apinet_head.checks import (
+from apinet_head._checks import (
     check_device,
     check_features,
     check_generator,

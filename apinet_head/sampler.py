@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from apinet_head.checks import check_int, check_integer, shown
+from apinet_head._checks import check_int, check_integer, shown
 
 
 class BalancedBatchSampler(Sampler[list[int]]):

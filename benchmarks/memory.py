@@ -26,7 +26,7 @@ from memory_step import DTYPES, Training, Way, make_net
 from tqdm import tqdm
 
 from apinet_head import APINet
-from apinet_head.estimate import pick_chunk_size, step_memory
+from apinet_head.step_memory import pick_chunk_size, step_memory
 
 CHUNKS = (30, 15, 8, 4)
 LARGE = {

@@ -16,7 +16,7 @@ from apinet_head import (
     mine_pairs,
     random_pairs,
 )
-from apinet_head.estimate import pick_chunk_size, step_memory
+from apinet_head.step_memory import pick_chunk_size, step_memory
 from apinet_head.mutual import MUTUALS, MutualMLP
 
 X, Y = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1])

@@ -12,7 +12,7 @@ import train
 from settings import AUTO, Settings, differences, parse
 
 from apinet_head import APINet
-from apinet_head.estimate import step_memory
+from apinet_head.step_memory import step_memory
 
 TINY = [
     "--preset", "demo", "--backbone", "test_resnet", "--backbone-args", "{}", "--resize", "40", "--crop", "32",

@@ -13,7 +13,7 @@ from fuzzing import check_refused, fuzzed, one_of
 from hypothesis import strategies as st
 
 from apinet_head import APINet, load_official_checkpoint
-from apinet_head.checkpoint import COUNTER, HEAD, STAGES
+from apinet_head.official import COUNTER, HEAD, STAGES
 
 make_net = cache(APINet)  # of a ResNet-101, which takes its time to make
 

@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from apinet_head.checks import describe
+from apinet_head._checks import describe
 from apinet_head.mining import tiled, triton_rows, triton_search
 from apinet_head.mining.contract import Found, Search
 from apinet_head.mining.triton_tiles import Tiles, tiles_for

@@ -15,7 +15,7 @@ from run_folder import is_untrained
 from settings import AUTO, Settings
 from torch import Tensor, nn
 
-from apinet_head.estimate import ChunkChoice, pick_chunk_size
+from apinet_head.step_memory import ChunkChoice, pick_chunk_size
 
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 

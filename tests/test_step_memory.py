@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from apinet_head import APIHead, APINet, ChunkedBackbone, api_loss, fake_step
-from apinet_head.estimate import StepMemory, pick_chunk_size, step_memory
+from apinet_head import APIHead, APINet, ChunkedBackbone, _fake_step, api_loss
+from apinet_head.step_memory import StepMemory, pick_chunk_size, step_memory
 
 GIB = 2**30
 
@@ -106,7 +106,7 @@ def test_it_is_what_a_real_step_allocates(name, size, chunk_size, amp, tmp_path)
 def test_chunks_left_out_would_have_changed_nothing(make, batch, chunk_size, amp, monkeypatch):
     net = make()
     found = step_memory(net, batch, 160, chunk_size=chunk_size, amp=amp).total
-    monkeypatch.setattr(fake_step, "_LastChunks", lambda backbone, images, chunk_size: backbone)
+    monkeypatch.setattr(_fake_step, "_LastChunks", lambda backbone, images, chunk_size: backbone)
     features = 4 * batch * net.dim  # the gradient of all features, which only the first chunks of backward see whole
     assert 0 <= found - step_memory(net, batch, 160, chunk_size=chunk_size, amp=amp).total <= features
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from apinet_head.checks import (
+from apinet_head._checks import (
     check_device,
     check_dtype,
     check_features,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apinet_head.checks import describe
+from apinet_head._checks import describe
 
 # The published backbone is nn.Sequential(*list(torchvision.models.resnet101().children())[:-2]).
 STAGES = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}

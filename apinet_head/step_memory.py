@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apinet_head.checks import check_int, check_module, check_number
+from apinet_head._checks import check_int, check_module, check_number
 from apinet_head.chunked import check_chunk_size
-from apinet_head.fake_step import Loss, fake_copy, peak_of_step
+from apinet_head._fake_step import Loss, fake_copy, peak_of_step
 from apinet_head.loss import api_loss
 
 
