@@ -1,12 +1,16 @@
 """Batches of n_classes classes with n_samples images each, so that every image has company of its class."""
 
-import random
+import hashlib
+import math
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Dataset, Sampler
 
 from apinet_head._checks import check_int, check_integer, shown
 
@@ -14,27 +18,30 @@ from apinet_head._checks import check_int, check_integer, shown
 class BalancedBatchSampler(Sampler[list[int]]):
     """Index lists for `DataLoader(batch_sampler=...)`: n_classes distinct classes x n_samples images.
 
-    The classes of a batch are contiguous in it. Within a class, images are dealt out in random order until all were
-    used, then shuffled anew; a class with fewer than n_samples images repeats them. Classes are dealt out in the same
-    way, so that over an epoch all classes come up equally often, to within one. (The paper, section 4, draws classes
-    at random for each batch.)
+    The classes of a batch are contiguous in it. Within a class, images are drawn in random order without replacement
+    until all were used, then reshuffled; a class with fewer than n_samples images repeats them. Classes are drawn in
+    the same way, so that over an epoch all classes come up equally often, to within one. (The paper, section 4, draws
+    the classes of each batch at random.)
 
-    An epoch's batches depend on `seed` and the epoch alone: call `set_epoch` before each. Under torch.distributed,
-    each rank takes its own `n_classes / world_size` classes of each global batch.
+    The batches of an epoch depend on `seed` and the epoch alone: call `set_epoch` before each. Under torch.distributed,
+    each rank takes its own `n_classes / world_size` classes of each global batch. The images of a class are shuffled
+    when it is drawn, so that epochs and resumed runs start at once, however many classes there are.
 
     Args:
-        labels: the class of each image of the data set: a sequence of ints, a tensor or an array.
-        n_classes: classes in a global batch.
-        n_samples: images of each.
-        n_batches: batches in an epoch; None for the number of images // the global batch size, at least 1.
-        seed: of the order.
-        rank: of this process; None asks torch.distributed, and is 0 without it.
+        labels: the class of each image of the data set (not the data set itself): a sequence of ints, a tensor, an
+            array or a pandas Series. A negative label means "no class": such an image is left out.
+        n_classes: number of classes in a global batch.
+        n_samples: number of images of each class; with 1, no image has a same-class partner.
+        n_batches: number of batches in an epoch; None for the number of images // the global batch size, at least 1.
+        seed: seed of the order.
+        rank: rank of this process; None asks torch.distributed, and is 0 without it.
         world_size: number of processes; None likewise.
 
     Raises:
-        ValueError: labels are not of an integer dtype, fewer classes than n_classes, n_classes not divisible by
-            world_size, or a number out of range.
-        TypeError: a number is no int.
+        ValueError: labels are not of an integer dtype or all negative, fewer classes than n_classes, n_classes not
+            divisible by world_size, or a number out of range.
+        TypeError: labels are no sequence, tensor or array, or a number is no int. On iteration: the sampler was passed
+            to a DataLoader as `sampler=`.
 
     Examples:
         >>> labels = [0, 0, 0, 1, 1, 2, 2, 2, 2]
@@ -57,23 +64,40 @@ class BalancedBatchSampler(Sampler[list[int]]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        images: dict[int, list[int]] = {}
-        for index, label in enumerate(_as_ints(labels)):
-            images.setdefault(label, []).append(index)
-        self.images_of_class: dict[int, list[int]] = dict(sorted(images.items()))
-        self.n_classes: int = n_classes
-        self.n_samples: int = n_samples
-        self.seed: int = seed
+        values, order = _as_tensor(labels).sort(stable=True)
+        negative = int((values < 0).sum())
+        # The images of class c, counted in ascending order of the labels, are _images[_starts[c]:][:_sizes[c]].
+        self._images = order[negative:]
+        self._sizes = torch.unique_consecutive(values[negative:], return_counts=True)[1]
+        self._starts = self._sizes.cumsum(0) - self._sizes
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank = torch.distributed.get_rank() if rank is None else rank
             world_size = torch.distributed.get_world_size() if world_size is None else world_size
-        self.rank: int = 0 if rank is None else rank
-        self.world_size: int = 1 if world_size is None else world_size
-        self._check(n_batches)
-        count = sum(map(len, images.values()))
-        self.n_batches: int = n_batches if n_batches is not None else max(1, count // (n_classes * n_samples))
+        self.n_classes: int = check_int(n_classes, "n_classes", 1)
+        self.n_samples: int = check_int(n_samples, "n_samples", 1)
+        self.seed: int = check_int(seed, "seed")
+        self.rank: int = 0 if rank is None else check_int(rank, "rank")
+        self.world_size: int = 1 if world_size is None else check_int(world_size, "world_size", 1)
+        if n_batches is None:
+            n_batches = max(1, len(self._images) // (self.n_classes * self.n_samples))
+        self.n_batches: int = check_int(n_batches, "n_batches", 1)
+        if negative and not len(self._images):
+            raise ValueError(f"all {negative} labels are negative, which means that the images have no class")
+        if self.n_classes > len(self._sizes):
+            raise ValueError(f"cannot draw n_classes={n_classes} classes for a batch: labels have {len(self._sizes)}")
+        if self.n_classes % self.world_size or not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"n_classes={n_classes} must be divisible by world_size={world_size}, "
+                f"and rank={rank} in [0, {world_size})"
+            )
+        if self.n_samples == 1 or self._sizes.max() == 1:
+            warnings.warn(
+                f"no image will have another of the same class in its batch: n_samples={n_samples}, and the largest "
+                f"class has {int(self._sizes.max())} images; take n_samples >= 2, unless the head has intra=None",
+                stacklevel=2,
+            )
         self.epoch: int = 0
-        self._start = 0  # batches of this epoch to leave out, as a resumed run has them behind it
+        self._start = 0  # batches of this epoch to skip, because a resumed run has already trained on them
         self._drawn = 0
 
     def __len__(self) -> int:
@@ -81,18 +105,40 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return self.n_batches - self._start
 
     def __iter__(self) -> Iterator[list[int]]:
-        start, self._start = self._start, 0
-        share = self.n_classes // self.world_size
-        self._drawn = 0
-        for batch in self._epoch_batches():
-            self._drawn += 1
-            if self._drawn > start:
-                mine = batch[self.rank * share : (self.rank + 1) * share]
-                yield [index for images in mine for index in images]
+        caller = sys._getframe(1).f_locals.get("self")
+        if type(caller) is BatchSampler and getattr(caller, "sampler", None) is self:
+            raise TypeError(
+                "BalancedBatchSampler yields whole batches: pass it as DataLoader(batch_sampler=...), not as sampler=, "
+                "and without batch_size, shuffle and drop_last"
+            )
+        return self._batches()
+
+    def _batches(self) -> Iterator[list[int]]:
+        start, self._start, self._drawn = self._start, 0, 0
+        share, classes = self.n_classes // self.world_size, len(self._sizes)
+        key = f"{self.seed} {self.epoch}"
+        class_deck = _Deck(classes, self.n_classes, key)
+
+        @lru_cache(maxsize=1 << 16)  # bounds the memory; to make a deck anew takes microseconds
+        def image_deck(label: int, size: int) -> _Deck:
+            return _Deck(size, self.n_samples, f"{key} {label}")
+
+        for batch in range(start, self.n_batches):
+            self._drawn = batch + 1
+            first = self.rank * share
+            mine = class_deck.hand(batch)[first : first + share]
+            rows = []
+            for place, (label, start_row, size) in enumerate(
+                zip(mine, self._starts[mine].tolist(), self._sizes[mine].tolist(), strict=True), first
+            ):
+                # Each round of the classes has every class once: its number is how often this one came up before.
+                times = (batch * self.n_classes + place) // classes
+                rows += [start_row + item for item in image_deck(label, size).hand(times)]
+            yield self._images[rows].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Take the batches of this epoch from the next iteration on; from its first, unless just resumed in it."""
-        check_int(epoch, "epoch", 0)
+        epoch = check_int(epoch, "epoch", 0)
         if epoch != self.epoch:
             self.epoch, self._start, self._drawn = epoch, 0, 0
 
@@ -111,8 +157,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         Raises:
             ValueError: the epoch has not that many batches.
         """
-        done = self._drawn if batches_done is None else batches_done
-        self._check_done(done)
+        done = self._drawn if batches_done is None else self._check_done(batches_done)
         return {"epoch": self.epoch, "batches_done": done, **self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,23 +173,22 @@ class BalancedBatchSampler(Sampler[list[int]]):
         missing = [name for name in names if name not in state]
         if missing:
             raise ValueError(f"no state of a sampler: without {', '.join(missing)}, got {shown(dict(state))}")
-        for name in names:
-            check_int(state[name], name)
+        numbers = {name: check_int(state[name], name, 0 if name == "epoch" else None) for name in names}
         differences = [
-            f"{name}: {state[name]!r} there, {value!r} here"
+            f"{name}: {numbers[name]} there, {value} here"
             for name, value in self._settings().items()
-            if state[name] != value
+            if numbers[name] != value
         ]
         if differences:
             raise ValueError(f"this state is of a sampler with other settings: {'; '.join(differences)}")
-        check_int(state["epoch"], "epoch", 0)
-        self._check_done(state["batches_done"])
-        self.epoch, self._start, self._drawn = state["epoch"], state["batches_done"], state["batches_done"]
+        self._start = self._drawn = self._check_done(numbers["batches_done"])
+        self.epoch = numbers["epoch"]
 
-    def _check_done(self, batches_done: int) -> None:
-        check_int(batches_done, "batches_done")
-        if not 0 <= batches_done <= self.n_batches:
-            raise ValueError(f"batches_done must be in [0, {self.n_batches}], got {batches_done}")
+    def _check_done(self, batches_done: int) -> int:
+        done = check_int(batches_done, "batches_done")
+        if not 0 <= done <= self.n_batches:
+            raise ValueError(f"batches_done must be in [0, {self.n_batches}], got {done}")
+        return done
 
     def _settings(self) -> dict[str, int]:
         return {
@@ -152,62 +196,71 @@ class BalancedBatchSampler(Sampler[list[int]]):
             "n_classes": self.n_classes,
             "n_samples": self.n_samples,
             "n_batches": self.n_batches,
-            "n_images": sum(map(len, self.images_of_class.values())),
-            "n_labels": len(self.images_of_class),
+            "n_images": len(self._images),
+            "n_labels": len(self._sizes),
         }
 
-    def _epoch_batches(self) -> Iterator[list[list[int]]]:
-        """All ranks' batches of the epoch: for each of n_classes classes its n_samples images."""
-        rng = random.Random(f"{self.seed} {self.epoch}")
-        classes = _Dealer(list(self.images_of_class), rng)
-        images = {label: _Dealer(indices, rng) for label, indices in self.images_of_class.items()}
-        for _ in range(self.n_batches):
-            yield [images[label].deal(self.n_samples) for label in classes.deal(self.n_classes)]
 
-    def _check(self, n_batches: int | None) -> None:
-        for name in ("n_classes", "n_samples", "world_size"):
-            check_int(getattr(self, name), name, 1)
-        for name in ("rank", "seed"):
-            check_int(getattr(self, name), name)
-        if n_batches is not None:
-            check_int(n_batches, "n_batches", 1)
-        if self.n_classes > len(self.images_of_class):
-            raise ValueError(
-                f"cannot draw n_classes={self.n_classes} classes for a batch: labels have {len(self.images_of_class)}"
-            )
-        if self.n_classes % self.world_size or not 0 <= self.rank < self.world_size:
-            raise ValueError(
-                f"n_classes={self.n_classes} must be divisible by world_size={self.world_size}, "
-                f"and rank={self.rank} in [0, {self.world_size})"
-            )
-
-
-def _as_ints(labels: Sequence[int] | Tensor) -> list[int]:
-    """The labels as ints of Python, each of which is one key of a dict, as NaN and most objects are not."""
+def _as_tensor(labels: Sequence[int] | Tensor) -> Tensor:
+    """The labels as int64 on the CPU."""
+    # Of a data set nothing is read: one item might be an image to decode.
+    known = isinstance(labels, (Tensor, Sequence)) or hasattr(labels, "__array__")
+    if isinstance(labels, Dataset) or not known:
+        raise TypeError(
+            f"labels must be a sequence of ints, or a tensor or array of them, got {type(labels).__name__}: of a data "
+            "set, pass the labels, such as dataset.targets or [label for _, label in dataset]"
+        )
     try:
-        found = torch.as_tensor(labels)
-        ints: list[int] = found.tolist()
+        found: Any = labels
+        if not isinstance(labels, Tensor):
+            # A pandas Series is an array, too; as a sequence, its own index would count, which need not start at 0.
+            found = labels.__array__().copy() if hasattr(labels, "__array__") else list(labels)
+            if not isinstance(found, list) and found.dtype.kind in "Ou":
+                found = found.tolist()  # so that objects are read, and unsigned ints too large for int64 are an error
+            found = torch.as_tensor(found)
+        found = found.cpu()
     except (TypeError, ValueError, RuntimeError) as error:  # torch raises any of them
         raise ValueError(f"labels must be ints, or a tensor or array of them, got {shown(labels)}") from error
     if found.numel():  # of no labels at all, the dtype says nothing
         check_integer(found)
-    return ints
+    integers: Tensor = found.long()
+    return integers
 
 
-class _Dealer:
-    """Deals items in random order; when all are dealt, shuffles them and goes on."""
+class _Deck:
+    """The items 0 to size - 1 in random order, dealt in hands, and shuffled again when all are dealt.
 
-    def __init__(self, items: list[int], rng: random.Random) -> None:
-        self.items, self.rng = items, rng
-        self.left: list[int] = []
+    No hand has an item twice, unless it is larger than the deck. A hand depends on its number and the key alone, so
+    that any can be dealt without those before it.
+    """
 
-    def deal(self, count: int) -> list[int]:
-        """The next `count` items; all different, unless there are fewer than that."""
-        dealt: list[int] = []
-        while len(dealt) < count:
-            if not self.left:
-                self.left = self.rng.sample(self.items, len(self.items))
-                # What this hand holds already comes up last in the new round, so that no hand has an item twice.
-                self.left.sort(key=lambda item: item not in dealt)
-            dealt.append(self.left.pop())
+    def __init__(self, size: int, hand: int, key: str) -> None:
+        self.size, self.hand_size, self.key = size, hand, key
+        self.round, self.order = -1, torch.empty(0)
+
+    def hand(self, number: int) -> list[int]:
+        first, dealt = number * self.hand_size, list[int]()
+        while len(dealt) < self.hand_size:
+            which, place = divmod(first + len(dealt), self.size)
+            dealt += self._round(which)[place : place + self.hand_size - len(dealt)].tolist()
         return dealt
+
+    def _round(self, which: int) -> Tensor:
+        if which not in (self.round, self.round + 1):
+            # Where a round and a hand begin together, nothing depends on what came before.
+            self.round = which - which % (self.hand_size // math.gcd(self.size, self.hand_size)) - 1
+        while self.round < which:
+            self.round += 1
+            order = _permutation(self.size, f"{self.key} {self.round}")
+            if begun := self.round * self.size % self.hand_size:
+                # What the hand begun in the last round already holds comes after what it still needs.
+                held = set(self.order[-begun:].tolist())
+                order[: self.hand_size] = torch.tensor(sorted(order[: self.hand_size].tolist(), key=held.__contains__))
+            self.order = order
+        return self.order
+
+
+def _permutation(size: int, key: str) -> Tensor:
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    # On the CPU, whatever the default device: the order must not depend on it.
+    return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")

@@ -1,5 +1,7 @@
 """`BalancedBatchSampler`: balance, coverage, ranks, resuming."""
 
+import io
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -11,13 +13,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from apinet_head import BalancedBatchSampler
 
+# Some of the samplers drawn here have one image a class.
+pytestmark = pytest.mark.filterwarnings("ignore:no image will have another")
+
 LABELS = [label for label, count in enumerate([5, 9, 3, 8, 6, 12, 4, 7]) for _ in range(count)]
 
 
 @st.composite
 def setups(draw):
     counts = draw(st.lists(st.integers(1, 12), min_size=1, max_size=12))
-    labels = [label * 7 - 3 for label, count in enumerate(counts) for _ in range(count)]
+    labels = [label * 7 for label, count in enumerate(counts) for _ in range(count)]
     order = draw(st.permutations(labels))
     return order, draw(st.integers(1, len(counts))), draw(st.integers(1, 6)), draw(st.integers(0, 99))
 
@@ -131,9 +136,157 @@ def test_dataloader_workers_draw_ahead_so_the_loop_says_how_far_it_is():
     assert seen == expected
 
 
-@pytest.mark.parametrize("labels", [LABELS, np.array(LABELS), torch.tensor(LABELS), tuple(LABELS)])
-def test_label_containers(labels):
-    assert list(BalancedBatchSampler(labels, 4, 3)) == list(BalancedBatchSampler(LABELS, 4, 3))
+class Column:
+    """A pandas Series whose index does not start at 0: an array inside, found by names that are not positions."""
+
+    def __init__(self, values):
+        self.values, self.index = np.array(values), range(100, 100 + len(values))
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, name):
+        return self.values[self.index.index(name) if name in self.index else self.fail(name)]
+
+    def fail(self, name):
+        raise KeyError(name)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+CONTAINERS = [
+    list, tuple, np.array, torch.tensor, Column,
+    lambda labels: [np.int64(label) for label in labels],
+    lambda labels: [torch.tensor(label) for label in labels],
+    lambda labels: np.array(labels, dtype=object),
+    lambda labels: torch.tensor(labels, dtype=torch.uint8),
+    lambda labels: np.array(labels, dtype=np.uint16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_label_containers(container):
+    assert list(BalancedBatchSampler(container(LABELS), 4, 3)) == list(BalancedBatchSampler(LABELS, 4, 3))
+
+
+def test_a_range_is_labels():
+    with pytest.warns(UserWarning, match="the largest class has 1 images"):
+        assert sorted(*BalancedBatchSampler(range(3), 3, 2)) == [0, 0, 1, 1, 2, 2]
+
+
+def test_pandas_series_with_any_index():
+    pandas = pytest.importorskip("pandas")
+    for dtype in ("int64", "Int64"):
+        series = pandas.Series(LABELS, index=range(7, 7 + len(LABELS)), dtype=dtype)
+        assert list(BalancedBatchSampler(series, 4, 3)) == list(BalancedBatchSampler(LABELS, 4, 3))
+
+
+class Images(torch.utils.data.Dataset):
+    """A data set whose items must not be read to find out that it is no labels."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        raise AssertionError("an image was decoded")
+
+
+@pytest.mark.parametrize("given", [Images(), DataLoader(Images()), iter(LABELS), set(LABELS), {0: 1}, None, 3])
+def test_a_data_set_in_place_of_labels_is_an_error_that_asks_for_labels(given):
+    with pytest.raises(TypeError, match=rf"labels must be .* of ints.*got {type(given).__name__}.*targets"):
+        BalancedBatchSampler(given, 2, 2)
+
+
+def test_negative_labels_are_left_out():
+    labels = [-1, *LABELS, -100, -1]
+    sampler = BalancedBatchSampler(labels, 4, 3, n_batches=12)
+    without = BalancedBatchSampler(LABELS, 4, 3, n_batches=12)
+    assert list(sampler) == [[index + 1 for index in batch] for batch in without]
+    assert sampler.state_dict() == without.state_dict()
+    assert len(BalancedBatchSampler(labels, 4, 3)) == len(LABELS) // 12
+    with pytest.raises(ValueError, match=r"all 3 labels are negative"):
+        BalancedBatchSampler([-1, -1, -2], 1, 2)
+    with pytest.raises(ValueError, match=r"n_classes=2 .*labels have 1"):
+        BalancedBatchSampler([-1, -1, 0, 0], 2, 2)
+
+
+@pytest.mark.parametrize("labels", [LABELS, range(8)])
+def test_batches_without_same_class_partners_are_warned_of(labels):
+    n_samples = 1 if labels is LABELS else 2
+    with pytest.warns(UserWarning, match=r"no image .*same class.*n_samples >= 2"):
+        BalancedBatchSampler(labels, 4, n_samples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BalancedBatchSampler(LABELS, 4, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_as_sampler_of_a_dataloader_is_an_error_that_names_batch_sampler(workers):
+    data, sampler = TensorDataset(torch.arange(len(LABELS))), BalancedBatchSampler(LABELS, 4, 2)
+    with pytest.raises(TypeError, match=r"DataLoader\(batch_sampler=\.\.\.\)"):
+        next(iter(DataLoader(data, sampler=sampler, num_workers=workers)))
+    assert next(iter(DataLoader(data, batch_sampler=sampler, num_workers=workers)))[0].tolist() == next(iter(sampler))
+
+
+NUMBERS = ("n_classes", "n_samples", "n_batches", "seed", "rank", "world_size")
+
+
+def test_numpy_numbers_leave_a_state_that_loads_with_weights_only():
+    arguments = dict(zip(NUMBERS, map(np.int64, (4, 2, 5, 3, 1, 2)), strict=True))
+    sampler = BalancedBatchSampler(LABELS, **arguments)
+    sampler.set_epoch(np.int64(2))
+    file = io.BytesIO()
+    torch.save(sampler.state_dict(np.int32(3)), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert all(type(value) is int for value in state.values())
+    assert all(type(getattr(sampler, name)) is int for name in (*NUMBERS, "epoch"))
+    assert type(len(sampler)) is int
+    resumed = BalancedBatchSampler(LABELS, **arguments)
+    resumed.load_state_dict({name: np.int64(value) for name, value in state.items()})
+    assert all(type(value) is int for value in resumed.state_dict().values())
+    assert list(resumed) == list(sampler)[3:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(setups(), st.integers(0, 25))
+def test_resuming_anywhere_yields_the_rest_of_many_rounds(setup, done):
+    labels, n_classes, n_samples, seed = setup
+    sampler, resumed = (BalancedBatchSampler(labels, n_classes, n_samples, n_batches=25, seed=seed) for _ in range(2))
+    resumed.load_state_dict(sampler.state_dict(done))
+    assert list(resumed) == list(sampler)[done:]
+
+
+def test_only_classes_that_are_drawn_are_shuffled(monkeypatch):
+    shuffled, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **options: shuffled.append(n) or randperm(n, **options))
+    labels = [label for label in range(1000) for _ in range(3)]
+    sampler = BalancedBatchSampler(labels, 5, 2)
+    next(iter(sampler))
+    assert sorted(shuffled) == [3] * 5 + [1000]
+    shuffled.clear()
+    sampler.load_state_dict(sampler.state_dict(250))
+    next(iter(sampler))
+    assert len(shuffled) <= 5 * 2 + 1
+
+
+def test_the_global_random_state_is_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(BalancedBatchSampler(LABELS, 4, 2))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_orders_of_a_class_come_up_equally_often():
+    counts = Counter()
+    sampler = BalancedBatchSampler([0] * 3, 1, 3, n_batches=1)
+    for epoch in range(1200):
+        sampler.set_epoch(epoch)
+        counts[tuple(next(iter(sampler)))] += 1
+    assert len(counts) == 6
+    assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 25  # chi-squared, 5 degrees: p < 2e-4
 
 
 @pytest.mark.parametrize(
