@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from apinet_head.chunked import ChunkedBackbone
 from apinet_head.distributed import gather_features
 from apinet_head.head import APIHead, APIOutput
-from apinet_head.loss import LossTerms, api_loss, api_loss_terms
+from apinet_head.loss import APILoss, LossTerms, api_loss, api_loss_terms
 from apinet_head.feature_memory import FeatureMemory
 from apinet_head.pairs import Pairs, mine_pairs, random_pairs
 from apinet_head.sampler import BalancedBatchSampler
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "APIHead",
+    "APILoss",
     "APINet",
     "APIOutput",
     "BalancedBatchSampler",

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apinet_head import APIOutput, api_loss, api_loss_terms
+from apinet_head import APIHead, APILoss, APIOutput, api_loss, api_loss_terms
 
 
 def make_output(seed=0, pairs=8, classes=5, valid_share=1.0, dtype=torch.float64):
@@ -17,11 +17,11 @@ def make_output(seed=0, pairs=8, classes=5, valid_share=1.0, dtype=torch.float64
     return APIOutput(own.requires_grad_(), other.requires_grad_(), labels, valid, None)
 
 
-def published(output, margin, rank_weight, label_smoothing):
+def published(output, margin, rank_weight, label_smoothing, class_weight=None):
     """The published training loop's losses, on the valid rows alone."""
     own, other, labels = (value[output.valid] for value in output[:3])
     cross_entropy = F.cross_entropy(
-        torch.cat([own, other]), torch.cat([labels, labels]), label_smoothing=label_smoothing
+        torch.cat([own, other]), torch.cat([labels, labels]), weight=class_weight, label_smoothing=label_smoothing
     )
     p_own, p_other = (F.softmax(logits, 1)[torch.arange(len(labels)), labels] for logits in (own, other))
     ranking = F.margin_ranking_loss(p_own, p_other, torch.ones_like(p_own), margin=margin)
@@ -31,13 +31,16 @@ def published(output, margin, rank_weight, label_smoothing):
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 20), st.floats(0.2, 1),
-    st.floats(0, 0.5), st.floats(0, 2), st.sampled_from([0.0, 0.1, 1.0]),
+    st.floats(0, 0.5), st.floats(0, 2), st.sampled_from([0.0, 0.1, 1.0]), st.booleans(),
 )  # fmt: skip
-def test_terms_and_gradients(seed, pairs, classes, valid_share, margin, rank_weight, smoothing):
+def test_terms_and_gradients(seed, pairs, classes, valid_share, margin, rank_weight, smoothing, weighted):
     output = make_output(seed, pairs, classes, valid_share)
     if not output.valid.any():
         return
     settings_ = {"margin": margin, "rank_weight": rank_weight, "label_smoothing": smoothing}
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.01 if weighted else None
+    settings_ |= {"class_weight": weight}
     terms, expected = api_loss_terms(output, **settings_), published(output, *settings_.values())
     for found, right in zip(terms, expected, strict=True):
         torch.testing.assert_close(found, right)
@@ -47,6 +50,9 @@ def test_terms_and_gradients(seed, pairs, classes, valid_share, margin, rank_wei
     ):
         torch.testing.assert_close(found, right)
     assert torch.equal(api_loss(output, **settings_), terms.total)
+    module = APILoss(**settings_)
+    assert torch.equal(module(output), terms.total)
+    assert all(map(torch.equal, module.terms(output), terms))
 
 
 def test_gradcheck():
@@ -126,3 +132,85 @@ def test_errors_show_what_came(change, message):
 def test_label_smoothing_is_a_share(smoothing):
     with pytest.raises(ValueError, match=rf"\[0, 1\], got {smoothing}"):
         api_loss(make_output(), label_smoothing=smoothing)
+
+
+def test_rows_of_a_negative_label_count_for_nothing():
+    output = make_output()
+    nobody = torch.arange(16) % 3 == 0
+    expected = api_loss_terms(output._replace(valid=~nobody))
+    for found, right in zip(
+        api_loss_terms(output._replace(labels=output.labels.masked_fill(nobody, -100))), expected, strict=True
+    ):
+        assert torch.equal(found, right)
+
+
+def test_rows_whose_classes_weigh_nothing_count_for_nothing():
+    output = make_output(classes=5)
+    terms = api_loss_terms(output, class_weight=torch.zeros(5), rank_weight=0.0)
+    assert terms.cross_entropy == 0
+    terms.total.backward()
+    assert (output.logits_self.grad == 0).all()
+
+
+def test_no_valid_row_gives_zero_with_class_weights_too():
+    output = make_output(valid_share=0.0)
+    terms = api_loss_terms(output, label_smoothing=0.1, class_weight=torch.rand(5))
+    assert [term.item() for term in terms] == [0, 0, 0]
+    terms.total.backward()
+    assert (output.logits_self.grad == 0).all()
+
+
+def test_nan_in_a_valid_row_gives_nan():
+    output = make_output()
+    with torch.no_grad():
+        output.logits_self[3, 1] = float("nan")
+    terms = api_loss_terms(output, class_weight=torch.ones(5))
+    assert all(term.isnan() for term in terms)
+
+
+def test_class_weight_is_a_buffer_as_in_cross_entropy_loss():
+    weight = torch.rand(5)
+    ours, torchs = APILoss(class_weight=weight), torch.nn.CrossEntropyLoss(weight=weight)
+    assert list(ours.state_dict()) == ["class_weight"]
+    assert len(torchs.state_dict()) == 1
+    assert ours.double().class_weight.dtype == torch.float64
+    assert list(APILoss().state_dict()) == []
+    assert list(ours.parameters()) == []
+
+
+def test_features_are_not_taken_for_logits():
+    head = APIHead(8, hidden_dim=4)
+    x, y = torch.randn(8, 8), torch.arange(8) // 2
+    for loss in (api_loss, api_loss_terms, APILoss()):
+        with pytest.raises(ValueError, match=r"no classifier.*float32 \[32, 8\].*num_classes=.*classifier="):
+            loss(head(x, y))
+    assert api_loss(head(x, y, classifier=torch.nn.Linear(8, 4))).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"class_weight": [1.0, 2.0]}, TypeError, r"class_weight must be a tensor \[C\].*\[1.0, 2.0\]"),
+        ({"class_weight": torch.ones(5).long()}, ValueError, r"floating point dtype, got int64 \[5\]"),
+        ({"class_weight": torch.ones(5, 1)}, ValueError, r"must be \[C\].*float32 \[5, 1\]"),
+        ({"margin": "0.05"}, TypeError, r"margin must be a number"),
+        ({"rank_weight": float("nan")}, ValueError, r"rank_weight must be finite, got nan"),
+        ({"label_smoothing": 1.1}, ValueError, r"\[0, 1\], got 1.1"),
+    ],
+)
+def test_settings_are_checked_in_all_forms(arguments, error, message):
+    with pytest.raises(error, match=message):
+        api_loss(make_output(), **arguments)
+    with pytest.raises(error, match=message):
+        APILoss(**arguments)
+
+
+def test_class_weight_must_have_an_entry_per_class():
+    with pytest.raises(ValueError, match=r"class_weight must be \[5\].*float32 \[4\]"):
+        api_loss(make_output(classes=5), class_weight=torch.ones(4))
+
+
+@pytest.mark.parametrize(("rows", "error"), [(0, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_rows_are_a_count(rows, error):
+    with pytest.raises(error, match="rows must be"):
+        APILoss(rows=rows)

@@ -1,0 +1,349 @@
+"""`APILoss.of_features`: the loss some rows of logits at a time, against that of all logits at once."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from apinet_head import APILoss, APIOutput, api_loss_terms
+
+N, DIM, HIDDEN, CLASSES = 14, 11, 13, 9
+
+
+class Case:
+    """Gated features of N rows, and what a head would give beside them."""
+
+    def __init__(self, dtype=torch.float64, gate="pair", seed=0, valid_share=0.7):
+        generator = torch.Generator().manual_seed(seed)
+        self.own, other = torch.randn(2, N, DIM, generator=generator, dtype=torch.float64).mul(2).to(dtype).unbind()
+        self.other = self.own if gate == "single" else other
+        for features in (self.own, self.other):
+            features.requires_grad_()
+        self.labels = torch.randint(CLASSES, (N,), generator=generator)
+        self.labels[2] = -100
+        self.valid = torch.rand(N, generator=generator) < valid_share
+        self.class_weight = torch.rand(CLASSES, generator=generator, dtype=dtype)
+
+    def rows(self, loss, classifier, num_rows=None):
+        return loss.of_features(self.own, self.other, self.labels, self.valid, num_rows, classifier)
+
+    def at_once(self, loss, classifier, num_rows=None):
+        output = APIOutput(
+            classifier(self.own), classifier(self.other), self.labels, self.valid & (self.labels >= 0), None, num_rows
+        )
+        return api_loss_terms(
+            output,
+            margin=loss.margin,
+            rank_weight=loss.rank_weight,
+            label_smoothing=loss.label_smoothing,
+            class_weight=loss.class_weight,
+        )
+
+    def learning(self, classifier):
+        features = [self.own] if self.own is self.other else [self.own, self.other]
+        return features + list(classifier.parameters())
+
+
+def make_classifier(kind, dtype=torch.float64):
+    torch.manual_seed(0)
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(DIM, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, CLASSES)).to(dtype)
+    linear = nn.Linear(DIM, CLASSES, bias=kind != "no bias", dtype=dtype)
+    return weight_norm(linear) if kind == "weight_norm" else linear
+
+
+def gradients(loss, inputs, **options):
+    return torch.autograd.grad(loss, inputs, **options)
+
+
+def assert_same(found, expected, tolerance=1e-12):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias", "mlp", "weight_norm"])
+@pytest.mark.parametrize("gate", ["pair", "single"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("rows", [None, 1, 3, 8, 1000])
+def test_terms_and_all_gradients_are_those_of_all_logits(kind, gate, weighted, smoothing, rows):
+    case, classifier = Case(gate=gate), make_classifier(kind)
+    weight = case.class_weight if weighted else None
+    loss = APILoss(margin=0.2, rank_weight=1.7, label_smoothing=smoothing, class_weight=weight, rows=rows)
+    found, expected = case.rows(loss, classifier), case.at_once(loss, classifier)
+    assert_same(found, expected)
+    learning = case.learning(classifier)
+    assert_same(gradients(3.5 * found.total, learning), gradients(3.5 * expected.total, learning))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_number_of_rows_of_all_ranks(kind):
+    case, classifier = Case(), make_classifier(kind)
+    loss, num_rows = APILoss(rows=4), torch.tensor(5.5, dtype=torch.float64)
+    found, expected = (way(loss, classifier, num_rows) for way in (case.rows, case.at_once))
+    assert_same(found, expected)
+    learning = case.learning(classifier)
+    assert_same(gradients(found.total, learning), gradients(expected.total, learning))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_no_row_that_counts_gives_zero_with_zero_gradients(kind):
+    case, classifier = Case(valid_share=0), make_classifier(kind)
+    terms = case.rows(APILoss(label_smoothing=0.1, class_weight=case.class_weight, rows=4), classifier)
+    assert [term.item() for term in terms] == [0, 0, 0]
+    assert all((gradient == 0).all() for gradient in gradients(terms.total, case.learning(classifier)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("gate", ["pair", "single"])
+def test_never_more_rows_of_logits_than_asked_for(kind, rows, gate):
+    case, classifier = Case(gate=gate), make_classifier(kind)
+    shapes = []
+
+    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            shapes.extend(r.shape for r in torch.utils._pytree.tree_leaves(result) if isinstance(r, torch.Tensor))
+            return result
+
+    with Shapes():
+        case.rows(APILoss(rows=rows), classifier).total.backward()
+    logits = [shape for shape in shapes if len(shape) > 1 and shape[-1] == CLASSES and shape[0] not in (DIM, HIDDEN)]
+    seen = [shape[:-1].numel() for shape in logits]
+    assert seen
+    assert max(seen) <= max(rows, 2 if gate == "pair" else 1)
+
+
+def test_the_ranking_and_cross_entropy_of_a_linear_classifier_have_no_gradient():
+    case, classifier = Case(), make_classifier("linear")
+    terms = case.rows(APILoss(rows=4), classifier)
+    assert terms.total.requires_grad
+    assert not terms.cross_entropy.requires_grad
+    assert not terms.ranking.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        terms.ranking.backward()
+
+
+def test_a_second_backward_pass_is_an_error():
+    case, classifier = Case(), make_classifier("linear")
+    total = case.rows(APILoss(rows=4), classifier).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_double_backward_is_an_error():
+    case, classifier = Case(), make_classifier("linear")
+    total = case.rows(APILoss(rows=4), classifier).total
+    with pytest.raises(RuntimeError, match=r"create_graph=True use APILoss\(rows=None\)"):
+        gradients(total, [case.own], create_graph=True)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "features", "all"])
+def test_what_does_not_learn_gets_no_gradient(frozen):
+    case, classifier = Case(), make_classifier("linear")
+    off = {"weight": [classifier.weight], "bias": [classifier.bias], "features": [case.own, case.other]}
+    for tensor in itertools.chain(*off.values()) if frozen == "all" else off[frozen]:
+        tensor.requires_grad_(False)
+    loss = APILoss(rows=4)
+    found, expected = case.rows(loss, classifier), case.at_once(loss, classifier)
+    assert_same(found, expected)
+    learning = [tensor for tensor in case.learning(classifier) if tensor.requires_grad]
+    assert found.total.requires_grad == bool(learning)
+    if learning:
+        assert_same(gradients(found.total, learning), gradients(expected.total, learning))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_without_gradients_there_are_no_buffers_for_them(kind):
+    case, classifier = Case(), make_classifier(kind)
+    with torch.no_grad():
+        found = case.rows(APILoss(rows=4), classifier)
+    assert_same(found, case.at_once(APILoss(), classifier))
+    assert not found.total.requires_grad
+
+
+def test_nan_features_give_a_nan_loss():
+    case = Case(valid_share=1)
+    with torch.no_grad():
+        case.own[5, 0] = float("nan")
+    for kind in ("linear", "mlp"):
+        terms = case.rows(APILoss(rows=4), make_classifier(kind))
+        assert all(term.isnan() for term in terms)
+
+
+def test_large_logits_stay_finite():
+    case, classifier = Case(), make_classifier("linear")
+    with torch.no_grad():
+        classifier.weight *= 1e5
+    loss = APILoss(rows=4)
+    found, expected = case.rows(loss, classifier), case.at_once(loss, classifier)
+    assert found.total.isfinite()
+    learning = case.learning(classifier)
+    assert_same(gradients(found.total, learning), gradients(expected.total, learning))
+
+
+class Adapted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize("how", ["hook", "subclass", "forward", "function"])
+def test_a_linear_that_is_not_just_one_is_called(how):
+    case, classifier = Case(), make_classifier("linear")
+    call = classifier
+    if how == "hook":
+        classifier.register_forward_hook(lambda module, inputs, output: output * 2)
+    elif how == "subclass":
+        call = Adapted(DIM, CLASSES, dtype=torch.float64)
+        call.load_state_dict(classifier.state_dict())
+        classifier = call
+    elif how == "forward":
+        classifier.forward = lambda x: nn.functional.linear(x, classifier.weight, classifier.bias) * 2
+    else:
+        call = lambda x: classifier(x) * 2  # noqa: E731
+    loss = APILoss(rows=4)
+    found, expected = case.rows(loss, call), case.at_once(loss, call)
+    assert_same(found, expected)
+    learning = case.learning(classifier)
+    for term in range(3):  # they have gradients of their own
+        assert_same(
+            gradients(found[term], learning, retain_graph=True), gradients(expected[term], learning, retain_graph=True)
+        )
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(kind, dtype):
+    case, classifier = Case(torch.float32), make_classifier(kind, torch.float32)
+    loss, learning = APILoss(rows=4, label_smoothing=0.1), case.learning(classifier)
+    with torch.autocast("cpu", dtype=dtype):
+        found, expected = case.rows(loss, classifier), case.at_once(loss, classifier)
+    assert {term.dtype for term in found} == {torch.float32}
+    assert_same(found, expected, 1e-5)  # of the very same logits
+    found, expected = gradients(found.total, learning), gradients(expected.total, learning)
+    assert {gradient.dtype for gradient in found} == {torch.float32}
+    assert_same(found, expected, 4e-3 if dtype == torch.float16 else 3e-2)
+
+
+def test_autocast_does_not_keep_a_weight_that_lacks_its_graph():
+    case, classifier = Case(torch.float32), make_classifier("linear", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        case.rows(APILoss(rows=4), classifier).total.backward()
+        classifier.weight.grad = None
+        classifier(case.own.detach()).sum().backward()
+    assert classifier.weight.grad is not None
+
+
+def test_float16_keeps_gradients_of_unlikely_classes():
+    torch.manual_seed(0)
+    classifier = nn.Linear(DIM, 20_000)
+    own, other = torch.randn(2, 40, DIM).unbind()
+    labels, valid = torch.arange(40) * 7, torch.ones(40, dtype=torch.bool)
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.float16):
+            total = APILoss(rows=16).of_features(own, other, labels, valid, None, classifier).total
+        found += gradients(total, [classifier.bias, classifier.weight])
+    for half, full in (found[::2], found[1::2]):
+        assert (half - full).norm() / full.norm() < 2e-3
+    rest = found[1][1000:], found[3][1000:]
+    assert (rest[0] - rest[1]).norm() / rest[1].norm() < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes(dtype):
+    case, classifier = Case(dtype), make_classifier("linear", dtype)
+    loss, learning = APILoss(rows=6), case.learning(classifier)
+    found, expected = case.rows(loss, classifier), case.at_once(loss, classifier)
+    assert found.total.dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_same(found, expected, tolerance)
+    assert_same(gradients(found.total, learning), gradients(expected.total, learning), tolerance)
+
+
+def test_scaled_loss_scales_gradients():
+    case, classifier = Case(torch.float32), make_classifier("linear", torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
+    loss = APILoss(rows=4)
+    expected = gradients(case.at_once(loss, classifier).total, list(classifier.parameters()))
+    scaler.scale(case.rows(loss, classifier).total).backward()
+    scaler.unscale_(optimizer)
+    assert_same([p.grad for p in classifier.parameters()], expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("rows", [None, 6])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled(kind, rows, backend):
+    torch._dynamo.reset()
+    case, classifier = Case(), make_classifier(kind)
+    loss = APILoss(label_smoothing=0.1, class_weight=case.class_weight, rows=rows)
+    compiled = torch.compile(loss.of_features, fullgraph=True, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler about itself
+        found = compiled(case.own, case.other, case.labels, case.valid, None, classifier)
+    expected = case.at_once(loss, classifier)
+    assert_same(found, expected)
+    learning = case.learning(classifier)
+    assert_same(gradients(found.total, learning), gradients(expected.total, learning))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_func_grad(kind):
+    case, classifier = Case(), make_classifier(kind)
+    loss = APILoss(rows=4)
+    found = torch.func.grad(
+        lambda own: loss.of_features(own, case.other, case.labels, case.valid, None, classifier).total
+    )(case.own.detach())
+    (expected,) = gradients(case.at_once(loss, classifier).total, [case.own])
+    assert_same([found], [expected])
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_label_beyond_the_classes_is_an_error(kind):
+    case = Case()
+    case.labels[int(case.valid.nonzero()[-1])] = CLASSES
+    for weight in (None, case.class_weight):
+        with pytest.raises(ValueError, match=rf"labels of valid rows must be in \[0, {CLASSES}\).*got {CLASSES}"):
+            case.rows(APILoss(rows=4, class_weight=weight), make_classifier(kind))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("rows", [None, 4])
+def test_class_weight_must_have_an_entry_per_class(kind, rows):
+    with pytest.raises(ValueError, match=rf"class_weight must be \[{CLASSES}\].*\[12\]"):
+        Case().rows(APILoss(rows=rows, class_weight=torch.ones(12)), make_classifier(kind))
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_a_classifier_that_gives_no_logits_is_an_error(rows):
+    with pytest.raises(ValueError, match=r"the classifier must map \[N, D\] to \[N, C\], got NoneType"):
+        Case().rows(APILoss(rows=rows), lambda x: None)
+
+
+def test_weight_gradient_is_one_buffer():
+    """Autograd takes it for .grad as it is, without a copy."""
+    torch.manual_seed(0)
+    classifier = nn.Linear(64, 4096)
+    own, other = torch.randn(2, 64, 64).unbind()
+    labels, valid = torch.arange(64), torch.ones(64, dtype=torch.bool)
+    big = []
+
+    class Big(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and tensor.numel() >= 4096 * 64:
+                    big.append(tensor.untyped_storage().data_ptr())
+            return result
+
+    with Big():
+        APILoss(rows=8).of_features(own, other, labels, valid, None, classifier).total.backward()
+    assert len(set(big) - {classifier.weight.data_ptr()}) == 1
+    assert classifier.weight.grad.data_ptr() in big
