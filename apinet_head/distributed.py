@@ -1,35 +1,60 @@
 """One batch across many ranks: the features of all of them, and gradients that find their way back."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from apinet_head._checks import check_features, check_labels
+from apinet_head._checks import FLOATS, check_features, check_labels
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group = dist.ProcessGroup | DeviceMesh | None
+
+# By their place here the ranks tell each other their dtypes.
+DTYPES = (
+    *FLOATS,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
 
 
-def gather_features(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The features and labels of all ranks of the default process group, in the order of the ranks.
+def gather_features(features: Tensor, labels: Tensor, *, group: "Group" = None) -> tuple[Tensor, Tensor, int]:
+    """The features and labels of all ranks of a process group, in the order of the ranks.
 
-    Differentiable: a rank's features receive the sum of the gradients that all ranks have for them. All ranks must
-    call this, forward and backward. Without a process group, or alone in it, the arguments come back as they are.
+    Differentiable: the gradient of a rank's features is the sum of the gradients that all ranks have for them. All
+    ranks must call this, and run its backward pass. Without a process group, or with one rank, the arguments are
+    returned as they are.
 
-    The ranks tell each other the shapes first, so that a rank with another batch is an error instead of a hang. The
-    host waits for those two numbers; where the group has a backend for the CPU as well, as
-    `init_process_group("cpu:gloo,cuda:nccl")` makes one, it doesn't wait for the device.
+    Ranks that hold the same images, as those of tensor parallelism do, must not be in one group: each image would find
+    its own copy. Pass the group, or the dimension of the device mesh, over which the data is split.
+
+    The ranks exchange shapes and dtypes first, so that a rank with another batch is an error instead of a hang. The
+    host waits for these few numbers; if the group has a CPU backend as well, as after
+    `init_process_group("cpu:gloo,cuda:nccl")`, it does not wait for the device.
 
     Args:
-        features: [B,D], floating point, B and D the same on all ranks.
-        labels: [B], class indices of any integer dtype.
+        features: [B,D], floating point; B, D and the dtype the same on all ranks.
+        labels: [B], class indices of an integer dtype, the same on all ranks.
+        group: a ProcessGroup or a one-dimensional DeviceMesh, such as `mesh["dp"]`, which this process is part of; None
+            for the default group.
 
     Returns:
-        all_features [W*B,D] and all_labels [W*B] of W ranks, and the row of the first of this rank's own.
+        all_features [W*B,D] and all_labels [W*B] of W ranks, and the row of this rank's first image.
 
     Raises:
-        ValueError: features or labels are malformed, or their shapes differ between ranks; then on every rank, with
-            the shapes of all.
+        ValueError: features or labels are malformed; or shapes, dtypes or the need of a gradient differ between ranks,
+            then on every rank, with what each has; or this process is not in the group.
+        TypeError: an argument is of the wrong type.
 
     Examples:
         >>> features, labels = torch.randn(4, 8), torch.tensor([0, 0, 1, 1])
@@ -39,61 +64,101 @@ def gather_features(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, i
     """
     check_features(features)
     check_labels(labels, features)
-    if world_size() == 1:
+    return gather_checked(features, labels, group)
+
+
+def gather_checked(features: Tensor, labels: Tensor, group: "Group" = None) -> tuple[Tensor, Tensor, int]:
+    """`gather_features` of features and labels that are known to be well-formed."""
+    if world_size(group) == 1:
         return features, labels, 0
-    _check_shapes(features)
-    all_features: Tensor = _Gather.apply(features)
-    return all_features, _gather(labels), dist.get_rank() * features.shape[0]
+    process_group = _process_group(group)
+    _check_equal(features, labels, process_group)
+    all_features: Tensor = _Gather.apply(features, process_group)
+    return all_features, _gather(labels, process_group), dist.get_rank(process_group) * features.shape[0]
+
+
+def world_size(group: "Group" = None) -> int:
+    """The number of ranks of the group; 1 without a process group.
+
+    Raises:
+        ValueError: this process is not in the group, or the mesh has several dimensions.
+        TypeError: it is no group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(_process_group(group))
+
+
+def mean_over_ranks(count: Tensor, group: "Group" = None) -> Tensor:
+    """The mean over all ranks of an integer scalar, in float64; a sum of 0 counts as 1, to divide by."""
+    total = count.clone()
+    dist.all_reduce(total, group=_process_group(group))
+    return total.clamp(min=1).double() / world_size(group)
+
+
+def _process_group(group: "Group") -> "dist.ProcessGroup | None":
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return group
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not in the group: call this only on ranks that are")
+    if not hasattr(group, "get_group"):
+        raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
+    if group.ndim != 1:
+        raise ValueError(
+            f"group must be a DeviceMesh of one dimension, got {group.ndim}: take that over which the data is split, "
+            "such as mesh['dp']"
+        )
+    return group.get_group()
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather, and for its gradient the sum over the ranks of what each has for this one's rows."""
+    """all_gather; in the backward pass the sum over ranks of their gradients for this rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:
-        return _gather(features)
+    def forward(ctx: Any, features: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+        ctx.group = group
+        return _gather(features, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        parts = list(gradient.contiguous().chunk(world_size()))
-        if dist.get_backend() == "gloo":  # which in older versions of torch has no reduce_scatter
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        parts = list(gradient.contiguous().chunk(dist.get_world_size(ctx.group)))
+        if dist.get_backend(ctx.group) == "gloo":  # which in older versions of torch has no reduce_scatter
             total = torch.cat(parts)
-            dist.all_reduce(total)
-            return total.chunk(world_size())[dist.get_rank()]
+            dist.all_reduce(total, group=ctx.group)
+            return total.chunk(len(parts))[dist.get_rank(ctx.group)], None
         own = torch.empty_like(parts[0])
-        dist.reduce_scatter(own, parts)
-        return own
+        dist.reduce_scatter(own, parts, group=ctx.group)
+        return own, None
 
 
-def _gather(rows: Tensor) -> Tensor:
-    everything = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
-    dist.all_gather(list(everything.chunk(world_size())), rows.detach().contiguous())
+def _gather(rows: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    ranks = dist.get_world_size(group)
+    everything = rows.new_empty(ranks * rows.shape[0], *rows.shape[1:])
+    dist.all_gather(list(everything.chunk(ranks)), rows.detach().contiguous(), group=group)
     return everything
 
 
-def world_size() -> int:
-    """The number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _check_equal(features: Tensor, labels: Tensor, group: "dist.ProcessGroup | None") -> None:
+    """ValueError on every rank if the ranks differ: one that raised alone would leave the others waiting for it."""
+    device = "cpu" if "cpu:" in str(dist.get_backend_config(group)) else features.device
+    learns = features.requires_grad and torch.is_grad_enabled()
+    dtypes = (DTYPES.index(features.dtype), DTYPES.index(labels.dtype))
+    own = torch.tensor([*features.shape, *dtypes, learns], device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    found = torch.stack(gathered).tolist()
+    if all(rank == found[0] for rank in found):
+        return
+    listing = ", ".join(
+        f"{_name(dtype)} {shape} with{'' if learns else 'out'} gradient and {_name(label_dtype)} labels on rank {rank}"
+        for rank, (*shape, dtype, label_dtype, learns) in enumerate(found)
+    )
+    raise ValueError(
+        f"all ranks must have features of one shape and dtype to mine over all of them, got {listing}: give each the "
+        "same number of images (BalancedBatchSampler does; else drop_last=True), and all the same dtypes"
+    )
 
 
-def mean_over_ranks(count: Tensor) -> Tensor:
-    """The mean over all ranks of an integer scalar, in float64; a sum of 0 counts as 1, to divide by."""
-    total = count.clone()
-    dist.all_reduce(total)
-    return total.clamp(min=1).double() / world_size()
-
-
-def _check_shapes(features: Tensor) -> None:
-    """ValueError on every rank if the shapes differ: one that raised alone would leave the others waiting for it."""
-    device = "cpu" if "cpu:" in str(dist.get_backend_config()) else features.device
-    own = torch.tensor(features.shape, device=device)
-    gathered = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(gathered, own)
-    shapes = torch.stack(gathered).tolist()
-    if any(shape != shapes[0] for shape in shapes):
-        listing = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
-        raise ValueError(
-            f"all ranks must have features of one shape to mine over all of them, got {listing}: give each the same "
-            "number of images (BalancedBatchSampler does; else drop_last=True)"
-        )
+def _name(index: int) -> str:
+    return str(DTYPES[index]).removeprefix("torch.")

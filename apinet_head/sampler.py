@@ -105,6 +105,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return self.n_batches - self._start
 
     def __iter__(self) -> Iterator[list[int]]:
+        # A DataLoader wraps what it is given as `sampler=` in a BatchSampler: that would make batches of batches.
         caller = sys._getframe(1).f_locals.get("self")
         if type(caller) is BatchSampler and getattr(caller, "sampler", None) is self:
             raise TypeError(

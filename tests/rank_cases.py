@@ -114,6 +114,23 @@ def message_for_unequal_batches():
     return "no error"
 
 
+def messages_for_other_dtypes():
+    """Of rank 0 with other labels, another precision, and no gradient, than the others."""
+    first, (features, labels) = dist.get_rank() == 0, map(own, make_batch(world()))
+    different = [
+        (features, labels.int() if first else labels),
+        (features.to(torch.bfloat16 if first else torch.float32), labels),
+        (features.clone().requires_grad_(not first), labels),
+    ]
+    messages = []
+    for arguments in different:
+        try:
+            gather_features(*arguments)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
 def steps_of_net(norm, chunk_size):
     """Two steps of SGD, the gradient of the second, and how often DDP reduced each bucket in one step."""
     net = make_net(norm, chunk_size, gather=True)
@@ -167,5 +184,6 @@ CASES = {
     "gathered as on GPUs": gathered_as_on_gpus,
     "unequal": message_for_unequal_batches,
     "accumulated": accumulated_gradients,
+    "other dtypes": messages_for_other_dtypes,
     **{f"{norm} {chunk_size}": partial(steps_of_net, norm, chunk_size) for norm, chunk_size in NETS},
 }

@@ -94,9 +94,20 @@ def test_gather_features(ranks, case):
 
 
 def test_unequal_batches_are_an_error_on_every_rank(ranks):
-    shapes = ", ".join(f"[{4 + 2 * rank}, {DIM}] on rank {rank}" for rank in range(len(ranks)))
     for message in of(ranks, "unequal"):
-        assert f"of one shape to mine over all of them, got {shapes}" in message
+        assert all(f"[{4 + 2 * rank}, {DIM}] without gradient" in message for rank in range(len(ranks))), message
+
+
+def test_other_dtypes_or_no_gradient_on_one_rank_are_an_error_on_every_rank(ranks):
+    listings = (
+        ("float64 [12, 16] without gradient and int32 labels", "float64 [12, 16] without gradient and int64 labels"),
+        ("bfloat16 [12, 16] without gradient and int64 labels", "float32 [12, 16] without gradient and int64 labels"),
+        ("float64 [12, 16] without gradient and int64 labels", "float64 [12, 16] with gradient and int64 labels"),
+    )
+    for messages in of(ranks, "other dtypes"):
+        for message, (first, others) in zip(messages, listings, strict=True):
+            expected = [f"{first} on rank 0", *(f"{others} on rank {rank}" for rank in range(1, len(ranks)))]
+            assert f"got {', '.join(expected)}: give" in message
 
 
 @pytest.mark.parametrize(("norm", "chunk_size"), NETS)
