@@ -108,21 +108,23 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype must be float16, bfloat16, float32, float64 or None, got {dtype!r}")
 
 
-def check_int(value: int, name: str, least: int | None = None) -> None:
-    """Raise unless `value` is an integer, of Python, numpy or a trace of torch's, and at least `least`."""
+def check_int(value: int, name: str, least: int | None = None) -> int:
+    """The value as a Python int (a traced one as it is); raises unless it is an integer and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {shown(value)}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value if isinstance(value, torch.SymInt) else int(value)
 
 
-def check_number(value: float, name: str, least: float = -math.inf, most: float = math.inf) -> None:
-    """Raise unless `value` is a finite number in [least, most]."""
+def check_number(value: float, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """The value as a Python float (a traced one as it is); raises unless it is a finite number in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     if not (math.isfinite(value) and least <= value <= most):
         bounds = f"in [{least}, {most}{']' if math.isfinite(most) else ')'}" if math.isfinite(least) else "finite"
         raise ValueError(f"{name} must be {bounds}, got {value}")
+    return value if isinstance(value, torch.SymFloat) else float(value)
 
 
 def shown(value: object) -> str:

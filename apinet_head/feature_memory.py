@@ -48,21 +48,25 @@ class FeatureMemory(nn.Module):
         TypeError: size or dim is no int.
 
     Examples:
-        Search the batch and the memory, then keep the batch. Partners in the batch, which come first and so have
-        `key_offset=0`, get a gradient, those in the memory none.
+        `APIHead(memory=N)` keeps one of these, and does all that needs doing:
 
-        >>> from apinet_head import APIHead, FeatureMemory, api_loss
-        >>> head, memory = APIHead(dim=16, num_classes=5), FeatureMemory(size=64, dim=16)
+        >>> from apinet_head import APIHead, api_loss, mine_pairs
+        >>> head = APIHead(dim=16, num_classes=5, memory=64)
         >>> for labels in torch.tensor([[0, 1, 2, 3], [3, 4, 0, 1]]):  # batches with one image of a class
         ...     features = torch.randn(4, 16, requires_grad=True)  # from a backbone
-        ...     keys = torch.cat([features, memory.features])
-        ...     key_labels = torch.cat([labels, memory.labels])
-        ...     output = head(features, labels, keys=keys, key_labels=key_labels, key_offset=0)
+        ...     output = head(features, labels)
         ...     api_loss(output).backward()
-        ...     memory.push(features, labels)
         ...     print(output.pairs.valid[:4].tolist())  # who found a partner of the same class
         [False, False, False, False]
         [True, False, True, True]
+
+        By itself it is a table of keys:
+
+        >>> memory = FeatureMemory(size=64, dim=16)
+        >>> memory.push(torch.randn(4, 16), torch.tensor([0, 1, 2, 3]))
+        >>> keys = {"keys": memory.features, "key_labels": memory.labels}
+        >>> mine_pairs(torch.randn(2, 16), torch.tensor([3, 4]), inter=None, **keys).partner.tolist()
+        [3, 0]
     """
 
     features: Tensor
@@ -73,13 +77,11 @@ class FeatureMemory(nn.Module):
         self, size: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dim", dim)):
-            check_int(value, name, 1)
+        self.size: int = check_int(size, "size", 1)
+        self.dim: int = check_int(dim, "dim", 1)
         check_dtype(dtype)
-        self.size: int = size
-        self.dim: int = dim
-        self.register_buffer("features", torch.full((size, dim), math.nan, device=device, dtype=dtype))
-        self.register_buffer("labels", torch.full((size,), -1, device=device, dtype=torch.int64))
+        self.register_buffer("features", torch.full((self.size, self.dim), math.nan, device=device, dtype=dtype))
+        self.register_buffer("labels", torch.full((self.size,), -1, device=device, dtype=torch.int64))
         self.register_buffer("num_pushed", torch.zeros((), device=device, dtype=torch.int64))
 
     @property
@@ -105,6 +107,10 @@ class FeatureMemory(nn.Module):
             )
         check_labels(labels, features)
         check_device(features, "features", self.features, "the memory")
+        self.push_unchecked(features, labels)
+
+    def push_unchecked(self, features: Tensor, labels: Tensor) -> None:
+        """`push` of what was checked before."""
         check_not_inference(self.features, "the memory")
         pushed = features.shape[0]
         features, labels = features.detach()[-self.size :], labels[-self.size :]

@@ -1,10 +1,11 @@
 """The API-Net head: a classifier that learns from pairs of images and at test time is one linear layer."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from apinet_head._checks import (
@@ -17,9 +18,15 @@ from apinet_head._checks import (
     check_number,
     describe,
 )
-from apinet_head.distributed import gather_features, mean_over_ranks, world_size
-from apinet_head.mutual import MutualMLP, make_mutual
-from apinet_head.pairs import Pairs, check_pairs, mine_pairs, searches_of
+from apinet_head.distributed import gather_checked, mean_over_ranks, world_size
+from apinet_head.feature_memory import FeatureMemory
+from apinet_head.mutual import entrance, is_plain_linear, is_plain_mlp, make_mutual
+from apinet_head.pairs import Pairs, check_keys, check_pairs, find_pairs, searches_of
+
+if TYPE_CHECKING:
+    from apinet_head.loss import APILoss, LossTerms
+
+FEW = 0.75  # A head warns if fewer of the pairs of its first batch than this share are valid.
 
 
 class APIOutput(NamedTuple):
@@ -29,12 +36,14 @@ class APIOutput(NamedTuple):
         logits_self: [2P,C], of features under their own gate; without a classifier those features [2P,D].
         logits_other: [2P,C], of features under the gate of the other image of the pair; likewise.
         labels: [2P], class indices.
-        valid: [2P] bool, False where the pair doesn't exist and the row is to count for nothing. A row that isn't
-            finite counts all the same: as its gradient would not be finite either, the loss has to tell.
-        pairs: the P pairs.
+        valid: [2P] bool, False where the pair doesn't exist, or one of its images has no class, and the row is to
+            count for nothing. A row that isn't finite counts all the same, if its image has a class: as its gradient
+            would not be finite either, the loss has to tell.
+        pairs: the P pairs. Partners found in the head's memory have rows behind those of the batch (of all ranks).
         num_rows: scalar that the loss divides its sums over rows by, None for the number of valid rows. Where one
             batch spans many ranks, it is their mean number of valid rows, so that the mean of the ranks' losses is
             the loss of the whole batch.
+        unclassified: True if the logits fields hold gated features, for want of a classifier, else None.
     """
 
     logits_self: Tensor
@@ -43,6 +52,7 @@ class APIOutput(NamedTuple):
     valid: Tensor
     pairs: Pairs
     num_rows: Tensor | None = None
+    unclassified: bool | None = None
 
 
 class APIHead(nn.Module):
@@ -52,6 +62,9 @@ class APIHead(nn.Module):
     vector m is computed of the pair, gates g = sigmoid(m * x) of each image, and all of x + x * g are classified:
     under an image's own gate and under the other one's. `api_loss` turns the result into a loss. Without labels, in
     deployment, only the classifier runs.
+
+    On the first batch that it trains on, a head warns if more than a quarter of the pairs are not valid. On a GPU
+    that waits for the device, this once; compiled heads, and those with a memory, don't look.
 
     Args:
         dim: channels D of the features.
@@ -69,6 +82,11 @@ class APIHead(nn.Module):
             images among the features of all. After DDP's averaging, loss and gradients are those of one process with
             the whole batch. Every rank must then call the head with labels, and with as many images as the others.
             Without a process group it changes nothing.
+        memory: N > 0 keeps the features of the last N images that the head was trained on in `head.memory`, a
+            `FeatureMemory`, and searches partners there too, in train mode with gradients enabled. Partners from the
+            memory get no gradient. Searching copies batch and memory into one table, which is freed after it. All
+            ranks remember the images of all, so each must call the head with as many. To begin after a warm-up, set
+            `head.memory = FeatureMemory(N, dim)` then.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -100,31 +118,33 @@ class APIHead(nn.Module):
         intra: str | None = "similar",
         inter: str | None = "similar",
         gather: bool = False,
+        memory: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (("dim", dim, 1), ("num_classes", num_classes, 0), ("hidden_dim", hidden_dim, 1)):
-            check_int(value, name, least)
+        self.dim: int = check_int(dim, "dim", 1)
+        self.num_classes: int = check_int(num_classes, "num_classes", 0)
+        hidden_dim, dropout = check_int(hidden_dim, "hidden_dim", 1), check_number(dropout, "dropout", 0, 1)
+        memory = check_int(memory, "memory", 0)
         if gate not in ("pair", "single"):
             raise ValueError(f"gate must be 'pair' or 'single', got {gate!r}")
-        check_number(dropout, "dropout", 0, 1)
         check_dtype(dtype)
         if gate == "single" and mutual == "individual":
             raise ValueError("gate='single' is a function of the mutual vector, and mutual='individual' has none")
         searches_of(intra, inter)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dim: int = dim
-        self.num_classes: int = num_classes
         self.gate: str = gate
         self.intra: str | None = intra
         self.inter: str | None = inter
         self.gather: bool = gather
-        self.mutual: nn.Module = (
-            mutual if isinstance(mutual, nn.Module) else make_mutual(mutual, dim, hidden_dim, dropout, **factory)
-        )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if isinstance(mutual, str):
+            mutual = make_mutual(mutual, self.dim, hidden_dim, dropout, **factory)
+        self.mutual: nn.Module = mutual
         self.drop: nn.Dropout = nn.Dropout(dropout)
-        self.classifier: nn.Module = nn.Linear(dim, num_classes, **factory) if num_classes else nn.Identity()
+        self.classifier: nn.Module = nn.Linear(self.dim, self.num_classes, **factory) if num_classes else nn.Identity()
+        self.memory: FeatureMemory | None = FeatureMemory(memory, self.dim, **factory) if memory else None
+        self._has_looked = False
 
     def forward(
         self,
@@ -133,74 +153,78 @@ class APIHead(nn.Module):
         *,
         pairs: Pairs | None = None,
         classifier: nn.Module | None = None,
+        criterion: "APILoss | None" = None,
         keys: Tensor | None = None,
         key_labels: Tensor | None = None,
         key_offset: int | None = None,
-    ) -> Tensor | APIOutput:
+    ) -> "Tensor | APIOutput | LossTerms":
         """Class logits without labels, all that the loss needs with them; in train and eval mode alike.
 
         Args:
             features: [B,D], floating point.
-            labels: [B], class indices of an integer dtype.
+            labels: [B], class indices of an integer dtype. A negative one means "no class": such an image is nobody's
+                partner, and its rows don't count.
             pairs: take these instead of mining; their partners are rows of `keys`, or of `features` (of all ranks',
-                with gather=True).
-            classifier: your own, mapping [N,D] to [N,C], in place of the head's.
+                with gather=True). A memory is left alone then.
+            classifier: your own, mapping [N,D] to [N,C], in place of the head's. It is called once, for all rows.
+            criterion: an `APILoss`, which then computes the loss from the gated features: with `APILoss(rows=64)`
+                logits exist for 64 rows at a time.
             keys: [M,D], where partners are searched instead of in `features`, see `mine_pairs`.
             key_labels: [M], their classes.
             key_offset: the row of `keys` that holds query 0, if they hold the queries.
 
         Returns:
-            Logits [B,C] (the features themselves, if there is no classifier), or an APIOutput.
+            Logits [B,C] (the features themselves, if there is no classifier); an APIOutput; or with `criterion` its
+            LossTerms.
 
         Raises:
             ValueError: shapes, dtypes or devices don't fit; the message shows what came.
-            TypeError: it is no tensor, or pairs are no Pairs.
+            TypeError: it is no tensor, pairs are no Pairs, or criterion is no APILoss.
         """
-        self._check(features)
-        classify: Callable[[Tensor], Tensor] = classifier if classifier is not None else self.classifier
+        classify = self.classifier if classifier is None else classifier
+        has_classes = not isinstance(classify, nn.Identity)
+        self._check_features(features)
         if labels is None:
-            if not (pairs is None and keys is None and key_labels is None and key_offset is None):
-                raise ValueError("pairs and keys are for training and need labels, got labels=None")
-            return features if isinstance(classify, nn.Identity) else classify(self.drop(features))
-
+            if any(argument is not None for argument in (pairs, criterion, keys, key_labels, key_offset)):
+                raise ValueError("pairs, keys and criterion are for training and need labels, got labels=None")
+            return classify(self.drop(features)) if has_classes else features
         check_labels(labels, features)
-        if (keys is None) != (key_labels is None):
-            raise ValueError(
-                f"keys need key_labels and the other way round, got only {'key_labels' if keys is None else 'keys'}"
-            )
-        if keys is not None and key_labels is not None:
-            check_features(keys, "keys", self.dim)
-            check_labels(key_labels, keys, "key_labels", "keys")
-        across_ranks = self.gather and world_size() > 1
-        if across_ranks and keys is None:
-            keys, key_labels, key_offset = gather_features(features, labels)
-        if pairs is None:
-            pairs = mine_pairs(
-                features, labels, intra=self.intra, inter=self.inter,
-                keys=keys, key_labels=key_labels, key_offset=key_offset,
-            )  # fmt: skip
-        table, rows, mutual = self._compare(features, pairs, keys)
-        # What the gates make of the features takes more memory to keep for the backward pass than time to make again.
-        gated: list[Tensor] = checkpoint(
-            self._gated, table, rows, mutual, use_reentrant=False, preserve_rng_state=False
-        )  # fmt: skip
-        if not isinstance(classify, nn.Identity):
-            gated = [classify(self.drop(features)) for features in gated]
-        own, other = gated[0], gated[-1]
-        if not isinstance(own, Tensor) or own.ndim != 2 or own.shape[0] != rows.shape[1] * 2:
-            raise ValueError(f"the classifier must map [N, D] to [N, C], got {describe(own)} for N={rows.shape[1] * 2}")
-        # A pair that doesn't exist is left out, but not the loss's only sign that an image of the batch isn't finite.
-        valid = pairs.valid.repeat(2) | ~own.detach().isfinite().all(1)
+        self._check_keys(features, labels, keys, key_labels, key_offset)
+        if pairs is not None:
+            self._check_pairs(features, pairs, keys)
+        if criterion is not None:
+            _check_criterion(criterion, has_classes)
+
         labels = labels.long()  # torch before 2.6 selects from few other dtypes
-        partner_labels = labels if key_labels is None else key_labels.long()
-        return APIOutput(
-            logits_self=own,
-            logits_other=other,
-            labels=torch.cat([labels.index_select(0, pairs.anchor), partner_labels.index_select(0, pairs.partner)]),
-            valid=valid,
-            pairs=pairs,
-            num_rows=mean_over_ranks(valid.sum()) if across_ranks else None,
-        )
+        trains = self.training and torch.is_grad_enabled()
+        memory = self.memory if trains and pairs is None else None
+        # Keys: where partners are searched; None is the batch alone.
+        given = _Keys(keys, key_labels.long(), key_offset) if keys is not None and key_labels is not None else None
+        searched = given or self._searched(features, labels, memory)
+
+        if pairs is None:
+            query = () if searched is None else (searched.all(), searched.labels, searched.offset)
+            pairs = find_pairs(features, labels, searches_of(self.intra, self.inter), *query)
+            if trains and not (given or memory or torch.compiler.is_compiling() or self._has_looked):
+                self._has_looked = _look(labels, pairs)
+        images = _images(features, pairs, None if searched is None else searched.take(pairs.partner))
+        if memory is not None:
+            self._remember(memory, features, labels, searched)
+
+        mutual = self._mutual_vector(images)
+        gated = self._gated(images, mutual)
+
+        key_labels = labels if searched is None else searched.labels
+        row_labels = torch.cat([labels.index_select(0, pairs.anchor), key_labels.index_select(0, pairs.partner)])
+        valid = _valid(pairs, row_labels, gated[: row_labels.shape[0]])
+        num_rows = mean_over_ranks(valid.sum()) if self.gather and world_size() > 1 else None
+        gated = self.drop(gated) if has_classes else gated
+        if criterion is not None:
+            return criterion.of_features(*self._own_and_other(gated), row_labels, valid, num_rows, classify)
+        logits = classify(gated) if has_classes else gated  # one call for all rows: quicker than two, in less memory
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != gated.shape[0]:
+            raise ValueError(f"the classifier must map [N, D] to [N, C], got {describe(logits)} for N={gated.shape[0]}")
+        return APIOutput(*self._own_and_other(logits), row_labels, valid, pairs, num_rows)
 
     def gates(self, features: Tensor, pairs: Pairs, *, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gates of pairs of rows of features [B,D], or of features and keys [M,D] (paper, equation 2).
@@ -209,76 +233,81 @@ class APIHead(nn.Module):
             sigmoid(m * x) of the anchors and of the partners, each [P,D], in (0, 1); sigmoid(m) twice, with
             gate="single".
         """
-        self._check(features)
-        table, rows, mutual = self._compare(features, pairs, keys)
-        anchor, partner = self._gates(_take(table, rows), mutual)
+        self._check_features(features)
+        if keys is not None:
+            check_features(keys, "keys", self.dim)
+            check_device(keys, "keys", features, "features")
+            self._check_key_dtype(features, keys)
+        self._check_pairs(features, pairs, keys)
+        images = _images(features, pairs, None if keys is None else keys.index_select(0, pairs.partner))
+        anchor, partner = self._gates(images.take(), self._mutual_vector(images))
         return anchor, partner
 
-    def _compare(self, features: Tensor, pairs: Pairs, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """A table of features, the rows [2,P] in it of anchors and partners, and the pairs' mutual vectors [P,D]."""
-        check_pairs(pairs, features)
-        try:
-            table, rows = self._images(features, pairs, keys)
-            # Where each row is in several pairs, the quicker way; not for a subclass, which may compute otherwise.
-            if keys is None and type(self.mutual) is MutualMLP:
-                return table, rows, self.mutual.of_rows(table, *rows)
-            images = _take(table, rows)
-        except IndexError as error:  # a CPU looks at the rows; a GPU stops by itself
-            raise ValueError(
-                f"pairs must be rows of features {describe(features)}"
-                + ("" if keys is None else f" and, the partners, of keys {describe(keys)}")
-                + f", got {describe(pairs.anchor)} with others"
-            ) from error
-        mutual: Tensor = self.mutual(*images)
-        if not isinstance(mutual, Tensor) or mutual.shape != images.shape[1:]:
-            raise ValueError(f"mutual must map two [P, D] to [P, D], got {describe(mutual)} for {describe(images[0])}")
-        return table, rows, mutual
+    def _searched(self, features: Tensor, labels: Tensor, memory: FeatureMemory | None) -> "_Keys | None":
+        """The batches of all ranks, and the memory, if partners are to be searched there."""
+        across_ranks = self.gather and world_size() > 1
+        if not across_ranks and memory is None:
+            return None
+        batch = _Keys(*(gather_checked(features, labels) if across_ranks else (features, labels, 0)))
+        if memory is None:
+            return batch
+        return batch._replace(labels=torch.cat([batch.labels, memory.labels]), past=memory.features)
 
-    def _images(self, features: Tensor, pairs: Pairs, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A table of features, and the rows [2,P] in it of the anchors and of the partners."""
-        if keys is None:
-            return features, torch.stack([pairs.anchor, pairs.partner])
-        check_features(keys, "keys", self.dim)
-        check_device(keys, "keys", features, "features")
-        if torch.promote_types(keys.dtype, features.dtype) != features.dtype:
-            self._check_dtype(keys, "keys")
-        if (features.requires_grad or keys.requires_grad) and torch.is_grad_enabled():
-            for rows in (pairs.anchor, pairs.partner, pairs.valid):
-                check_not_inference(rows, "pairs")
-        # A pair that doesn't exist points at any row of keys; were that one not finite, it would spoil the gradients
-        # although the loss leaves the pair out.
-        anchor = features.index_select(0, pairs.anchor)
-        partner = keys.index_select(0, pairs.partner).where(pairs.valid[:, None], anchor)
-        rows = torch.arange(partner.shape[0], device=features.device) + features.shape[0]
-        return torch.cat([features, partner]), torch.stack([pairs.anchor, rows])
+    def _remember(self, memory: FeatureMemory, features: Tensor, labels: Tensor, searched: "_Keys | None") -> None:
+        """Keep the images of all ranks: where all remember the same, DDP may copy one rank's buffers to the others."""
+        if self.gather and searched is not None:
+            features, labels = searched.features, searched.labels[: searched.features.shape[0]]
+        else:
+            features, labels, _ = gather_checked(features.detach(), labels)
+        memory.push_unchecked(features, labels)
+
+    def _mutual_vector(self, images: "_Images") -> Tensor:
+        """The mutual vectors m [P,D] of pairs of images."""
+        if images.shared and is_plain_mlp(self.mutual):
+            return self.mutual.of_rows(images.table, images.rows)
+        anchor, partner = images.take()
+        mutual: Tensor = self.mutual(anchor, partner)
+        if not isinstance(mutual, Tensor) or mutual.shape != anchor.shape:
+            raise ValueError(f"mutual must map two [P, D] to [P, D], got {describe(mutual)} for {describe(anchor)}")
+        return mutual
 
     def _gates(self, images: Tensor, mutual: Tensor) -> Tensor:
         """Gates of images [2,P,D], the anchors and the partners."""
         return torch.sigmoid(mutual.expand_as(images) if self.gate == "single" else mutual * images)
 
-    def _gated(self, table: Tensor, rows: Tensor, mutual: Tensor) -> list[Tensor]:
-        """The images under their own gates [2P,D] and, with two gates, then under each other's."""
-        images = _take(table, rows)
-        gates = self._gates(images, mutual)
-        of_each = [gates, gates.flip(0)] if self.gate == "pair" else [gates]
-        return [torch.addcmul(images, images, gate).flatten(0, 1) for gate in of_each]  # x + x * g
+    def _gated(self, images: "_Images", mutual: Tensor) -> Tensor:
+        """Gated features [4P,D]: all images under their own gates, then all under each other's; [2P,D] of one gate."""
 
-    def _check(self, features: Tensor) -> None:
-        check_features(features, dim=self.dim)
-        if (weight := self._weight()) is None:
+        def gated(table: Tensor, rows: Tensor, mutual: Tensor) -> Tensor:
+            images = _Images(table, rows).take()
+            gates = self._gates(images, mutual)
+            gates = torch.stack([gates, gates.flip(0)]) if self.gate == "pair" else gates[None]
+            return torch.addcmul(images, images, gates).flatten(0, 2)  # x + x * g
+
+        if torch._C._are_functorch_transforms_active():  # torch.func.grad refuses the hooks that checkpoint is made of
+            return gated(images.table, images.rows, mutual)
+        # What the gates make of the features takes more memory to keep for the backward pass than time to make again.
+        made: Tensor = checkpoint(
+            gated, images.table, images.rows, mutual, use_reentrant=False, preserve_rng_state=False
+        )  # fmt: skip
+        return made
+
+    def _own_and_other(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows under their own gates [2P,...], and those under each other's; the same where there is one gate."""
+        own, other = rows.chunk(2) if self.gate == "pair" else (rows, rows)
+        return own, other
+
+    def _check_features(self, features: Tensor, name: str = "features") -> None:
+        """Raise unless these are features that the head's first layer takes, if that is one that can be asked."""
+        check_features(features, name, self.dim)
+        weights = [layer.weight for layer in (entrance(self.mutual), self.classifier) if is_plain_linear(layer)]
+        if not weights:
             return
-        check_device(features, "features", weight, "the head's weights")
-        self._check_dtype(features, "features")
+        weight = weights[0]
+        check_device(features, name, weight, "the head's weights")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
-            check_not_inference(features, "features")
-
-    def _weight(self) -> nn.Parameter | None:
-        weights = list(self.parameters())  # next() with a default is more than torch 2.5 can compile
-        return weights[0] if weights else None
-
-    def _check_dtype(self, features: Tensor, name: str) -> None:
-        weight = self._weight()
-        if weight is None or features.dtype == weight.dtype:
+            check_not_inference(features, name)
+        if features.dtype == weight.dtype:
             return
         # Autocast leaves float64 alone, and knows but one dtype of half precision at a time.
         device = features.device.type
@@ -290,10 +319,121 @@ class APIHead(nn.Module):
                 "head with .to()"
             )
 
+    def _check_keys(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        keys: Tensor | None,
+        key_labels: Tensor | None,
+        key_offset: int | None,
+    ) -> None:
+        if keys is None and key_labels is None and key_offset is None:
+            return
+        if keys is None or key_labels is None:
+            name = "keys" if keys is not None else "key_labels" if key_labels is not None else "key_offset"
+            raise ValueError(f"keys and key_labels need each other, and key_offset needs both, got only {name}")
+        if self.memory is not None:
+            raise ValueError(
+                f"a head with a memory searches partners there, got keys {describe(keys)} as well: leave them out, or "
+                "make the head with memory=0"
+            )
+        check_keys(features, labels, keys, key_labels, key_offset)
+        self._check_key_dtype(features, keys)
+
+    def _check_key_dtype(self, features: Tensor, keys: Tensor) -> None:
+        if torch.promote_types(keys.dtype, features.dtype) != features.dtype:
+            self._check_features(keys, "keys")
+
+    def _check_pairs(self, features: Tensor, pairs: Pairs, keys: Tensor | None) -> None:
+        size = features.shape[0]
+        check_pairs(pairs, features, size * world_size() if self.gather else size, keys)
+        if keys is not None and (features.requires_grad or keys.requires_grad) and torch.is_grad_enabled():
+            for rows in (pairs.anchor, pairs.partner, pairs.valid):
+                check_not_inference(rows, "pairs")
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in ("dim", "num_classes", "gate", "intra", "inter"))
+        names = ("dim", "num_classes", "gate", "intra", "inter", "gather")
+        memory = 0 if self.memory is None else self.memory.size
+        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in names), f"memory={memory}"])
 
 
-def _take(table: Tensor, rows: Tensor) -> Tensor:
-    """table[rows], [2,P,D]; index_select has the quicker backward pass."""
-    return table.index_select(0, rows.flatten()).view(*rows.shape, table.shape[1])
+class _Keys(NamedTuple):
+    """Where partners are searched, if not in the batch alone: K rows of features, then those of a memory."""
+
+    features: Tensor  # [K,D]
+    labels: Tensor  # [K+N]
+    offset: int | None  # the row of query 0
+    past: Tensor | None = None  # [N,D]
+
+    def all(self) -> Tensor:
+        return self.features if self.past is None else torch.cat([self.features.detach(), self.past])
+
+    def take(self, rows: Tensor) -> Tensor:
+        """all()[rows], where features get a gradient and the past, which may be much larger, no room for one."""
+        if self.past is None:
+            return self.features.index_select(0, rows)
+        size = self.features.shape[0]
+        recent = self.features.index_select(0, rows.clamp(max=size - 1))
+        past = self.past.index_select(0, (rows - size).clamp(min=0))
+        return recent.where((rows < size)[:, None], past.to(recent.dtype))
+
+
+class _Images(NamedTuple):
+    """The images of P pairs, as rows of a table: those take less memory to keep than the images."""
+
+    table: Tensor  # [N,D]
+    rows: Tensor  # [2,P], of the anchors and of the partners
+    shared: bool = False  # whether most rows of the table are in several pairs
+
+    def take(self) -> Tensor:
+        """[2,P,D]; index_select has the quicker backward pass."""
+        return self.table.index_select(0, self.rows.flatten()).view(*self.rows.shape, self.table.shape[1])
+
+
+def _images(features: Tensor, pairs: Pairs, partner: Tensor | None) -> _Images:
+    """The images of pairs of rows of features [B,D], or of such rows and partners [P,D] from elsewhere."""
+    if partner is None:
+        return _Images(features, torch.stack([pairs.anchor, pairs.partner]), shared=True)
+    # A pair that doesn't exist points at any row of keys; were that one not finite, it would spoil the gradients
+    # although the loss leaves the pair out.
+    partner = partner.where(pairs.valid[:, None], features.index_select(0, pairs.anchor))
+    rows = torch.arange(partner.shape[0], device=features.device) + features.shape[0]
+    return _Images(torch.cat([features, partner]), torch.stack([pairs.anchor, rows]))
+
+
+def _valid(pairs: Pairs, labels: Tensor, own: Tensor) -> Tensor:
+    """Which rows [2P] count, of pairs with these labels [2P] and features [2P,D] under their own gates."""
+    has_class = labels >= 0
+    exists = pairs.valid & has_class.view(2, -1).all(0)
+    # A pair that doesn't exist is left out, but not the loss's only sign that an image of the batch isn't finite.
+    return exists.repeat(2) | (has_class & ~own.detach().isfinite().all(1))
+
+
+def _look(labels: Tensor, pairs: Pairs) -> bool:
+    """Warn if few of the pairs of a head's first batch are valid; False if now is no time to look."""
+    if type(labels) is not Tensor or labels.is_meta or _get_current_dispatch_mode():
+        return False
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    # One copy to the host, and so one wait for the device. Images without a class are to have no pair.
+    found = torch.stack([labels.index_select(0, pairs.anchor), pairs.valid]).cpu()
+    label, valid = found[:, found[0] >= 0]
+    if valid.sum() < FEW * len(valid):
+        warnings.warn(
+            f"{int((valid == 0).sum())} of the {len(valid)} pairs of the first batch are not valid and teach nothing: "
+            f"it has {len(labels)} images, of {len(label.unique())} different classes, and not each finds a partner of "
+            "its own class and one of another. Draw several images of each class: DataLoader(dataset, batch_sampler="
+            "BalancedBatchSampler(labels)), where sampler= or shuffle=True would mix them.",
+            stacklevel=5,  # whoever called the head: between are forward and two of nn.Module's own
+        )
+    return True
+
+
+def _check_criterion(criterion: object, has_classes: bool) -> None:
+    if not hasattr(criterion, "of_features"):
+        raise TypeError(f"criterion must be an APILoss, got {type(criterion).__name__}")
+    if not has_classes:
+        raise ValueError(
+            "criterion= is a loss over classes, and this head has no classifier: make it with num_classes=, or pass "
+            "classifier="
+        )

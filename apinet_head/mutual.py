@@ -3,12 +3,16 @@
 Each is a module that takes the two images' features [P,D] and gives the mutual vectors m [P,D] of the pairs.
 """
 
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
 
+M = TypeVar("M", bound=nn.Module)
 
 
 class MutualMLP(nn.Module):
@@ -28,23 +32,50 @@ class MutualMLP(nn.Module):
         self.fc2: nn.Linear = nn.Linear(hidden_dim, dim if out_dim is None else out_dim, **factory)
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        return self._finish(self.fc1(torch.cat([anchor, partner], 1)))
+        mutual: Tensor = self.fc2(self.drop(self.fc1(torch.cat([anchor, partner], 1))))
+        return mutual
 
-    def of_rows(self, features: Tensor, anchor: Tensor, partner: Tensor) -> Tensor:
-        """The same for the pairs (features[anchor[p]], features[partner[p]]) of the rows of features [B,D].
+    def of_rows(self, features: Tensor, rows: Tensor) -> Tensor:
+        """`forward` of features[rows[0]] and features[rows[1]], for features [B,D], rows [2,P] and a plain `fc1`.
 
         fc1 is linear: [x_a, x_b] W = x_a W_left + x_b W_right. Each image is in several pairs, so projecting it once
         and gathering the short results costs less than gathering the pairs and projecting those.
         """
+        weight, bias = self.fc1.weight, self.fc1.bias
         # A row of the weight is [W_left, W_right] of one hidden channel: seen as two rows, all takes one product.
-        projected = F.linear(features, self.fc1.weight.reshape(-1, features.shape[1]))
-        left, right = projected.view(-1, self.fc1.out_features, 2).unbind(2)
-        hidden = left.index_select(0, anchor) + right.index_select(0, partner)
-        return self._finish(hidden + self.fc1.bias)
-
-    def _finish(self, hidden: Tensor) -> Tensor:
-        mutual: Tensor = self.fc2(self.drop(hidden))
+        projected = F.linear(features, weight.reshape(-1, features.shape[1]))
+        left, right = projected.view(-1, weight.shape[0], 2).unbind(2)
+        hidden = left.index_select(0, rows[0]) + right.index_select(0, rows[1])
+        mutual: Tensor = self.fc2(self.drop(hidden if bias is None else hidden + bias))
         return mutual
+
+
+def is_plain_mlp(mutual: nn.Module) -> TypeGuard[MutualMLP]:
+    """Whether `MutualMLP.of_rows` computes what calling the module would, side effects included."""
+    return _is_untouched(mutual, MutualMLP) and is_plain_linear(mutual.fc1)
+
+
+def is_plain_linear(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether calling the layer is `F.linear` with its weight and bias and nothing else, so that these may be read.
+
+    Not so for an adapter or a quantised layer in its place, a parametrisation, a hook (pruning and the older
+    weight_norm are hooks), a replaced `forward`, or a weight that is a DTensor or of another subclass of Tensor.
+    """
+    return _is_untouched(layer, nn.Linear) and all(
+        type(weight) in (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+        for weight in (layer.weight, layer.bias)
+        if weight is not None
+    )
+
+
+def _is_untouched(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
 
 
 class MutualIndividual(nn.Module):
@@ -101,9 +132,10 @@ class MutualBilinear(nn.Module):
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        slots = torch.randint(dim, (2, dim), generator=generator)
-        signs = torch.randint(2, (2, dim), generator=generator) * 2 - 1
+        generator = torch.Generator("cpu").manual_seed(0)
+        device = torch.get_default_device() if device is None else device
+        slots = torch.randint(dim, (2, dim), generator=generator, device="cpu")
+        signs = torch.randint(2, (2, dim), generator=generator, device="cpu") * 2 - 1
         self.register_buffer("slots", slots.to(device))
         self.register_buffer("signs", signs.to(device=device, dtype=dtype or torch.get_default_dtype()))
 
@@ -120,6 +152,13 @@ class MutualBilinear(nn.Module):
 
     def _sketch(self, x: Tensor, side: int) -> Tensor:
         return torch.zeros_like(x).index_add(1, self.slots[side], x * self.signs[side].to(x.dtype))
+
+
+def entrance(mutual: nn.Module) -> nn.Module | None:
+    """The layer of a mutual vector that features enter first, if it is an MLP."""
+    if isinstance(mutual, MutualWeighted):
+        mutual = mutual.mlp
+    return mutual.fc1 if isinstance(mutual, MutualMLP) else None
 
 
 MUTUALS = ("mlp", "individual", "bilinear", "square_diff", "sum", "product", "weighted")

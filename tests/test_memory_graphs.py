@@ -3,7 +3,7 @@
 import pytest
 import torch
 from strategies import make_batch
-from test_memory import DIM, Past, gradients, make_step, with_memory
+from test_feature_memory import DIM, Past, gradients, make_step, with_memory
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apinet_head import APIHead, FeatureMemory, api_loss

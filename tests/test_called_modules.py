@@ -1,0 +1,287 @@
+"""What stands in for one of the head's Linears is called, never read: against plain concatenation in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils import weight_norm as old_weight_norm
+
+from apinet_head import APIHead, api_loss, mine_pairs
+
+DIM, CLASSES = 7, 3
+
+
+def make_case(dtype=torch.float64, **head_args):
+    torch.manual_seed(0)
+    head_args = {"hidden_dim": 6, "dropout": 0.0, "dtype": dtype, **head_args}
+    return APIHead(DIM, CLASSES, **head_args), torch.randn(12, DIM, dtype=dtype), torch.arange(12) % CLASSES
+
+
+def plainly(head, features, labels):
+    """Logits of the pairs' images under their own gates [2P,C], every layer called on what the paper says."""
+    pairs = mine_pairs(features, labels)
+    a, b = features[pairs.anchor], features[pairs.partner]
+    mutual = head.mutual.fc2(head.mutual.fc1(torch.cat([a, b], 1)))
+    return head.classifier(torch.cat([x + x * torch.sigmoid(mutual * x) for x in (a, b)]))
+
+
+class LoRA(nn.Module):
+    """As peft has it: the frozen layer, and beside it a product of two small ones."""
+
+    def __init__(self, base_layer, dtype=torch.float64):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_a = nn.Linear(base_layer.in_features, 2, bias=False, dtype=dtype)
+        self.lora_b = nn.Linear(2, base_layer.out_features, bias=False, dtype=dtype)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+    def forward(self, x):
+        low = self.lora_b(self.lora_a(x.to(self.lora_a.weight.dtype)))
+        return self.base_layer(x) + low.to(x.dtype)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def scaled(layer):
+    other = Scaled(layer.in_features, layer.out_features, dtype=layer.weight.dtype)
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+def without_bias(layer):
+    return nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=layer.weight.dtype)
+
+
+def with_own_forward(layer):
+    layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)
+    return layer
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda _, inputs, output: output * 2)
+    return layer
+
+
+def prehooked(layer):
+    layer.register_forward_pre_hook(lambda _, inputs: inputs[0] + 1)
+    return layer
+
+
+STAND_INS = {
+    "LoRA": LoRA,
+    "subclass": scaled,
+    "no bias": without_bias,
+    "forward of its own": with_own_forward,
+    "forward hook": hooked,
+    "forward pre-hook": prehooked,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.4),
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "old weight_norm": old_weight_norm,
+    "old spectral_norm": old_spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("place", ["mutual.fc1", "mutual.fc2", "classifier"])
+@pytest.mark.parametrize("name", STAND_INS)
+def test_what_stands_in_for_a_linear_is_called(name, place):
+    head, features, labels = make_case()
+    head.set_submodule(place, STAND_INS[name](head.get_submodule(place)))
+    if name == "LoRA":
+        nn.init.normal_(head.get_submodule(place).lora_b.weight)
+    for part in head.modules():  # spectral_norm changes its vectors with every call in train mode
+        part.training = "spectral" not in name
+    learning = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    for _ in range(2):  # weight_norm and prune make the weight anew in every step
+        found, expected = head(features, labels).logits_self, plainly(head, features, labels)
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(logits.square().sum(), learning) for logits in (found, expected)]
+        torch.testing.assert_close(*gradients)
+        assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
+        with torch.no_grad():
+            for parameter in learning:
+                parameter.add_(0.1)
+
+
+def test_gates_call_it_too():
+    head, features, labels = make_case()
+    pairs = mine_pairs(features, labels)
+    head.mutual.fc1 = scaled(head.mutual.fc1)
+    a, b = features[pairs.anchor], features[pairs.partner]
+    expected = torch.sigmoid(head.mutual.fc2(head.mutual.fc1(torch.cat([a, b], 1))) * a)
+    torch.testing.assert_close(head.gates(features, pairs)[0], expected)
+
+
+@pytest.mark.parametrize("place", ["mutual", "mutual.fc1", "mutual.drop", "mutual.fc2", "classifier"])
+def test_hooks_of_any_kind_fire(place):
+    head, features, labels = make_case()
+    fired, module = [], head.get_submodule(place)
+    module.register_forward_pre_hook(lambda *_: fired.append("forward pre"))
+    module.register_forward_hook(lambda *_: fired.append("forward"))
+    module.register_full_backward_pre_hook(lambda *_: fired.append("backward pre"))
+    module.register_full_backward_hook(lambda *_: fired.append("backward"))
+    api_loss(head(features, labels)).backward()
+    assert fired == ["forward pre", "forward", "backward pre", "backward"]
+
+
+def test_hooks_on_all_modules_fire():
+    head, features, labels = make_case()
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    try:
+        head(features, labels)
+    finally:
+        handle.remove()
+    assert [module for module in head.modules() if module not in called] == []
+
+
+def test_the_quick_way_is_taken_where_the_layers_are_what_they_seem(monkeypatch):
+    head, features, labels = make_case()
+    widths = []
+    monkeypatch.setattr(
+        F, "linear", lambda x, weight, bias=None, plain=F.linear: widths.append(x.shape) or plain(x, weight, bias)
+    )
+    head(features, labels)
+    assert widths[0] == (12, DIM), "the images are projected, not the pairs"
+
+
+def test_functional_call_takes_the_weights_that_are_given():
+    head, features, labels = make_case()
+    other, _, _ = make_case()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    given = {name: parameter.detach().clone().requires_grad_() for name, parameter in other.named_parameters()}
+    found = torch.func.functional_call(head, given, (features, labels)).logits_self
+    torch.testing.assert_close(found, plainly(other, features, labels))
+    assert all(gradient is not None for gradient in torch.autograd.grad(found.sum(), list(given.values())))
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_weight_that_is_a_dtensor_is_left_to_its_layer(mesh):
+    head, features, labels = make_case()
+    expected = head(features, labels).logits_self
+
+    class Distributed(nn.Module):
+        """Hooks of fully_shard take DTensors apart and put them together; here the layer around does."""
+
+        def __init__(self, layer):
+            super().__init__()
+            self.weight, self.bias = (
+                nn.Parameter(distribute_tensor(part, mesh, [Replicate()])) for part in (layer.weight, layer.bias)
+            )
+
+        def forward(self, x):
+            x = DTensor.from_local(x, mesh, [Replicate()])
+            return F.linear(x, self.weight, self.bias).to_local()
+
+    for place in ("mutual.fc1", "classifier"):
+        head.set_submodule(place, Distributed(head.get_submodule(place)))
+    torch.testing.assert_close(head(features, labels).logits_self, expected)
+
+
+@pytest.mark.parametrize("places", [["mutual.fc1"], ["mutual.fc1", "mutual.fc2", "classifier"]])
+def test_fully_shard_on_a_linear(mesh, places):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("fully_shard is elsewhere in torch before 2.6")
+    head, features, labels = make_case()
+    expected = api_loss(head(features, labels))
+    names, parameters = zip(*head.named_parameters(), strict=True)
+    gradients = dict(zip(names, torch.autograd.grad(expected, parameters), strict=True))
+    for place in places:
+        fsdp.fully_shard(head.get_submodule(place), mesh=mesh)
+    loss = api_loss(head(features, labels))
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in head.named_parameters():
+        gradient = parameter.grad
+        torch.testing.assert_close(gradient.to_local() if isinstance(gradient, DTensor) else gradient, gradients[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_layers():
+    head, features, labels = make_case(torch.float32)
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(head), {nn.Linear}, dtype=torch.qint8)
+    assert list(quantised.parameters()) == []
+    pairs = mine_pairs(features, labels)
+    for found, expected in zip(quantised.gates(features, pairs), head.gates(features, pairs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(quantised.eval()(features), head.eval()(features), rtol=0.1, atol=0.1)
+
+
+class StoredIn8Bits(nn.Module):
+    """As bitsandbytes and others keep weights: integers, made into what the input is when called."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.scale = float(layer.weight.detach().abs().max()) / 127
+        weight = (layer.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(layer.bias.detach().float())
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias.to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_integer_weights_say_nothing_about_the_features(dtype):
+    head, features, labels = make_case(torch.float32)
+    for place in ("mutual.fc1", "mutual.fc2", "classifier"):
+        head.set_submodule(place, StoredIn8Bits(head.get_submodule(place)))
+    features = features.to(dtype)
+    assert torch.isfinite(api_loss(head(features, labels)))
+    assert head(features).dtype == dtype
+
+
+def test_an_adapter_in_float32_on_a_head_in_half_precision():
+    head, features, labels = make_case(torch.bfloat16)
+    head.mutual.fc1 = LoRA(head.mutual.fc1, torch.float32)
+    api_loss(head(features, labels)).backward()
+    assert head.mutual.fc1.lora_b.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="one dtype outside autocast"):
+        head(features.float(), labels)
+
+
+@pytest.mark.parametrize("own", [scaled, hooked, StoredIn8Bits, LoRA, lambda layer: nn.Sequential(layer, nn.Tanh())])
+def test_a_classifier_of_ones_own_is_called(own):
+    head, features, labels = make_case()
+    classifier = own(nn.Linear(DIM, 4, dtype=torch.float64))
+    bare, _, _ = make_case()
+    bare.classifier = nn.Identity()
+    expected = classifier(bare(features, labels).logits_self)
+    torch.testing.assert_close(head(features, labels, classifier=classifier).logits_self, expected)
+    torch.testing.assert_close(head(features, classifier=classifier), classifier(features))
+
+
+@pytest.mark.parametrize("stand_in", ["LoRA", "weight_norm", "no bias", "subclass"])
+def test_compiled_and_exported(stand_in):
+    torch._dynamo.reset()
+    head, features, labels = make_case()
+    head.mutual.fc1 = STAND_INS[stand_in](head.mutual.fc1)
+    expected = head(features, labels).logits_self
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(features, labels).logits_self, expected)
+    torch.testing.assert_close(torch.export.export(head, (features, labels)).module()(features, labels)[0], expected)
