@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from apinet_head._checks import check_device, check_integer
+from apinet_head._checks import check_device, check_integer, describe
 from apinet_head.pairs import Pairs, mine_pairs, searches_of
 
 if TYPE_CHECKING:  # that library has no types; its miners are modules
@@ -71,15 +71,17 @@ class APIMiner(BaseMiner):
     them to length 1 unless told otherwise: pass `F.normalize(embeddings)` to find the partners that those would.
     Leaving out the pairs that don't exist makes the host wait for the device, as with all miners of that library.
 
-    With `ref_emb`, partners are searched there. Those must not hold the embeddings themselves, as the memory of
-    `CrossBatchMemory` does: each would be its own nearest.
+    With `ref_emb`, partners are searched there. Where those hold the whole batch in its order, as the memory of
+    `CrossBatchMemory` does and the rows of all ranks in `DistributedMinerWrapper(efficient=True)`, no embedding is
+    paired with its own copy.
 
     Args:
         intra: partner of the same class: "similar", "dissimilar", "random" or None, see `mine_pairs`.
         inter: partner of another class, likewise.
 
     Raises:
-        ValueError: intra or inter is unknown, or both are None.
+        ValueError: intra or inter is unknown, or both are None; when mining, each embedding's nearest of its class is a
+            copy of itself, because `ref_emb` holds the embeddings in another order.
 
     Examples:
         >>> from pytorch_metric_learning.losses import ContrastiveLoss
@@ -98,13 +100,46 @@ class APIMiner(BaseMiner):
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four tensors of anchors, positives, anchors and negatives."""
-        elsewhere = ref_emb is not embeddings
-        pairs = mine_pairs(
-            embeddings, labels, intra=self.intra, inter=self.inter,
-            keys=ref_emb if elsewhere else None, key_labels=ref_labels if elsewhere else None,
-        )  # fmt: skip
+        if ref_emb is embeddings:
+            pairs = mine_pairs(embeddings, labels, intra=self.intra, inter=self.inter)
+        else:
+            place = _place_in(ref_emb, ref_labels, embeddings, labels)
+            # A ring buffer may hold the batch around its end: turned by that much, it begins with it.
+            turn = place if place is not None and place + len(embeddings) > len(ref_emb) else 0
+            keys, key_labels = (ref_emb.roll(-turn, 0), ref_labels.roll(-turn)) if turn else (ref_emb, ref_labels)
+            pairs = mine_pairs(
+                embeddings, labels, intra=self.intra, inter=self.inter,
+                keys=keys, key_labels=key_labels, key_offset=None if place is None else place - turn,
+            )  # fmt: skip
+            pairs = pairs._replace(partner=(pairs.partner + turn) % len(ref_emb))
+            positive = pairs.valid & pairs.same_class
+            if place is None and positive.any():
+                copies = ref_emb[pairs.partner[positive]] == embeddings[pairs.anchor[positive]]
+                if copies.all():
+                    raise ValueError(
+                        f"ref_emb {describe(ref_emb)} holds the embeddings {describe(embeddings)} themselves, but not "
+                        "in their order: each would be its own partner. Leave them out of it, or put them first"
+                    )
         positive, negative = pairs.valid & pairs.same_class, pairs.valid & ~pairs.same_class
         return pairs.anchor[positive], pairs.partner[positive], pairs.anchor[negative], pairs.partner[negative]
 
     def extra_repr(self) -> str:
         return f"intra={self.intra!r}, inter={self.inter!r}"
+
+
+def _place_in(ref_emb: Tensor, ref_labels: Tensor, embeddings: Tensor, labels: Tensor) -> int | None:
+    """The row of ref_emb from which it holds the batch, in its order and going on at row 0 after the last; or None.
+
+    The library tells its losses and wrappers where that is, but not its miners.
+    """
+    if embeddings.dtype != ref_emb.dtype or not 0 < len(embeddings) <= len(ref_emb):
+        return None
+    # As bytes: a row with NaN equals its copy, too.
+    rows, refs = (table.detach().contiguous().view(torch.uint8) for table in (embeddings, ref_emb))
+    starts = (refs == rows[0]).all(1).nonzero()
+    places = (starts + torch.arange(len(rows), device=rows.device)) % len(refs)
+    places = places[(ref_labels[places] == labels).all(1)]
+    for place in places.flip(0):  # the newest first, if the memory holds the same batch twice
+        if torch.equal(refs[place], rows):
+            return int(place[0])
+    return None

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
+from ranks import on_ranks
 from torch.utils.data import DataLoader, TensorDataset
 
 from apinet_head import APIHead, api_loss, api_loss_terms, mine_pairs
@@ -122,6 +124,90 @@ def test_our_pairs_among_other_embeddings():
     among = {"keys": keys, "key_labels": key_labels, "itself": True}
     found = APIMiner()(X, Y, keys, key_labels)
     assert [rows.tolist() for rows in found] == nearest(True, **among) + nearest(False, **among)
+
+
+def nearest_elsewhere(batch, labels, keys, key_labels, own, same_class):
+    """(anchor, partner) by trying all keys but the anchor's own, `own[anchor]`."""
+    found = []
+    for anchor in range(len(batch)):
+        distance = ((keys - batch[anchor]) ** 2).sum(1).nan_to_num(torch.inf)
+        distance[own[anchor]] = torch.inf
+        distance[(key_labels == labels[anchor]) != same_class] = torch.inf
+        if distance.isfinite().any():
+            found.append((anchor, int(distance.argmin())))
+    return found
+
+
+@pytest.mark.parametrize("memory_size", [30, 33, 64, 15])  # batches in line, across the end, never full, one alone
+@pytest.mark.parametrize("change", [None, "one twice", "NaN"])
+def test_no_embedding_is_its_own_partner_in_a_cross_batch_memory(memory_size, change):
+    torch.manual_seed(3)
+    memory = losses.CrossBatchMemory(losses.ContrastiveLoss(), DIM, memory_size, miner=APIMiner())
+    memory.embedding_memory = memory.embedding_memory.double()
+    seen = []
+    memory.loss.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
+    for step in range(5):
+        batch, labels = torch.randn(SIZE, DIM, dtype=torch.float64), torch.randint(0, 4, (SIZE,))
+        if change == "one twice":
+            batch[7], labels[7] = batch[0], labels[0]
+        if change == "NaN":
+            batch[0] = torch.nan
+        memory(batch, labels)
+        _, _, (a1, p, a2, n), keys, key_labels = seen[-1]
+        own = [(SIZE * step + row) % memory_size for row in range(SIZE)]
+        pairs = [list(zip(*map(torch.Tensor.tolist, rows), strict=True)) for rows in ((a1, p), (a2, n))]
+        for same_class, found in zip((True, False), pairs, strict=True):
+            expected = nearest_elsewhere(batch, labels, keys, key_labels, own, same_class)
+            found = [pair for pair in found if batch[pair[0]].isfinite().all()]
+            assert all(partner != own[anchor] for anchor, partner in found)
+            # Of two copies in the memory, either may be the nearest.
+            one, other = ([(anchor, keys[partner].tolist()) for anchor, partner in rows] for rows in (found, expected))
+            assert one == other, (step, same_class)
+
+
+def test_embeddings_that_are_queries_alone_are_searched_in_all_of_the_memory():
+    memory = losses.CrossBatchMemory(losses.ContrastiveLoss(), DIM, 60, miner=APIMiner())
+    memory.embedding_memory = memory.embedding_memory.double()
+    seen = []
+    memory.loss.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
+    both, labels = torch.cat([X, X + 0.01]), torch.cat([Y, Y])  # a momentum encoder's copies are almost the queries
+    memory(both, labels, enqueue_mask=torch.arange(2 * SIZE) >= SIZE)
+    assert seen[0][2][1].tolist() == seen[0][2][0].tolist() == list(range(SIZE))
+
+
+def test_a_batch_given_as_ref_emb_is_searched_without_itself():
+    expected = [rows.tolist() for rows in APIMiner()(X, Y)]
+    for keys in (X.clone(), X.detach()):
+        assert [rows.tolist() for rows in APIMiner()(X, Y, keys, Y.clone())] == expected
+
+
+def test_embeddings_in_ref_emb_in_another_order_are_an_error():
+    order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(
+        ValueError, match=r"ref_emb float64 \[15, 10\] on cpu holds the embeddings .* not in their order"
+    ):
+        APIMiner()(X, Y, X[order], Y[order])
+
+
+def test_efficient_miner_on_ranks_leaves_out_own_rows(tmp_path):
+    ranks = on_ranks(2, {"mined": mined_on_ranks}, tmp_path)
+    for number, rank in enumerate(ranks):
+        batch, other = (make_own(one) for one in (number, 1 - number))
+        keys, key_labels = (torch.cat(pair) for pair in zip(batch, other, strict=True))  # own rows first, as there
+        a1, p, a2, n = rank["mined"]
+        for same_class, rows in ((True, (a1, p)), (False, (a2, n))):
+            expected = nearest_elsewhere(*batch, keys, key_labels, range(SIZE), same_class)
+            assert list(zip(*rows, strict=True)) == expected
+
+
+def make_own(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(SIZE, DIM, generator=generator, dtype=torch.float64), Y
+
+
+def mined_on_ranks():
+    wrapper = DistributedMinerWrapper(APIMiner(), efficient=True)
+    return [rows.tolist() for rows in wrapper(*make_own(torch.distributed.get_rank()))]
 
 
 def test_there_and_back_is_what_is_valid_of_mine_pairs():
