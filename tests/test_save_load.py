@@ -1,0 +1,357 @@
+"""What APINet saves comes back as it was, or is refused when it is saved."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from apinet_head import APINet
+from apinet_head.mutual import MutualMLP
+
+IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def make_net(num_classes=5, **arguments):
+    """A net in eval mode whose BatchNorm has seen images."""
+    torch.manual_seed(0)
+    net = APINet("test_resnet", num_classes, **{"hidden_dim": 16, **arguments})
+    net.backbone(torch.randn(4, *net.backbone.pretrained_cfg["input_size"]).to(net.head.classifier.weight))
+    return net.eval()
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def round_trip(net, folder, **arguments):
+    net.save_pretrained(folder)
+    return APINet.from_pretrained(folder, **arguments)
+
+
+def check_same(loaded, net, images=IMAGES):
+    assert str(loaded) == str(net)
+    expected = net.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, value in loaded.state_dict().items():
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(value, expected[name]), name
+    assert torch.equal(loaded(images), net(images))
+
+
+# ------------------------------------------------------------------------------------------- arguments
+
+
+def test_numpy_numbers_come_back(tmp_path):
+    net = make_net(
+        np.int64(7), dropout=np.float32(0.25), hidden_dim=np.int32(8), chunk_size=np.int16(2),
+        backbone_args={"output_stride": np.int64(16), "drop_rate": np.float64(0.1)},
+    )  # fmt: skip
+    loaded = round_trip(net, tmp_path)
+    assert config_of(tmp_path)["backbone_args"] == {"output_stride": 16, "drop_rate": 0.1}
+    assert loaded.head.drop.p == 0.25
+    assert loaded.chunk_size == 2
+    assert (type(net.chunk_size), type(net.num_classes), type(net.dim)) == (int, int, int)
+    check_same(loaded, net)
+
+
+def test_positional_arguments_come_back(tmp_path):
+    net = APINet("test_resnet", np.int64(3)).eval()
+    check_same(round_trip(net, tmp_path), net)
+
+
+def test_tuples_come_back_as_tuples(tmp_path):
+    overlay = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5), "input_size": (3, 96, 96)}
+    net = make_net(backbone_args={"pretrained_cfg_overlay": overlay, "layers": (1, 2, 1, 1)})
+    loaded = round_trip(net, tmp_path)
+    check_same(loaded, net)
+    expected = timm.data.resolve_model_data_config(net.backbone)
+    assert timm.data.resolve_model_data_config(loaded.backbone) == expected
+    assert expected["input_size"] == (3, 96, 96)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"act_layer": nn.SiLU}, r"backbone_args\['act_layer'\].*class.*SiLU.*act_layer='silu'"),
+        ({"block_args": {"attn_layer": {"se"}}}, r"backbone_args\['block_args'\]\['attn_layer'\].*\{'se'\}"),
+        ({"block_args": {3: None}}, r"backbone_args\['block_args'\]\[3\]=None"),
+        ({"drop_rate": torch.tensor(0.5)}, r"backbone_args\['drop_rate'\].*tensor"),
+    ],
+)
+def test_arguments_that_json_cannot_hold_are_named_when_saving(arguments, named, tmp_path, monkeypatch):
+    create = timm.create_model
+    accepted = {"act_layer"}
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda *a, **k: create(*a, **{n: v for n, v in k.items() if n not in arguments or n in accepted}),
+    )
+    net = make_net(backbone_args=arguments)
+    assert net(IMAGES).shape == (3, 5)  # the net itself can be used
+    with pytest.raises(ValueError, match=named):
+        net.save_pretrained(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+def test_arguments_changed_by_the_caller_afterwards_do_not_reach_the_file(tmp_path):
+    arguments = {"in_chans": 1}
+    net = APINet("test_resnet", 5, backbone_args=arguments).eval()
+    arguments["in_chans"] = 3
+    net.save_pretrained(tmp_path)
+    assert config_of(tmp_path)["backbone_args"] == {"in_chans": 1}
+    assert torch.equal(APINet.from_pretrained(tmp_path)(IMAGES[:, :1]), net(IMAGES[:, :1]))
+
+
+def test_weights_of_a_local_file_are_not_asked_for_again(tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), weights)
+    overlay = {"file": str(weights), "mean": (0.5, 0.5, 0.5), "num_classes": 0}
+    nets = [
+        make_net(backbone_args={"checkpoint_path": weights}),
+        make_net(pretrained=True, backbone_args={"pretrained_cfg_overlay": overlay, "cache_dir": str(tmp_path)}),
+    ]
+    assert torch.equal(nets[0].backbone.conv1[0].weight, torch.load(weights)["conv1.0.weight"])
+    for net in nets:
+        net.save_pretrained(tmp_path / "net")
+    weights.unlink()
+    for number, net in enumerate(nets):
+        folder = tmp_path / f"net{number}"
+        check_same(round_trip(net, folder), net)
+        assert str(tmp_path) not in (folder / "config.json").read_text()
+    assert APINet.from_pretrained(folder).pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+
+
+def test_a_local_folder_as_the_name_is_refused(tmp_path):
+    from timm.models import save_for_hf
+
+    save_for_hf(timm.create_model("test_resnet", num_classes=0), tmp_path / "timm", model_config={"num_classes": 0})
+    net = APINet(f"local-dir:{tmp_path / 'timm'}", 5)
+    with pytest.raises(ValueError, match=r"backbone='local-dir:.*timm'.*take a name"):
+        net.save_pretrained(tmp_path / "net")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("converted", [True, False])
+def test_dtype_comes_back(dtype, converted, tmp_path):
+    net = make_net().to(dtype) if converted else make_net(dtype=dtype)
+    check_same(round_trip(net, tmp_path), net, IMAGES.to(dtype))
+    assert APINet.from_pretrained(tmp_path, dtype=torch.float32)(IMAGES).dtype == torch.float32
+
+
+def test_dtype_and_device_are_those_of_the_whole_net(tmp_path):
+    net = APINet("test_resnet", 5, device="meta", dtype=torch.float16)
+    assert {(value.device.type, value.dtype) for value in net.parameters()} == {("meta", torch.float16)}
+    net = make_net(device=torch.device("cpu"))
+    net.save_pretrained(tmp_path)
+    assert "device" not in config_of(tmp_path)
+
+
+def test_weights_of_two_dtypes_are_refused(tmp_path):
+    net = make_net()
+    net.backbone.bfloat16()
+    with pytest.raises(ValueError, match=r"backbone\.conv1.* is bfloat16 .*would come back as float32"):
+        net.save_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- modules of one's own
+
+
+class TwiceMLP(MutualMLP):
+    """The published MLP twice over: the same weights, another function."""
+
+    def forward(self, anchor, partner):
+        return 2 * super().forward(anchor, partner)
+
+
+class OwnMutual(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((dim,), 3.0))
+
+    def forward(self, anchor, partner):
+        return self.scale * anchor * partner
+
+
+@pytest.mark.parametrize("make", [lambda dim: TwiceMLP(dim, 16), OwnMutual], ids=["subclass", "own"])
+def test_own_mutual_has_to_be_given_when_loading(make, tmp_path):
+    dim = timm.create_model("test_resnet").num_features
+    net = make_net(mutual=make(dim))
+    net.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"mutual=(TwiceMLP|OwnMutual).*from_pretrained\(.*mutual=module"):
+        APINet.from_pretrained(tmp_path)
+    loaded = APINet.from_pretrained(tmp_path, mutual=make(dim))
+    check_same(loaded, net)
+    labels = torch.tensor([0, 0, 1])
+    assert torch.equal(loaded(IMAGES, labels).logits_self, net(IMAGES, labels).logits_self)
+
+
+def test_own_backbone_and_own_mutual_are_both_asked_for(tmp_path):
+    def backbone():
+        return nn.Sequential(nn.Conv2d(3, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    net = APINet(backbone(), 5, dim=12, mutual=OwnMutual(12)).eval()
+    net.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"backbone=module, mutual=module"):
+        APINet.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"backbone=module\)"):
+        APINet.from_pretrained(tmp_path, mutual=OwnMutual(12))
+    check_same(APINet.from_pretrained(tmp_path, backbone=backbone(), mutual=OwnMutual(12)), net)
+
+
+# --------------------------------------------------------------------------------- changes after it was made
+
+
+def test_another_number_of_classes_is_saved(tmp_path):
+    net = make_net()
+    net.reset_classifier(9)
+    check_same(round_trip(net.eval(), tmp_path), net)
+
+
+def test_another_chunk_size_is_saved(tmp_path):
+    net = make_net()
+    net.chunk_size = 2
+    assert round_trip(net, tmp_path).chunk_size == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda net: setattr(net.backbone, "act1", nn.SiLU()), r"backbone\.act1 is SiLU.*come back as ReLU"),
+        (lambda net: setattr(net.head, "mutual", TwiceMLP(net.dim, 16)), r"head\.mutual is TwiceMLP.*MutualMLP"),
+        (lambda net: setattr(net.head, "classifier", nn.Linear(net.dim, 6)), r"head\.classifier .*6.*5"),
+        (lambda net: setattr(net.head, "intra", None), r"head is .*intra=None.*intra='similar'"),
+        (lambda net: setattr(net.head.drop, "p", 0.1), r"head\.drop is .*p=0\.1.*p=0\.5"),
+        (lambda net: parametrizations.weight_norm(net.head.classifier), r"head\.classifier is ParametrizedLinear"),
+        (lambda net: nn.utils.weight_norm(net.head.classifier), r"head\.classifier\.weight_g"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_change_that_would_be_lost_is_refused_and_named(change, named, tmp_path):
+    net = make_net()
+    change(net)
+    with pytest.raises(ValueError, match=named):
+        net.save_pretrained(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+def test_saving_changes_nothing(tmp_path):
+    net = make_net(mutual=OwnMutual(make_net().dim))
+    before, state, rng = copy.deepcopy(net.state_dict()), str(net), torch.get_rng_state()
+    net.train().save_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert net.training
+    assert str(net) == state
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_sync_batch_norm_is_saved_as_batch_norm(tmp_path):
+    net = make_net()
+    expected = net(IMAGES)
+    nn.SyncBatchNorm.convert_sync_batchnorm(net).save_pretrained(tmp_path)
+    assert torch.equal(APINet.from_pretrained(tmp_path)(IMAGES), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: net])
+def test_loaded_and_saved_again(copied, tmp_path):
+    net = make_net(backbone_args={"in_chans": 3})
+    check_same(round_trip(copied(round_trip(net, tmp_path / "once")), tmp_path / "twice"), net)
+    assert config_of(tmp_path / "once") == config_of(tmp_path / "twice")
+
+
+class OfBirds(APINet):
+    def __init__(self, species, wide=False):
+        super().__init__("test_resnet", species, hidden_dim=32 if wide else 16, gather=True)
+
+
+def test_subclass_with_arguments_of_its_own(tmp_path):
+    net = OfBirds(np.int64(4), wide=True).eval()
+    net.save_pretrained(tmp_path)
+    check_same(OfBirds.from_pretrained(tmp_path), net)
+
+
+# --------------------------------------------------------------------------------------------- torch.compile
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def compile_backbone(net):
+    net.backbone = compiled(net.backbone)
+    return net
+
+
+def compile_stage(net):
+    net.backbone.layer1 = compiled(net.backbone.layer1)
+    net.head.classifier = compiled(net.head.classifier)
+    return net
+
+
+def compile_in_place(net):
+    net.backbone.compile(backend="eager")
+    return net
+
+
+@pytest.mark.parametrize("compile_", [compile_backbone, compile_stage, compile_in_place, compiled])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_compiled_net_is_saved_as_the_plain_one(compile_, chunk_size, tmp_path):
+    plain = make_net(chunk_size=chunk_size)
+    net = compile_(copy.deepcopy(plain))
+    assert torch.equal(net(IMAGES), plain(IMAGES))
+    net.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == plain.state_dict().keys()
+    check_same(APINet.from_pretrained(tmp_path), plain)
+
+
+# ----------------------------------------------------------------------------------------------- loading
+
+
+def test_folder_that_is_not_there(tmp_path):
+    for path in ("/no/such/dir", "./runs/best", str(tmp_path / "nowhere"), Path("/no/such/dir")):
+        with pytest.raises(FileNotFoundError) as refused:
+            APINet.from_pretrained(path)
+        assert f"{str(path)!r} is no folder" in str(refused.value)
+        assert "\n" not in str(refused.value)
+        assert refused.value.__suppress_context__
+
+
+def test_name_that_is_neither_a_folder_nor_on_the_hub():
+    with pytest.raises(FileNotFoundError, match=r"'runs/best' is no folder.*nor.*Hub"):
+        APINet.from_pretrained("runs/best", local_files_only=True)
+
+
+def test_folder_without_what_was_saved(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is no folder with an APINet's config\.json"):
+        APINet.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 3}))
+    with pytest.raises(FileNotFoundError, match=r"is no folder with an APINet's config\.json"):
+        APINet.from_pretrained(tmp_path)
+
+
+def test_a_saved_file_in_place_of_its_folder(tmp_path):
+    make_net().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"config\.json' is no folder"):
+        APINet.from_pretrained(tmp_path / "config.json")
+
+
+def test_another_process_loads_it(tmp_path):
+    net = make_net(backbone_args={"in_chans": np.int64(3)}, gate="single")
+    net.save_pretrained(tmp_path / "net")
+    torch.save(IMAGES, tmp_path / "images.pt")
+    code = (
+        "import torch; from apinet_head import APINet; torch.set_default_dtype(torch.float64); "
+        "net = APINet.from_pretrained('net'); torch.save(net(torch.load('images.pt')), 'logits.pt')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), net(IMAGES), rtol=0, atol=1e-6)
