@@ -1,4 +1,4 @@
-"""A batch through the backbone chunk by chunk: the memory of one chunk, the gradient of the whole batch."""
+"""Runs a batch through the backbone in chunks: the memory of one chunk, the gradient of the whole batch."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,26 +15,30 @@ from apinet_head._checks import check_int, check_module, describe
 
 
 class ChunkedBackbone(nn.Module):
-    """Runs `backbone` on `chunk_size` images at a time, and again when their gradient is due.
+    """Runs `backbone` on `chunk_size` images at a time, and recomputes each chunk in the backward pass.
 
-    Between forward and backward only the images and the features are kept, so that the peak of memory is that of one
-    chunk, for one more forward pass. Features and gradients are exactly those of the chunks one after the other:
-    dropout, drop-path and autocast are replayed. BatchNorm normalises each chunk by its own statistics, and its running
-    statistics end as after one pass over the chunks. 8 chunks of 15 are what the published training computes on 8 GPUs.
+    Between forward and backward only the images and the features are kept: peak memory is that of one chunk, at the
+    cost of one more forward pass. Features and gradients are exactly those of the chunks one after the other; the RNG
+    state (dropout, drop-path) and autocast are restored for the recomputation. BatchNorm normalises each chunk by its
+    own statistics, and its running statistics end as after one pass over the chunks. 8 chunks of 15 are what the
+    published training computes on 8 GPUs.
 
-    Where no gradient will come (eval under `no_grad`, a frozen backbone), nothing runs twice. The backbone may be
-    compiled (a last chunk of another size then runs uncompiled, from PyTorch 2.6 on), and may do gradient checkpointing
-    of its own (timm: `set_grad_checkpointing`); that counts the running statistics of its BatchNorm twice, as it does
-    without chunks. `torch.compile` around this module leaves the chunks as they are: compile the backbone instead.
+    Without gradients (eval under `no_grad`, a frozen backbone), nothing is recomputed. The backbone may be compiled (a
+    last chunk of another size then runs uncompiled, from PyTorch 2.6 on), and may use gradient checkpointing of its own
+    (timm: `set_grad_checkpointing`); that counts the running statistics of its BatchNorm twice, as it does without
+    chunks. `torch.compile` around this module does not compile the chunks: compile the backbone instead.
+
+    Under the transforms of `torch.func` (grad, vjp, jacrev, ...), which cannot recompute, and with parameters exchanged
+    by `torch.func.functional_call`, gradients are the same but nothing is recomputed, so that no memory is saved.
 
     Args:
         backbone: any module that maps images [B,...] to features [B,...], each image by itself but for BatchNorm; or to
             a tuple, list, dict or transformers output of such tensors.
-        chunk_size: images at a time.
+        chunk_size: number of images in a chunk.
 
     Raises:
         ValueError: chunk_size is below 1.
-        TypeError: it is no int, or the backbone no module.
+        TypeError: chunk_size is no int, or backbone no module.
 
     Examples:
         >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -57,15 +61,15 @@ class ChunkedBackbone(nn.Module):
         return f"chunk_size={self.chunk_size}"
 
 
-# The compiler could not trace what checkpoint does with the running statistics. torch.compiler.disable would load the
-# compiler on import, for a second; this waits for the first call, as checkpoint itself does.
+# The compiler cannot trace a checkpoint whose context manager restores the running statistics. torch.compiler.disable
+# would import the compiler, which takes a second; this waits for the first call, as checkpoint itself does.
 @_disable_dynamo
 def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
-    """What `ChunkedBackbone` does, without a module of its own.
+    """The functional form of `ChunkedBackbone`.
 
     Raises:
-        ValueError: a chunk would hold one image for BatchNorm to normalise by, or what the backbone gives for the
-            chunks cannot be joined.
+        ValueError: a chunk has a single image and BatchNorm is in train mode, or the backbone's outputs for the chunks
+            cannot be concatenated.
         TypeError: images are no tensor that can be split.
     """
     if not isinstance(images, Tensor) or images.ndim == 0:
@@ -78,17 +82,20 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
         )
     if len(images) <= chunk_size:
         return backbone(images)
-    # Where no gradient will come, there is nothing to keep, and nothing to compute a second time.
-    learns = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in backbone.parameters()))
+    parameters = list(backbone.parameters())
+    learns = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in parameters))
+    # The transforms of torch.func allow no hooks on saved tensors; and what functional_call puts in place of the
+    # parameters is gone when the backward pass recomputes.
+    functional = torch._C._are_functorch_transforms_active() or not all(isinstance(p, nn.Parameter) for p in parameters)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _RunningStatisticsKept(backbone)
 
     def run(chunk: Tensor) -> Any:
-        if not learns:
+        if functional or not learns:
             return backbone(chunk)
-        # For a last chunk of another size the compiler would make a second graph, fit for all chunks, and the second
-        # pass over a chunk might take the other one than the first, whose tensors it cannot replace.
+        # For a last chunk of another size the compiler would make a second graph, with dynamic shapes, and might
+        # recompute a chunk by another graph than the first pass took, which saves other tensors.
         function = backbone if len(chunk) == chunk_size else partial(_uncompiled, backbone)
         return checkpoint(function, chunk, use_reentrant=False, context_fn=contexts)
 
@@ -97,13 +104,12 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
 
 
 def check_chunk_size(chunk_size: int) -> int:
-    """The size itself; ValueError if it is below 1, TypeError if it is no int."""
-    check_int(chunk_size, "chunk_size", 1)
-    return chunk_size
+    """The size as an int; ValueError if it is below 1, TypeError if it is no int."""
+    return check_int(chunk_size, "chunk_size", 1)
 
 
 def _uncompiled(backbone: nn.Module, chunk: Tensor) -> Any:
-    """What the backbone gives, run as it was written even if it is compiled (PyTorch before 2.6 can't be asked to)."""
+    """Runs the backbone in eager mode even if it is compiled (PyTorch before 2.6 has no way to ask for that)."""
     with torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext():
         return backbone(chunk)
 
@@ -112,9 +118,9 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _RunningStatisticsKept(AbstractContextManager[None]):
-    """Within it, BatchNorm's running statistics may change, and afterwards are what they were.
+    """Restores BatchNorm's running statistics on exit, so that a recomputed chunk does not count in them again.
 
-    The second pass over a chunk must not count in them again. It can come more than once: `retain_graph=True`.
+    It is entered more than once where the backward pass is repeated (`retain_graph=True`).
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -131,14 +137,14 @@ class _RunningStatisticsKept(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         for buffer, before in self.kept:
-            # Through .data: autograd, which has noted the buffer for the backward pass, would take this for a change of
-            # what it needs. In train mode it needs no running statistics.
+            # Through .data: autograd has saved the buffer for the backward pass and would take this for an in-place
+            # change of it. In train mode the backward pass does not read running statistics.
             buffer.data.copy_(before)
         self.kept.clear()
 
 
 def _join(*parts: Any) -> Any:
-    """What the chunks have in one place of the backbone's output, as the whole batch would have it."""
+    """Concatenates one leaf of the backbone's output over the chunks; what is no tensor must be equal in all."""
     if all(isinstance(part, Tensor) and part.ndim for part in parts):
         return torch.cat(parts)
     if any(isinstance(part, Tensor) or part != parts[0] for part in parts):

@@ -28,6 +28,42 @@ def test_autocast_is_replayed():
         assert torch.equal(one.grad, other.grad)
 
 
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev", "vmap of grad"])
+def test_functional_transforms_give_the_gradients_of_the_chunks(transform):
+    # In train mode, torch refuses to update BatchNorm's statistics in a transform, with and without chunks.
+    chunked, reference, plain = chunked_and_plain(small().eval())
+    images = batch(10)
+
+    def loss(parameters, images):
+        return torch.func.functional_call(chunked, parameters, (images,)).square().sum()
+
+    parameters = {name: value.detach() for name, value in chunked.named_parameters()}
+    if transform == "grad":
+        found = torch.func.grad(loss)(parameters, images)
+    elif transform == "vjp":
+        found = torch.func.vjp(lambda parameters: loss(parameters, images), parameters)[1](torch.tensor(1.0).double())[
+            0
+        ]
+    elif transform == "jacrev":
+        found = torch.func.jacrev(loss)(parameters, images)
+    else:
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images[None])
+        found = {name: value[0] for name, value in found.items()}
+    reference(images).square().sum().backward()
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(found[f"backbone.{name}"], value.grad)
+
+
+def test_gradients_of_exchanged_parameters_are_those_of_the_forward_pass():
+    chunked = ChunkedBackbone(small(nn.Identity).eval(), 4)
+    exchanged = [{n: (2 * p).detach().requires_grad_() for n, p in chunked.named_parameters()} for _ in range(2)]
+    torch.func.functional_call(chunked, exchanged[0], (batch(10),)).square().sum().backward()
+    whole = {name.removeprefix("backbone."): value for name, value in exchanged[1].items()}
+    torch.func.functional_call(chunked.backbone, whole, (batch(10),)).square().sum().backward()
+    for name, value in exchanged[1].items():
+        torch.testing.assert_close(exchanged[0][name].grad, value.grad)
+
+
 def test_gradients_accumulate_over_steps():
     plain = small()
     chunked = ChunkedBackbone(copy.deepcopy(plain), 3)
