@@ -154,16 +154,17 @@ class APINet(
             >>> torch.equal(net.to_deploy()(images), net(images))
             True
         """
-        for module, name in ((self.head, "head"), (self.head.classifier, "classifier")):
+        head, classifier = _uncompiled(self.head), _uncompiled(self.head.classifier)
+        for module, name in ((head, "head"), (classifier, "classifier")):
             _check_unhooked(module, name)
-        head, classifier = _uncompiled(self.head), _written(self.head.classifier)
-        if type(head) is not APIHead or type(classifier) is not nn.Linear:
+        linear = _written(classifier)
+        if type(head) is not APIHead or type(linear) is not nn.Linear:
             raise ValueError(
-                "to deploy needs an APIHead with a linear classifier, got "
-                f"{type(classifier).__name__} in {type(head).__name__}: make the net with num_classes of at least 1, "
-                f"merge what was put around the layer (peft: merge_and_unload), or {OTHERWISE}"
+                f"to deploy needs an APIHead with a linear classifier, got {type(classifier).__name__} in "
+                f"{type(head).__name__}: make the net with num_classes of at least 1, merge what was put around the "
+                f"layer (peft: merge_and_unload), or {OTHERWISE}"
             )
-        return _with_classifier(_written(self.backbone), classifier)
+        return _with_classifier(_written(self.backbone), linear)
 
     def freeze_backbone(self: Self, frozen: bool = True, *, batch_norm: str = "train") -> Self:
         """Keep the backbone's weights as they are, or let them learn again.
@@ -525,12 +526,17 @@ def _check_unhooked(module: nn.Module, name: str) -> None:
 
 def _written(module: nn.Module) -> nn.Module:
     """A copy of the module as it was written: without torch.compile, parametrisations computed into the weights."""
-    written = copy.deepcopy(_uncompiled(module))
+    written = copy.deepcopy(_uncompiled(module)).eval()
     for parent in list(written.modules()):
         for name, child in list(parent.named_children()):
             setattr(parent, name, _uncompiled(child))
-        for name in list(getattr(parent, "parametrizations", ())):
-            parametrize.remove_parametrizations(parent, name)
+        if parametrize.is_parametrized(parent):
+            # remove_parametrizations would do it in the class, too, which the copy has in common with the original.
+            weights = {name: getattr(parent, name).detach() for name in parent.parametrizations}  # type: ignore[union-attr]
+            del parent.parametrizations
+            parent.__class__ = type(parent).__bases__[0]
+            for name, weight in weights.items():
+                parent.register_parameter(name, nn.Parameter(weight))
     return written
 
 

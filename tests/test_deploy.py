@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
-from apinet_head import APINet
+from apinet_head import APIHead, APINet
 
 MODELS = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"]
 # torch.onnx's own imports and deepcopies warn of what is to come in PyTorch.
@@ -78,6 +79,102 @@ def test_other_backbones_become_a_sequential():
 def test_without_a_classifier_there_is_nothing_to_deploy():
     with pytest.raises(ValueError, match=r"linear classifier, got Identity.*num_classes"):
         APINet("test_resnet", num_classes=0).to_deploy()
+
+
+def compile_backbone(net):
+    net.backbone = torch.compile(net.backbone, backend="eager")
+
+
+def compile_parts(net):
+    net.backbone.layer2 = torch.compile(net.backbone.layer2, backend="eager")
+    net.head.classifier = torch.compile(net.head.classifier, backend="eager")
+    net.head = torch.compile(net.head, backend="eager")
+
+
+def parametrise(net):
+    parametrizations.weight_norm(net.head.classifier)
+    parametrizations.spectral_norm(net.backbone.conv1[0])
+    with torch.no_grad():
+        net.head.classifier.parametrizations.weight.original0.mul_(3)
+
+
+def without_bias(net):
+    net.head.classifier = nn.Linear(net.dim, 5, bias=False)
+
+
+@pytest.mark.parametrize("change", [compile_backbone, compile_parts, parametrise, without_bias])
+def test_what_was_put_around_layers_is_computed_into_the_plain_model(change):
+    net, images = make_case()
+    change(net)
+    net.eval()
+    expected = net(images)
+    model = net.to_deploy()
+    assert torch.equal(model(images), expected)
+    served = timm.create_model("test_resnet", num_classes=5).eval()
+    served.load_state_dict(model.state_dict())
+    assert torch.equal(served(images), expected)
+    assert torch.equal(net(images), expected)  # the net itself is as it was
+
+
+class LoRA(nn.Module):
+    """As peft has it: the layer, and a low-rank one beside it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight, self.bias = base_layer.weight, base_layer.bias
+        self.lora = nn.Linear(base_layer.in_features, base_layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora(x)
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.normalize(x))
+
+
+class Normalised(APIHead):
+    def forward(self, features, *args, **kwargs):
+        return super().forward(nn.functional.normalize(features), *args, **kwargs)
+
+
+def lora(net):
+    net.head.classifier = LoRA(net.head.classifier)
+
+
+def cosine(net):
+    net.head.classifier = Cosine(net.dim, 5)
+
+
+def own_head(net):
+    net.head = Normalised(net.dim, 5)
+
+
+def weight_norm(net):
+    nn.utils.weight_norm(net.head.classifier)
+
+
+def pruned(net):
+    prune.l1_unstructured(net.head.classifier, "weight", 0.5)
+
+
+def hook(net):
+    net.head.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def other_forward(net):
+    net.head.classifier.forward = lambda x: nn.functional.linear(x, 2 * net.head.classifier.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", [lora, cosine, own_head, weight_norm, pruned, hook, other_forward])
+def test_what_a_plain_model_cannot_compute_is_refused(change):
+    net, images = make_case()
+    change(net)
+    net.eval()(images)
+    with pytest.raises(ValueError, match=r"(linear classifier, got|a hook computes in the).*deploy nn.Sequential"):
+        net.to_deploy()
 
 
 @pytest.mark.parametrize("deployed", [True, False], ids=["deployed", "net"])

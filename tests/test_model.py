@@ -1,7 +1,7 @@
-"""`APINet`: backbone, head, freezing, optimiser groups, saving."""
+"""`APINet`: backbone, head, freezing, optimiser groups; what it passes on."""
 
 import copy
-import json
+import inspect
 import pickle
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from apinet_head import APIHead, APINet, api_loss
+from apinet_head import APIHead, APILoss, APINet, api_loss, api_loss_terms, mine_pairs
 
 IMAGES, LABELS = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1, 2, 2])
 
@@ -126,42 +126,108 @@ def test_state_dict_round_trip():
     assert torch.equal(net.eval()(IMAGES), other.eval()(IMAGES))
 
 
-def test_saved_and_loaded(tmp_path):
-    net = make_net(hidden_dim=16, backbone_args={"in_chans": 1}).eval()
-    net.save_pretrained(tmp_path)
-    assert {"model.safetensors", "config.json", "README.md"} <= {path.name for path in tmp_path.iterdir()}
-    loaded = APINet.from_pretrained(tmp_path)
-    assert not loaded.training
-    assert torch.equal(loaded(IMAGES[:, :1]), net(IMAGES[:, :1]))
+def test_unknown_name_of_a_model_shows_near_ones():
+    with pytest.raises(ValueError, match=r"timm has no model 'resnet19', but .*resnet18"):
+        APINet("resnet19", 4)
+    with pytest.raises(ValueError, match=r"no model 'resnet_50\.a1_in1k', but .*resnet50"):
+        APINet("resnet_50.a1_in1k", 4)
+    with pytest.raises(ValueError, match=r"no model 'zzzzzz'; timm.list_models"):
+        APINet("zzzzzz", 4)
 
 
-def test_loading_asks_timm_for_no_weights(tmp_path, monkeypatch):
-    import timm
-
-    make_net().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "pretrained": True}))
-    create, asked = timm.create_model, []
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: asked.append(k["pretrained"]) or create(*a, **k))
-    APINet.from_pretrained(tmp_path)
-    assert asked == [False]
+def test_arguments_of_the_loss_are_sent_there():
+    of_loss = {*inspect.signature(api_loss).parameters, *inspect.signature(APILoss).parameters} - {"output"}
+    assert of_loss >= {"margin", "rank_weight", "label_smoothing", "class_weight", "rows"}
+    for name in of_loss:
+        with pytest.raises(TypeError, match=rf"{name} is an argument of the loss: api_loss.*{name}=.*APILoss\({name}="):
+            make_net(**{name: 0.1})
 
 
-def test_loading_a_net_around_a_module(tmp_path):
-    def backbone():
-        return nn.Sequential(nn.Conv2d(3, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-    net = APINet(backbone(), 5, dim=12).eval()
-    net.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="backbone=module"):
-        APINet.from_pretrained(tmp_path)
-    assert torch.equal(APINet.from_pretrained(tmp_path, backbone=backbone())(IMAGES), net(IMAGES))
+def test_unknown_arguments_show_the_known_ones():
+    with pytest.raises(TypeError, match=r"no argument 'hidden_dims', did you mean 'hidden_dim'\?.*mutual, gate"):
+        make_net(hidden_dims=8)
+    with pytest.raises(TypeError, match=r"no argument 'drop_path_rate'.*backbone_args=\{'drop_path_rate'"):
+        make_net(drop_path_rate=0.1)
+    with pytest.raises(ValueError, match=r"num_classes: an argument of APINet itself, got it in backbone_args"):
+        make_net(backbone_args={"num_classes": 3})
 
 
-def test_loading_with_weights_missing_is_an_error(tmp_path):
-    make_net().save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        APINet.from_pretrained(tmp_path, num_classes=6)
+def update_bn(net):
+    torch.optim.swa_utils.update_bn([IMAGES], net)
+
+
+@pytest.mark.parametrize(
+    "copier",
+    [
+        lambda net: net,
+        copy.deepcopy,
+        lambda net: pickle.loads(pickle.dumps(net)),
+        torch.optim.swa_utils.AveragedModel,
+        nn.SyncBatchNorm.convert_sync_batchnorm,
+        lambda net: torch.optim.swa_utils.AveragedModel(net, use_buffers=True),
+    ],
+    ids=["itself", "deepcopy", "pickle", "averaged", "sync", "averaged-buffers"],
+)
+def test_update_bn_leaves_frozen_statistics(copier):
+    net = make_net()
+    net(IMAGES)
+    net.freeze_backbone(batch_norm="eval")
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    copied = copier(net).train()
+    if hasattr(copied, "update_parameters"):
+        copied.update_parameters(net)
+    update_bn(copied)
+    after = dict(getattr(copied, "module", copied).named_buffers())
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_update_bn_renews_statistics_that_are_not_frozen():
+    expected, net = make_net(), make_net()
+    assert not [name for name, _ in net.named_buffers() if "running" not in name and "num_batches" not in name]
+    expected(IMAGES)
+    net.freeze_backbone(batch_norm="eval").freeze_backbone(batch_norm="train")
+    update_bn(net)
+    fresh = copy.deepcopy(expected)
+    update_bn(fresh)
+    for (name, found), wanted in zip(net.named_buffers(), fresh.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted, msg=name)
+        assert "running_mean" not in name or found.abs().sum() > 0
+
+
+def test_statistics_loaded_after_freezing_are_the_ones_kept():
+    net, other = make_net(), make_net()
+    other(IMAGES)
+    net.freeze_backbone(batch_norm="eval").load_state_dict(other.state_dict())
+    update_bn(net)
+    for (name, found), wanted in zip(net.named_buffers(), other.buffers(), strict=True):
+        assert torch.equal(found, wanted), name
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_arguments_of_the_head_pass_through(chunk_size):
+    net = make_net(dropout=0.0, chunk_size=chunk_size).eval()
+    keys, key_labels = torch.randn(8, net.dim), torch.arange(8) % 3
+    with torch.no_grad():
+        features = torch.cat([net.backbone(images) for images in IMAGES.split(chunk_size or 6)])
+    found = net(IMAGES, LABELS, keys=keys, key_labels=key_labels)
+    expected = net.head(features, LABELS, keys=keys, key_labels=key_labels)
+    assert torch.equal(found.pairs.partner, expected.pairs.partner)
+    torch.testing.assert_close(found.logits_other, expected.logits_other)
+    pairs = mine_pairs(features, LABELS, intra="dissimilar")
+    assert net(IMAGES, LABELS, pairs=pairs).pairs is pairs
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_criterion_makes_the_loss_in_the_net(rows):
+    net = make_net(dropout=0.0).double()
+    images = IMAGES.double()
+    terms = net(images, LABELS, criterion=APILoss(rows=rows))
+    expected = api_loss_terms(net(images, LABELS))
+    assert type(terms) is type(expected)
+    for found, wanted in zip(terms, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 itself brings sympy, when distributed is imported")

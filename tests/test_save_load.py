@@ -25,7 +25,8 @@ def make_net(num_classes=5, **arguments):
     """A net in eval mode whose BatchNorm has seen images."""
     torch.manual_seed(0)
     net = APINet("test_resnet", num_classes, **{"hidden_dim": 16, **arguments})
-    net.backbone(torch.randn(4, *net.backbone.pretrained_cfg["input_size"]).to(net.head.classifier.weight))
+    first = net.backbone.conv1[0].weight
+    net.backbone(torch.randn(4, first.shape[1], 64, 64).to(first))
     return net.eval()
 
 
@@ -355,3 +356,39 @@ def test_another_process_loads_it(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), net(IMAGES), rtol=0, atol=1e-6)
+
+
+def test_saved_and_loaded_in_eval_mode(tmp_path):
+    net = make_net(hidden_dim=16, backbone_args={"in_chans": 1}).eval()
+    net.save_pretrained(tmp_path)
+    assert {"model.safetensors", "config.json", "README.md"} <= {path.name for path in tmp_path.iterdir()}
+    loaded = APINet.from_pretrained(tmp_path)
+    assert not loaded.training
+    assert torch.equal(loaded(IMAGES[:, :1]), net(IMAGES[:, :1]))
+
+
+def test_loading_asks_timm_for_no_weights(tmp_path, monkeypatch):
+    make_net().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pretrained": True}))
+    create, asked = timm.create_model, []
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: asked.append(k["pretrained"]) or create(*a, **k))
+    APINet.from_pretrained(tmp_path)
+    assert asked == [False]
+
+
+def test_loading_a_net_around_a_module(tmp_path):
+    def backbone():
+        return nn.Sequential(nn.Conv2d(3, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    net = APINet(backbone(), 5, dim=12).eval()
+    net.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="backbone=module"):
+        APINet.from_pretrained(tmp_path)
+    assert torch.equal(APINet.from_pretrained(tmp_path, backbone=backbone())(IMAGES), net(IMAGES))
+
+
+def test_loading_with_weights_missing_is_an_error(tmp_path):
+    make_net().save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        APINet.from_pretrained(tmp_path, num_classes=6)
