@@ -1,4 +1,4 @@
-"""What the gates of a pair of images see: heat maps of the channels that they open most."""
+"""Which channels the gates of a pair of images open most, and heat maps of those channels."""
 
 import math
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apinet_head._checks import check_device, check_int, describe
+from apinet_head._checks import check_int, describe
 from apinet_head.chunked import ChunkedBackbone
 from apinet_head.head import APIHead
 from apinet_head.model import APINet
@@ -15,13 +15,13 @@ from apinet_head.pairs import Pairs
 
 
 class PairExplanation(NamedTuple):
-    """Two images compared, D the channels of the features, k those looked at, largest first.
+    """The gates of two images, with D channels of the features and k of them chosen, largest first.
 
     Attributes:
         gates: [2,D], of each image, in (0, 1).
         channels: [2,k] int64, those with the largest gates.
         heatmaps: [2,k,H,W] in [0, 1], where in the image each of `channels` is active.
-        plain_channels: [2,k] int64, those with the largest pooled activations: what a net without gates looks at.
+        plain_channels: [2,k] int64, those with the largest pooled activations, chosen without gates.
         plain_heatmaps: [2,k,H,W] in [0, 1], of `plain_channels`.
         similarity: scalar, the cosine of the two features.
     """
@@ -42,20 +42,21 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
     it scales a map, and scaled to [0, 1] the map is the same with and without it. What differs between `heatmaps` and
     `plain_heatmaps` is which channels are picked.
 
-    The net computes in eval mode and without gradients, and is left as it was.
+    The net runs in eval mode and without gradients; its modes, gradients and buffers are left unchanged. Its modules
+    are called, never read: they may be quantised, compiled, or wrapped by adapters.
 
     Args:
         net: an `APINet` whose backbone pools a feature map over the image, as nearly all of timm's do.
         images: [2,3,H,W], prepared as for training; the first is the anchor of the pair, the second its partner.
-        top_k: k, channels to look at, at most D.
+        top_k: k, number of channels, at most D.
 
     Returns:
-        A `PairExplanation`. Each heat map is scaled by itself, its least value to 0 and its largest to 1; one without
-        any variation is 0. Channels of equal gates come in ascending order.
+        A `PairExplanation`. Each heat map is scaled on its own, its least value to 0 and its largest to 1; a constant
+        one is 0. Channels of equal gates come in ascending order.
 
     Raises:
-        ValueError: there are not two images, top_k is out of range, the features are not finite, or the backbone has no
-            feature map whose channels are those of the gates; the message says why.
+        ValueError: there are not two images, top_k is out of range, images and net differ in device or dtype, the
+            features are not finite, or the backbone has no feature map whose channels are those of the gates.
         TypeError: net is no APINet, images are no tensor or top_k is no int.
 
     Examples:
@@ -75,13 +76,17 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
             features, maps = features_and_maps(net.backbone, images)
             pair = Pairs(*(torch.tensor([value], device=images.device) for value in (0, 1, False, True)))
             gates = torch.cat(net.head.gates(features, pair))
+    except RuntimeError as error:
+        # Asked afterwards: only the net knows what it takes, if its parameters are quantised or of several dtypes.
+        _check_placement(net, images, error)
+        raise
     finally:
         for module, training in modes:  # one by one: a part of the net may be in another mode than the rest
             module.training = training
     if not (features.isfinite().all() and gates.isfinite().all()):
         raise ValueError(
-            f"nothing to explain: the features of the images, {describe(images)}, or their gates are not finite; look "
-            "at the images and at the weights of the net"
+            f"nothing to explain: the features of the images, {describe(images)}, or their gates are not finite; check "
+            "the images and the weights of the net"
         )
     channels, plain_channels = _largest(gates, top_k), _largest(features, top_k)
     return PairExplanation(
@@ -96,26 +101,48 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
 
 def _check(net: APINet, images: Tensor, top_k: int) -> None:
     if not isinstance(getattr(net, "head", None), APIHead):  # a compiled APINet is none by its type
-        raise TypeError(f"net must be an APINet, got {type(net).__name__}")
+        advice = (
+            ": pass its .module" if isinstance(getattr(getattr(net, "module", None), "head", None), APIHead) else ""
+        )
+        raise TypeError(f"net must be an APINet, got {type(net).__name__}{advice}")
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor [2, 3, H, W], got {type(images).__name__}")
     if images.ndim != 4 or len(images) != 2:
         raise ValueError(f"images must be two, [2, 3, H, W], got {describe(images)}")
     if 0 in images.shape:
         raise ValueError(f"images must have at least one pixel, got {describe(images)}")
-    weight = next(net.parameters(), images)
-    check_device(images, "images", weight, "the net")
-    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
-        raise ValueError(
-            f"images and the net must be of one dtype outside autocast, got {describe(images)} and {describe(weight)}"
-        )
     check_int(top_k, "top_k")
     if not 1 <= top_k <= net.dim:
         raise ValueError(f"top_k must be from 1 to the {net.dim} channels of the features, got {top_k}")
 
 
+def _check_placement(net: nn.Module, images: Tensor, error: RuntimeError) -> None:
+    """ValueError if nothing in the net has the device or the dtype of the images, which is then why it failed."""
+    tensors = [*net.parameters(), *net.buffers()]
+    for kind, own, there in (
+        ("device", images.device, {tensor.device for tensor in tensors}),
+        ("dtype", images.dtype, {tensor.dtype for tensor in tensors if tensor.is_floating_point()}),
+    ):
+        if there and own not in there:
+            raise ValueError(
+                f"images and the net must be of one {kind}, got {describe(images)} and a net of "
+                f"{', '.join(sorted(map(str, there)))}"
+            ) from error
+
+
+def _unwrapped(backbone: nn.Module) -> nn.Module:
+    """The backbone inside chunks and torch.compile, which two images would only make slower."""
+    while True:
+        if isinstance(backbone, ChunkedBackbone):
+            backbone = backbone.backbone
+        elif "_orig_mod" in backbone._modules:
+            backbone = backbone.get_submodule("_orig_mod")
+        else:
+            return backbone
+
+
 def _largest(values: Tensor, top_k: int) -> Tensor:
-    # A stable sort, because topk leaves open which of equal values come first, and gates of idle channels are all 1/2.
+    # A stable sort: topk does not define the order of equal values, and the gates of inactive channels are all 1/2.
     return values.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
@@ -138,11 +165,10 @@ def features_and_maps(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tens
     Raises:
         ValueError: the backbone has no such maps; the message says why.
     """
-    if isinstance(backbone, ChunkedBackbone):
-        backbone = backbone.backbone
+    backbone = _unwrapped(backbone)
     name = type(backbone).__name__
-    # What timm calls the last map before pooling, whatever the architecture. The features are not pooled from it here:
-    # what the backbone does on the way, norms and all, is its own affair.
+    # timm's name for the last map before pooling, in every architecture. The features are not pooled from it here, for
+    # there may be norms in between.
     forward_features = getattr(backbone, "forward_features", None)
     if forward_features is None:
         raise ValueError(
@@ -173,8 +199,8 @@ def _refuse_mixed_channels(backbone: nn.Module) -> None:
             "the feature map; take another pooling, as in APINet(..., backbone_args={'global_pool': 'avg'})"
         )
     for name, module in backbone.named_modules():
-        # timm's name for a hidden layer between pooling and classifier
-        if name.rpartition(".")[2] == "pre_logits" and any(True for _ in module.parameters()):
+        # timm's name for a hidden layer between pooling and classifier; a quantised one has state, but no parameters.
+        if name.rpartition(".")[2] == "pre_logits" and module.state_dict():
             raise ValueError(
                 f"{type(backbone).__name__} has a hidden layer ({name}) after its last feature map, which mixes "
                 "channels: those of the gates are not those of the map; take a backbone that pools last, such as "

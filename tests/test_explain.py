@@ -1,5 +1,7 @@
 """explain_pair: the channels that it names, where its heat maps are hot, and that it leaves the net as it was."""
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -42,6 +44,20 @@ class Tiny(nn.Module):
         return self.grid(images).mean((2, 3))
 
 
+class Flat(nn.Module):
+    """A backbone of one Linear on each pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward_features(self, images):
+        return self.linear(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def forward(self, images):
+        return self.forward_features(images).mean((2, 3))
+
+
 def two(*size, seed=0):
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
@@ -80,6 +96,132 @@ def test_heat_maps_are_the_channels_of_the_map(layout, size):
     one, other = maps.mean((2, 3))
     assert seen.similarity.shape == ()
     torch.testing.assert_close(seen.similarity, one @ other / one.norm() / other.norm())
+
+
+class Adapter(nn.Module):
+    """LoRA on a Linear, as adapters are: it has no weight of its own, and computes more than what it wraps."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base = linear
+        self.down = nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Int8(nn.Module):
+    """A Linear whose parameter is int8, as some libraries store quantised weights."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", linear.bias.detach())
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def replace_linears(module, make):
+    for name, child in module.named_children():
+        setattr(module, name, make(child)) if isinstance(child, nn.Linear) else replace_linears(child, make)
+    return module
+
+
+def quantize_dynamically(net):
+    quantization = pytest.importorskip("torch.ao.quantization", reason="moved to torchao")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return quantization.quantize_dynamic(net, {nn.Linear})
+
+
+class Whitened(nn.Module):
+    """A bfloat16 backbone that takes the images in float32 and has a float64 parameter in front."""
+
+    num_features = 6
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(3, 1, 1, dtype=torch.float64))
+        self.net = Tiny().to(torch.bfloat16)
+
+    def forward_features(self, images):
+        return self.net.forward_features((images - self.mean).to(torch.bfloat16)).float()
+
+    def forward(self, images):
+        return self.net((images - self.mean).to(torch.bfloat16)).float()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        quantize_dynamically, lambda net: replace_linears(net, Int8), lambda net: replace_linears(net, Adapter),
+    ],
+    ids=["dynamic", "int8", "adapter"],
+)  # fmt: skip
+def test_replaced_linears_are_explained_as_they_compute(change):
+    torch.manual_seed(3)
+    net = change(APINet("test_vit", 3, backbone_args={"img_size": 64})).eval()
+    images = two(64, 64)
+    seen = check(net, images)
+    with torch.no_grad():
+        first, second = net.backbone(images)
+        mutual = net.head.mutual.fc2(net.head.mutual.fc1(torch.cat([first, second])[None]))[0]
+    torch.testing.assert_close(seen.gates, torch.sigmoid(mutual * torch.stack([first, second])))
+
+
+def test_a_net_without_float_parameters_is_explained():
+    net = quantize_dynamically(APINet(Flat(), 3, dim=4))
+    assert not list(net.parameters())
+    check(net, two(8, 8))
+
+
+def test_a_backbone_that_converts_the_images_is_explained():
+    check(APINet(Whitened(), 3, dim=6), two(16, 16))
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda backbone: torch.compile(backbone, backend="eager"),
+    lambda backbone: ChunkedBackbone(torch.compile(backbone, backend="eager"), 1),
+    lambda backbone: torch.compile(ChunkedBackbone(backbone, 1), backend="eager"),
+])  # fmt: skip
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "tokens"])
+def test_compiled_backbones_are_explained_as_plain_ones(wrap, layout):
+    torch._dynamo.reset()
+    net, images = make(Tiny(layout)).eval(), two(16, 16)
+    expected = explain_pair(net, images)
+    net.backbone = wrap(net.backbone)
+    for value, other in zip(explain_pair(net, images), expected, strict=True):
+        torch.testing.assert_close(value, other)
+
+
+def test_images_of_another_dtype_or_device_are_an_error_that_shows_both():
+    for images, kind, net in ((two(16, 16).double(), "dtype", "float32"), (two(16, 16).to("meta"), "device", "cpu")):
+        with pytest.raises(ValueError, match=rf"one {kind}, got .* \[2, 3, 16, 16\] .* and a net of .*{net}"):
+            explain_pair(make(Tiny), images)
+
+
+def test_a_net_under_ddp_is_an_error_that_points_to_module():
+    wrapped = nn.Module()
+    wrapped.module = make(Tiny)
+    with pytest.raises(TypeError, match=r"must be an APINet, got Module: pass its \.module"):
+        explain_pair(wrapped, two(16, 16))
+
+
+def test_a_quantised_hidden_layer_after_the_map_is_refused_too():
+    class Hidden(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.pre_logits = nn.Sequential(nn.Linear(6, 6))
+
+        def forward(self, images):
+            return self.pre_logits(super().forward(images))
+
+    with pytest.raises(ValueError, match=r"hidden layer \(pre_logits\)"):
+        explain_pair(quantize_dynamically(make(Hidden)), two(16, 16))
 
 
 @pytest.mark.parametrize("head", [{}, {"gate": "single"}, {"mutual": "individual"}])
@@ -227,7 +369,7 @@ def test_the_net_is_left_as_it_was():
     net = make("test_resnet").train().freeze_backbone(batch_norm="eval")
     next(net.backbone.parameters()).requires_grad_(True)
     images = two(64, 64).requires_grad_()
-    net(images, torch.tensor([0, 1])).logits_self.sum().backward()
+    net(images.repeat(2, 1, 1, 1), torch.tensor([0, 1, 0, 1])).logits_self.sum().backward()
     state = {name: value.clone() for name, value in net.state_dict().items()}
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
     modes = [module.training for module in net.modules()]
