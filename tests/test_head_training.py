@@ -1,0 +1,359 @@
+"""The head's call in training: a criterion, images without a class, the look at the first batch, functorch, devices."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from strategies import make_batch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from apinet_head import APIHead, APINet, APIOutput, LossTerms, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
+from apinet_head.loss import APILoss
+from apinet_head.mutual import MUTUALS
+
+DIM, CLASSES = 9, 5
+
+
+def make_case(size=12, dtype=torch.float64, **head_args):
+    torch.manual_seed(0)
+    head_args = {"hidden_dim": 6, "dropout": 0.0, "dtype": dtype, **head_args}
+    features = torch.randn(size, DIM, dtype=dtype, requires_grad=True)
+    return APIHead(DIM, CLASSES, **head_args), features, torch.arange(size) % CLASSES
+
+
+def gradients(loss, head, features):
+    return torch.autograd.grad(loss, [*head.parameters(), features])
+
+
+class Counted(nn.Linear):
+    """Notes how many rows it was called on."""
+
+    calls = ()
+
+    def forward(self, x):
+        self.calls += (x.shape[0],)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("gate", ["pair", "single"])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_classifier_is_called_once_on_all_rows(gate, given):
+    head, features, labels = make_case(gate=gate)
+    classifier = Counted(DIM, CLASSES, dtype=torch.float64)
+    classifier.load_state_dict(head.classifier.state_dict())
+    expected = head(features, labels)
+    if given:
+        output = head(features, labels, classifier=classifier)
+    else:
+        head.classifier = classifier
+        output = head(features, labels)
+    assert classifier.calls == (96 if gate == "pair" else 48,)
+    for found, right in zip(output[:2], expected[:2], strict=True):
+        torch.testing.assert_close(found, right)
+
+
+def test_a_classifier_that_drops_rows_is_named():
+    head, features, labels = make_case()
+    with pytest.raises(ValueError, match=r"classifier must map \[N, D\] to \[N, C\], got float64 \[2, 48, 9\].*N=96"):
+        head(features, labels, classifier=nn.Unflatten(0, (2, 48)))
+    with pytest.raises(ValueError, match=r"got float64 \[48, 18\] on cpu for N=96"):
+        head(features, labels, classifier=Reshape())
+
+
+class Reshape(nn.Module):
+    def forward(self, x):
+        return x.view(-1, 2 * DIM)
+
+
+# With a criterion.
+
+
+@pytest.mark.parametrize("rows", [None, 1, 7, 1000])
+@pytest.mark.parametrize("gate", ["pair", "single"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_criterion_gives_the_terms_of_the_loss(rows, gate, own):
+    head, features, labels = make_case(gate=gate)
+    labels[3] = 4  # class 3 has an image less, and one of class 4 more
+    arguments = {"classifier": nn.Sequential(nn.Linear(DIM, 7, dtype=torch.float64), nn.Tanh())} if own else {}
+    terms = head(features, labels, criterion=APILoss(margin=0.2, rank_weight=0.7, rows=rows), **arguments)
+    expected = api_loss_terms(head(features, labels, **arguments), margin=0.2, rank_weight=0.7)
+    assert isinstance(terms, LossTerms)
+    torch.testing.assert_close(torch.stack(terms), torch.stack(expected), rtol=0, atol=1e-12)
+    inputs = [features, *head.mutual.parameters()]
+    for found, right in zip(
+        torch.autograd.grad(terms.total, inputs), torch.autograd.grad(expected.total, inputs), strict=True
+    ):
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
+
+
+def test_a_criterion_through_apinet_and_compiled():
+    torch._dynamo.reset()
+    net = APINet(nn.Flatten(), CLASSES, dim=DIM, hidden_dim=6, dropout=0.0)
+    images, labels = torch.randn(12, DIM, 1, 1), torch.arange(12) % CLASSES
+    expected = api_loss(net(images, labels))
+    torch.testing.assert_close(net(images, labels, criterion=APILoss(rows=8)).total, expected)
+    compiled = torch.compile(net, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, labels, criterion=APILoss()).total, expected)
+
+
+def test_dropout_is_before_the_classifier_of_a_criterion():
+    head, features, labels = make_case(dropout=0.9)
+    head.mutual.drop.p = 0.0
+    torch.manual_seed(1)
+    found = head(features, labels, criterion=APILoss()).total
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, api_loss(head(features, labels)))
+    torch.manual_seed(2)
+    assert head(features, labels, criterion=APILoss()).total != found
+
+
+def test_a_criterion_needs_labels_and_classes():
+    head, features, labels = make_case()
+    with pytest.raises(ValueError, match="need labels, got labels=None"):
+        head(features, criterion=APILoss())
+    with pytest.raises(TypeError, match="criterion must be an APILoss, got CrossEntropyLoss"):
+        head(features, labels, criterion=nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=r"no classifier.*num_classes=.*classifier="):
+        APIHead(DIM, dtype=torch.float64)(features, labels, criterion=APILoss())
+
+
+# Images without a class.
+
+
+@pytest.mark.parametrize("label", [-1, -100])
+def test_images_without_a_class_count_for_nothing(label):
+    head, features, labels = make_case()
+    labels[[2, 7]] = label
+    output = head(features, labels)
+    has_class = labels >= 0
+    known = torch.arange(12)[has_class]
+    pairs = output.pairs
+    assert torch.equal(pairs.valid, has_class[pairs.anchor] & (pairs.partner != pairs.anchor))
+    assert has_class[pairs.partner[pairs.valid]].all()
+    expected = head(features[known], labels[known])
+    loss, right = api_loss(output), api_loss(expected)
+    torch.testing.assert_close(loss, right)
+    torch.testing.assert_close(gradients(loss, head, features), gradients(right, head, features))
+    terms = head(features, labels, criterion=APILoss(rows=4))
+    torch.testing.assert_close(terms.total, right)
+
+
+def test_given_pairs_with_an_image_without_a_class_are_not_valid():
+    head, features, labels = make_case()
+    labels[[2, 7]] = -100
+    anchor, partner = torch.tensor([0, 2, 1, 7, 3]), torch.tensor([1, 3, 7, 2, 4])
+    pairs = Pairs(anchor, partner, labels[anchor] == labels[partner], torch.ones(5, dtype=torch.bool))
+    output = head(features, labels, pairs=pairs)
+    assert output.valid.tolist() == [True, False, False, False, True] * 2
+    assert output.pairs is pairs
+    some = Pairs(*(field[[0, 4]] for field in pairs))
+    torch.testing.assert_close(api_loss(output), api_loss(head(features, labels, pairs=some)))
+
+
+def test_given_pairs_with_a_key_without_a_class_are_not_valid():
+    head, features, labels = make_case()
+    keys, key_labels = torch.randn(3, DIM, dtype=torch.float64), torch.tensor([0, -1, 2])
+    pairs = Pairs(torch.tensor([0, 1]), torch.tensor([1, 2]), torch.zeros(2).bool(), torch.ones(2).bool())
+    output = head(features, labels, pairs=pairs, keys=keys, key_labels=key_labels)
+    assert output.valid.tolist() == [False, True, False, True]
+
+
+def test_nan_of_an_image_without_a_class_is_no_row_of_the_loss():
+    head, features, labels = make_case()
+    labels[2] = -1
+    with torch.no_grad():
+        features[2] = torch.nan
+    loss = api_loss(head(features, labels))
+    assert loss.isfinite()
+    with torch.no_grad():
+        features[3] = torch.nan  # of an image that has one
+    assert api_loss(head(features, labels)).isnan()
+
+
+def test_a_batch_without_any_class_has_a_loss_of_zero():
+    head, features, labels = make_case()
+    loss = api_loss(head(features, torch.full_like(labels, -100)))
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in gradients(loss, head, features))
+
+
+# The look at the first batch.
+
+MIXED = {
+    "shuffled": torch.arange(32),
+    "one class": torch.zeros(8, dtype=torch.long),
+    "one image": torch.zeros(1, dtype=torch.long),
+    "two classes of one image": torch.arange(2),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_first_batch_with_few_pairs_warns_once(kind):
+    labels, head = MIXED[kind], APIHead(DIM, 40)
+    size, classes = len(labels), len(labels.unique())
+    numbers = rf"{size if size > 1 else 2} of the {2 * size} pairs.*{size} images, of {classes} different classes"
+    with pytest.warns(UserWarning, match=rf"{numbers}.*batch_sampler=BalancedBatchSampler") as caught:
+        head(torch.randn(size, DIM), labels)
+    assert [one.filename for one in caught] == [__file__], "it points at whoever called the head"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            head(torch.randn(size, DIM), labels)
+        copy.deepcopy(head)(torch.randn(size, DIM), labels)
+
+
+def balanced(size=32):
+    return torch.arange(size) // 4
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda head, x: head(x, balanced()),
+        lambda head, x: head(x, torch.arange(32) // 4 * (torch.arange(32) >= 4)),  # 8 images of one class
+        lambda head, x: head(x, torch.where(torch.arange(32) % 2 == 0, balanced(), -1)),  # half of them without a class
+        lambda head, x: head(x),
+        lambda head, x: head.eval()(x, torch.arange(32)),
+        lambda head, x: head(x, torch.arange(32), pairs=random_pairs(torch.arange(32), 5)),
+        lambda head, x: head(x, torch.arange(32), keys=x, key_labels=torch.arange(32), key_offset=0),
+        lambda head, x: head(x[:0], balanced(0)),
+    ],
+)
+def test_nothing_is_said_where_nothing_is_amiss(call):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(APIHead(DIM, 40), torch.randn(32, DIM))
+
+
+def test_nothing_is_said_without_gradients_or_with_a_memory():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            APIHead(DIM, 40)(torch.randn(32, DIM), torch.arange(32))
+        APIHead(DIM, 40, memory=64)(torch.randn(32, DIM), torch.arange(32))
+
+
+def test_a_good_first_batch_ends_the_looking():
+    head = APIHead(DIM, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head(torch.randn(32, DIM), balanced())
+        head(torch.randn(32, DIM), torch.arange(32))
+
+
+def test_nothing_is_looked_at_while_tracing():
+    torch._dynamo.reset()
+    x, labels = torch.randn(32, DIM), torch.arange(32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        head = APIHead(DIM, 40)
+        torch.compile(head, fullgraph=True, backend="eager")(x, labels)
+        torch.export.export(head, (x, labels))
+        with FakeTensorMode():
+            APIHead(DIM, 40)(torch.randn(32, DIM), torch.zeros(32, dtype=torch.long))
+        APIHead(DIM, 40, device="meta")(x.to("meta"), labels.to("meta"))
+    with pytest.warns(UserWarning, match="32 of the 64 pairs"):  # and afterwards it is the first batch still
+        head(x, labels)
+
+
+@pytest.mark.gpu
+def test_only_the_first_batch_waits_for_the_device():
+    head, features, labels = APIHead(DIM, 40).cuda(), torch.randn(32, DIM).cuda(), torch.arange(32).cuda()
+    with pytest.warns(UserWarning, match="32 of the 64 pairs"):
+        head(features, labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        head(features, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    fresh = APIHead(DIM, 40, dropout=0.0).cuda()
+    with warnings.catch_warnings(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        warnings.simplefilter("error")
+        fresh(features, labels)
+
+
+# functorch, devices, numbers.
+
+
+@pytest.mark.parametrize("mutual", MUTUALS)
+def test_grad_of_torch_func_is_that_of_autograd(mutual):
+    head, features, labels = make_case(mutual=mutual)
+    names = [name for name, _ in head.named_parameters()]
+
+    def loss(parameters, features):
+        return api_loss(torch.func.functional_call(head, parameters, (features, labels)))
+
+    expected = gradients(api_loss(head(features, labels)), head, features)
+    parameters = {name: parameter.detach() for name, parameter in head.named_parameters()}
+    found, of_features = torch.func.grad(loss, argnums=(0, 1))(parameters, features.detach())
+    torch.testing.assert_close([*(found[name] for name in names), of_features], [*expected])
+    of_features, value = torch.func.grad_and_value(lambda x: loss(parameters, x))(features.detach())
+    torch.testing.assert_close(of_features, expected[-1])
+    torch.testing.assert_close(value, api_loss(head(features, labels)).detach())
+
+
+def test_jvp_and_hessian_of_torch_func():
+    head, features, labels = make_case(size=6)
+    pairs = mine_pairs(features, labels)
+
+    def loss(x):
+        return api_loss(head(x, labels, pairs=pairs))
+
+    x = features.detach()
+    hessian = torch.func.hessian(loss)(x).reshape(6 * DIM, 6 * DIM)
+    torch.testing.assert_close(hessian, hessian.T)
+    _, slope = torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(slope, torch.func.grad(loss)(x).sum())
+
+
+def test_compiled_grad_of_torch_func():
+    torch._dynamo.reset()
+    head, features, labels = make_case()
+    gradient = torch.func.grad(lambda x: api_loss(head(x, labels)))
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(features.detach()), gradient(features.detach()))
+
+
+@pytest.mark.parametrize("mutual", MUTUALS)
+@pytest.mark.parametrize("memory", [0, 8])
+def test_the_default_device_may_be_another(mutual, memory):
+    head, features, labels = make_case(mutual=mutual, memory=memory, dropout=0.5)
+    torch.set_default_device("meta")
+    try:
+        assert APIHead(DIM, CLASSES, mutual=mutual, memory=memory)(
+            torch.randn(12, DIM), torch.zeros(12, dtype=torch.long)
+        )[0].device.type == "meta"  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                api_loss(head(features, labels)).backward()
+        assert head(features).device.type == "cpu"
+        gates = head.gates(features, random_pairs(labels, 5))
+    finally:
+        torch.set_default_device(None)
+    assert features.grad.isfinite().all()
+    assert gates[0].isfinite().all()
+
+
+def test_numpy_numbers_become_plain_ones():
+    head = APIHead(
+        np.int64(DIM), np.int32(CLASSES), hidden_dim=np.int16(6), dropout=np.float32(0.25), memory=np.int64(8)
+    )
+    numbers = [head.dim, head.num_classes, head.mutual.drop.p, head.drop.p, head.memory.size, head.memory.dim]
+    assert numbers == [DIM, CLASSES, 0.25, 0.25, 8, DIM]
+    assert [type(number) for number in numbers] == [int, int, float, float, int, int]
+    assert isinstance(head(torch.randn(12, DIM), torch.arange(12) % CLASSES), APIOutput)
+
+
+def test_a_dynamic_batch_size_is_compiled_once():
+    torch._dynamo.reset()
+    head, _, _ = make_case(dtype=torch.float32)
+    compiled = torch.compile(head, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (12, 20, 31):
+        features, labels = make_batch(size, size, DIM, 2, torch.float32, "normal")
+        torch.testing.assert_close(
+            compiled(features, labels % CLASSES).logits_other, head(features, labels % CLASSES).logits_other
+        )
