@@ -1,4 +1,4 @@
-"""One batch across many ranks: the features of all of them, and gradients that find their way back."""
+"""One batch across many ranks: a differentiable all-gather of features."""
 
 from typing import TYPE_CHECKING, Any
 

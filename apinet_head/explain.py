@@ -125,7 +125,7 @@ def _check_placement(net: nn.Module, images: Tensor, error: RuntimeError) -> Non
     ):
         if there and own not in there:
             raise ValueError(
-                f"images and the net must be of one {kind}, got {describe(images)} and a net of "
+                f"images and the net must have the same {kind}, got {describe(images)} and a net of "
                 f"{', '.join(sorted(map(str, there)))}"
             ) from error
 

@@ -1,4 +1,4 @@
-"""Pairs to and from pytorch-metric-learning: its miners for our head, ours for its losses.
+"""Adapters for pytorch-metric-learning: its miners for our head, our mining for its losses.
 
 Needs `pip install pytorch-metric-learning`; nothing else in the package imports this.
 """
@@ -26,10 +26,10 @@ PAIRS, TRIPLETS = ("anchor", "positive", "anchor", "negative"), ("anchor", "posi
 
 
 def pairs_from_tuple(indices: Sequence[Tensor]) -> Pairs:
-    """What a miner of pytorch-metric-learning found, as `pairs=` for `APIHead`.
+    """Converts the output of a miner of pytorch-metric-learning to `pairs=` for `APIHead`.
 
-    All pairs are kept as they come: several of one anchor or none, and those of a triplet's anchor and positive as
-    often as there are triplets with them, as in that library's losses. An empty tuple gives a loss of 0.
+    All pairs are kept, as in that library's losses: an anchor may have several or none, and a triplet's anchor and
+    positive are repeated in each of their triplets. Empty tensors give a loss of 0.
 
     Args:
         indices: (anchors, positives, anchors, negatives) or (anchors, positives, negatives), each [N] of its own length
@@ -67,9 +67,9 @@ def pairs_from_tuple(indices: Sequence[Tensor]) -> Pairs:
 class APIMiner(BaseMiner):
     """`mine_pairs` as a miner of pytorch-metric-learning, for any of its losses.
 
-    It takes Euclidean distances of the embeddings as they are, while that library's distances and losses normalise
-    them to length 1 unless told otherwise: pass `F.normalize(embeddings)` to find the partners that those would.
-    Leaving out the pairs that don't exist makes the host wait for the device, as with all miners of that library.
+    It uses Euclidean distances of the embeddings as they are, while that library's distances and losses normalise them
+    to unit length by default: pass `F.normalize(embeddings)` to find the same partners as they do. Dropping the invalid
+    pairs synchronises with the device, as all miners of that library do.
 
     With `ref_emb`, partners are searched there. Where those hold the whole batch in its order, as the memory of
     `CrossBatchMemory` does and the rows of all ranks in `DistributedMinerWrapper(efficient=True)`, no embedding is
@@ -100,11 +100,12 @@ class APIMiner(BaseMiner):
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four tensors of anchors, positives, anchors and negatives."""
+        place: int | None = 0
         if ref_emb is embeddings:
             pairs = mine_pairs(embeddings, labels, intra=self.intra, inter=self.inter)
         else:
             place = _place_in(ref_emb, ref_labels, embeddings, labels)
-            # A ring buffer may hold the batch around its end: turned by that much, it begins with it.
+            # In a ring buffer the batch may wrap around the end; rolled by that much, the buffer begins with it.
             turn = place if place is not None and place + len(embeddings) > len(ref_emb) else 0
             keys, key_labels = (ref_emb.roll(-turn, 0), ref_labels.roll(-turn)) if turn else (ref_emb, ref_labels)
             pairs = mine_pairs(
@@ -112,15 +113,14 @@ class APIMiner(BaseMiner):
                 keys=keys, key_labels=key_labels, key_offset=None if place is None else place - turn,
             )  # fmt: skip
             pairs = pairs._replace(partner=(pairs.partner + turn) % len(ref_emb))
-            positive = pairs.valid & pairs.same_class
-            if place is None and positive.any():
-                copies = ref_emb[pairs.partner[positive]] == embeddings[pairs.anchor[positive]]
-                if copies.all():
-                    raise ValueError(
-                        f"ref_emb {describe(ref_emb)} holds the embeddings {describe(embeddings)} themselves, but not "
-                        "in their order: each would be its own partner. Leave them out of it, or put them first"
-                    )
         positive, negative = pairs.valid & pairs.same_class, pairs.valid & ~pairs.same_class
+        if place is None and positive.any():
+            copies = ref_emb[pairs.partner[positive]] == embeddings[pairs.anchor[positive]]
+            if copies.all():
+                raise ValueError(
+                    f"ref_emb {describe(ref_emb)} holds the embeddings {describe(embeddings)} themselves, but not in "
+                    "their order: each would be its own partner. Leave them out of it, or put them first"
+                )
         return pairs.anchor[positive], pairs.partner[positive], pairs.anchor[negative], pairs.partner[negative]
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Batches of n_classes classes with n_samples images each, so that every image has company of its class."""
+"""Balanced batches: n_classes classes with n_samples images each, so that every image has a same-class partner."""
 
 import hashlib
 import math
@@ -101,7 +101,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         self._drawn = 0
 
     def __len__(self) -> int:
-        """The number of batches that iteration yields: those left of the epoch, after `load_state_dict`."""
+        """The number of batches that iteration yields; after `load_state_dict`, those left of the epoch."""
         return self.n_batches - self._start
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -120,7 +120,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         key = f"{self.seed} {self.epoch}"
         class_deck = _Deck(classes, self.n_classes, key)
 
-        @lru_cache(maxsize=1 << 16)  # bounds the memory; to make a deck anew takes microseconds
+        @lru_cache(maxsize=1 << 16)  # limits the memory; making a deck again takes microseconds
         def image_deck(label: int, size: int) -> _Deck:
             return _Deck(size, self.n_samples, f"{key} {label}")
 
@@ -132,41 +132,41 @@ class BalancedBatchSampler(Sampler[list[int]]):
             for place, (label, start_row, size) in enumerate(
                 zip(mine, self._starts[mine].tolist(), self._sizes[mine].tolist(), strict=True), first
             ):
-                # Each round of the classes has every class once: its number is how often this one came up before.
+                # A round has every class once, so that its number is how often this class was drawn before.
                 times = (batch * self.n_classes + place) // classes
                 rows += [start_row + item for item in image_deck(label, size).hand(times)]
             yield self._images[rows].tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the batches of this epoch from the next iteration on; from its first, unless just resumed in it."""
+        """Iterate over the batches of this epoch from now on, from its first one unless just resumed within it."""
         epoch = check_int(epoch, "epoch", 0)
         if epoch != self.epoch:
             self.epoch, self._start, self._drawn = epoch, 0, 0
 
     @property
     def sampler(self) -> "BalancedBatchSampler":
-        """Itself: Lightning, and accelerate in some versions, call `set_epoch` of a batch sampler's `sampler` alone."""
+        """Itself: Lightning, and some versions of accelerate, call `set_epoch` only on a batch sampler's `sampler`."""
         return self
 
     def state_dict(self, batches_done: int | None = None) -> dict[str, Any]:
-        """Where in the epoch we are, to go on from there.
+        """The position in the epoch, as plain ints, to resume from.
 
         Args:
-            batches_done: how many batches of the epoch the training has finished. Without it, as many as were drawn;
-                that is too many under a DataLoader with workers, which draws ahead.
+            batches_done: number of batches of the epoch that were trained on. None for the number drawn, which is too
+                large under a DataLoader with workers, because they prefetch.
 
         Raises:
-            ValueError: the epoch has not that many batches.
+            ValueError: the epoch has fewer batches than that.
         """
         done = self._drawn if batches_done is None else self._check_done(batches_done)
         return {"epoch": self.epoch, "batches_done": done, **self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken: the next iteration yields what is left of that epoch.
+        """Resume where `state_dict` was taken: the next iteration yields the rest of that epoch.
 
         Raises:
-            ValueError: it is no state, or that of a sampler with other settings, where its place means other images.
-            TypeError: it is no dict, or what it says no int.
+            ValueError: entries are missing, or the state is of a sampler with other settings, whose batches differ.
+            TypeError: the state is no dict, or an entry no int.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"the state of a sampler is a dict, got {type(state).__name__}")
@@ -204,32 +204,29 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
 def _as_tensor(labels: Sequence[int] | Tensor) -> Tensor:
     """The labels as int64 on the CPU."""
+    to_array = None if isinstance(labels, Tensor) else getattr(labels, "__array__", None)
     # Of a data set nothing is read: one item might be an image to decode.
-    known = isinstance(labels, (Tensor, Sequence)) or hasattr(labels, "__array__")
-    if isinstance(labels, Dataset) or not known:
+    if isinstance(labels, Dataset) or not (to_array or isinstance(labels, (Tensor, Sequence))):
         raise TypeError(
             f"labels must be a sequence of ints, or a tensor or array of them, got {type(labels).__name__}: of a data "
             "set, pass the labels, such as dataset.targets or [label for _, label in dataset]"
         )
     try:
         found: Any = labels
-        if not isinstance(labels, Tensor):
-            # A pandas Series is an array, too; as a sequence, its own index would count, which need not start at 0.
-            found = labels.__array__().copy() if hasattr(labels, "__array__") else list(labels)
-            if not isinstance(found, list) and found.dtype.kind in "Ou":
-                found = found.tolist()  # so that objects are read, and unsigned ints too large for int64 are an error
-            found = torch.as_tensor(found)
-        found = found.cpu()
+        if to_array:  # a pandas Series has one too; as a sequence, its own index would count
+            array = to_array()
+            # As Python ints, objects are read, and unsigned ints too large for int64 are an error.
+            found = array.tolist() if array.dtype.kind in "Ou" else array.copy()
+        integers = torch.as_tensor(found, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:  # torch raises any of them
         raise ValueError(f"labels must be ints, or a tensor or array of them, got {shown(labels)}") from error
-    if found.numel():  # of no labels at all, the dtype says nothing
-        check_integer(found)
-    integers: Tensor = found.long()
-    return integers
+    if integers.numel():  # of no labels at all, the dtype says nothing
+        check_integer(integers)
+    return integers.long()
 
 
 class _Deck:
-    """The items 0 to size - 1 in random order, dealt in hands, and shuffled again when all are dealt.
+    """The items 0 to size - 1 in random order, dealt in hands of equal size, and reshuffled once all are dealt.
 
     No hand has an item twice, unless it is larger than the deck. A hand depends on its number and the key alone, so
     that any can be dealt without those before it.
@@ -248,15 +245,16 @@ class _Deck:
 
     def _round(self, which: int) -> Tensor:
         if which not in (self.round, self.round + 1):
-            # Where a round and a hand begin together, nothing depends on what came before.
+            # Go back to the last round that begins with a new hand, which does not depend on the rounds before.
             self.round = which - which % (self.hand_size // math.gcd(self.size, self.hand_size)) - 1
         while self.round < which:
             self.round += 1
             order = _permutation(self.size, f"{self.key} {self.round}")
             if begun := self.round * self.size % self.hand_size:
-                # What the hand begun in the last round already holds comes after what it still needs.
+                # The hand that began in the last round comes first, and must not get again what it holds.
                 held = set(self.order[-begun:].tolist())
-                order[: self.hand_size] = torch.tensor(sorted(order[: self.hand_size].tolist(), key=held.__contains__))
+                first = sorted(order[: self.hand_size].tolist(), key=held.__contains__)
+                order[: self.hand_size] = torch.tensor(first, device="cpu")
             self.order = order
         return self.order
 

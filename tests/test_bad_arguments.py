@@ -217,11 +217,15 @@ def explainable():
             ValueError,
             r"at least one pixel, got float32 \[2, 3, 4, 0\]",
         ),
-        (lambda: explain_pair(explainable(), IMAGES.double()), ValueError, r"one dtype .* float64 \[2, 3\]"),
         (
-            lambda: explain_pair(explainable(), IMAGES.to("meta")),
+            lambda: explain_pair(explainable(), IMAGES.double(), top_k=1),
             ValueError,
-            r"must be on one device, got float32 \[2, 3\] on meta",
+            r"the same dtype, got float64 \[2, 3, 4, 4\]",
+        ),
+        (
+            lambda: explain_pair(explainable(), IMAGES.to("meta"), top_k=1),
+            ValueError,
+            r"images and the net must have the same device",
         ),
         (
             lambda: explain_pair(explainable(), IMAGES * NAN, top_k=1),

@@ -200,7 +200,7 @@ def test_compiled_backbones_are_explained_as_plain_ones(wrap, layout):
 
 def test_images_of_another_dtype_or_device_are_an_error_that_shows_both():
     for images, kind, net in ((two(16, 16).double(), "dtype", "float32"), (two(16, 16).to("meta"), "device", "cpu")):
-        with pytest.raises(ValueError, match=rf"one {kind}, got .* \[2, 3, 16, 16\] .* and a net of .*{net}"):
+        with pytest.raises(ValueError, match=rf"the same {kind}, got .* \[2, 3, 16, 16\] .* and a net of .*{net}"):
             explain_pair(make(Tiny), images)
 
 

@@ -279,6 +279,12 @@ def test_the_global_random_state_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_the_default_device_does_not_matter():
+    expected = list(BalancedBatchSampler(LABELS, 4, 3, n_batches=9))
+    with torch.device("meta"):  # as any device would, it holds what is made without naming one
+        assert list(BalancedBatchSampler(LABELS, 4, 3, n_batches=9)) == expected
+
+
 def test_orders_of_a_class_come_up_equally_often():
     counts = Counter()
     sampler = BalancedBatchSampler([0] * 3, 1, 3, n_batches=1)
