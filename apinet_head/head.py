@@ -18,6 +18,7 @@ from apinet_head._checks import (
     check_number,
     describe,
 )
+from apinet_head._pair_images import Images, Keys, images_of
 from apinet_head.distributed import gather_checked, mean_over_ranks, world_size
 from apinet_head.feature_memory import FeatureMemory
 from apinet_head.mutual import entrance, is_plain_linear, is_plain_mlp, make_mutual
@@ -198,30 +199,29 @@ class APIHead(nn.Module):
         labels = labels.long()  # torch before 2.6 selects from few other dtypes
         trains = self.training and torch.is_grad_enabled()
         memory = self.memory if trains and pairs is None else None
-        # Keys: where partners are searched; None is the batch alone.
-        given = _Keys(keys, key_labels.long(), key_offset) if keys is not None and key_labels is not None else None
-        searched = given or self._searched(features, labels, memory)
 
+        # Keys: where partners are searched; None is this batch alone.
+        given = Keys(keys, key_labels.long(), key_offset) if keys is not None and key_labels is not None else None
+        table = given or self._keys(features, labels, memory)
+        # Pairs, and their images.
         if pairs is None:
-            query = () if searched is None else (searched.all(), searched.labels, searched.offset)
-            pairs = find_pairs(features, labels, searches_of(self.intra, self.inter), *query)
+            pairs = find_pairs(features, labels, searches_of(self.intra, self.inter), *(table.all() if table else ()))
             if trains and not (given or memory or torch.compiler.is_compiling() or self._has_looked):
                 self._has_looked = _look(labels, pairs)
-        images = _images(features, pairs, None if searched is None else searched.take(pairs.partner))
-        if memory is not None:
-            self._remember(memory, features, labels, searched)
-
-        mutual = self._mutual_vector(images)
-        gated = self._gated(images, mutual)
-
-        key_labels = labels if searched is None else searched.labels
+        images = images_of(features, pairs, table.take(pairs.partner) if table else None)
+        key_labels = table.labels if table else labels
         row_labels = torch.cat([labels.index_select(0, pairs.anchor), key_labels.index_select(0, pairs.partner)])
+        if memory is not None:
+            self._remember(memory, features, labels, table)
+        # Mutual vectors, gates, and what these make of the images.
+        gated = self._gated(images, self._mutual_vector(images))
         valid = _valid(pairs, row_labels, gated[: row_labels.shape[0]])
         num_rows = mean_over_ranks(valid.sum()) if self.gather and world_size() > 1 else None
+        # Classes: of all rows in one call, which is quicker than two and takes less memory.
         gated = self.drop(gated) if has_classes else gated
         if criterion is not None:
             return criterion.of_features(*self._own_and_other(gated), row_labels, valid, num_rows, classify)
-        logits = classify(gated) if has_classes else gated  # one call for all rows: quicker than two, in less memory
+        logits = classify(gated) if has_classes else gated
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != gated.shape[0]:
             raise ValueError(f"the classifier must map [N, D] to [N, C], got {describe(logits)} for N={gated.shape[0]}")
         return APIOutput(*self._own_and_other(logits), row_labels, valid, pairs, num_rows)
@@ -239,29 +239,29 @@ class APIHead(nn.Module):
             check_device(keys, "keys", features, "features")
             self._check_key_dtype(features, keys)
         self._check_pairs(features, pairs, keys)
-        images = _images(features, pairs, None if keys is None else keys.index_select(0, pairs.partner))
+        images = images_of(features, pairs, None if keys is None else keys.index_select(0, pairs.partner))
         anchor, partner = self._gates(images.take(), self._mutual_vector(images))
         return anchor, partner
 
-    def _searched(self, features: Tensor, labels: Tensor, memory: FeatureMemory | None) -> "_Keys | None":
+    def _keys(self, features: Tensor, labels: Tensor, memory: FeatureMemory | None) -> Keys | None:
         """The batches of all ranks, and the memory, if partners are to be searched there."""
         across_ranks = self.gather and world_size() > 1
         if not across_ranks and memory is None:
             return None
-        batch = _Keys(*(gather_checked(features, labels) if across_ranks else (features, labels, 0)))
+        batch = Keys(*(gather_checked(features, labels) if across_ranks else (features, labels, 0)))
         if memory is None:
             return batch
         return batch._replace(labels=torch.cat([batch.labels, memory.labels]), past=memory.features)
 
-    def _remember(self, memory: FeatureMemory, features: Tensor, labels: Tensor, searched: "_Keys | None") -> None:
+    def _remember(self, memory: FeatureMemory, features: Tensor, labels: Tensor, table: Keys | None) -> None:
         """Keep the images of all ranks: where all remember the same, DDP may copy one rank's buffers to the others."""
-        if self.gather and searched is not None:
-            features, labels = searched.features, searched.labels[: searched.features.shape[0]]
+        if self.gather and table is not None:
+            features, labels = table.features, table.labels[: table.features.shape[0]]
         else:
             features, labels, _ = gather_checked(features.detach(), labels)
         memory.push_unchecked(features, labels)
 
-    def _mutual_vector(self, images: "_Images") -> Tensor:
+    def _mutual_vector(self, images: Images) -> Tensor:
         """The mutual vectors m [P,D] of pairs of images."""
         if images.shared and is_plain_mlp(self.mutual):
             return self.mutual.of_rows(images.table, images.rows)
@@ -275,11 +275,11 @@ class APIHead(nn.Module):
         """Gates of images [2,P,D], the anchors and the partners."""
         return torch.sigmoid(mutual.expand_as(images) if self.gate == "single" else mutual * images)
 
-    def _gated(self, images: "_Images", mutual: Tensor) -> Tensor:
+    def _gated(self, images: Images, mutual: Tensor) -> Tensor:
         """Gated features [4P,D]: all images under their own gates, then all under each other's; [2P,D] of one gate."""
 
         def gated(table: Tensor, rows: Tensor, mutual: Tensor) -> Tensor:
-            images = _Images(table, rows).take()
+            images = Images(table, rows).take()
             gates = self._gates(images, mutual)
             gates = torch.stack([gates, gates.flip(0)]) if self.gate == "pair" else gates[None]
             return torch.addcmul(images, images, gates).flatten(0, 2)  # x + x * g
@@ -355,50 +355,6 @@ class APIHead(nn.Module):
         names = ("dim", "num_classes", "gate", "intra", "inter", "gather")
         memory = 0 if self.memory is None else self.memory.size
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in names), f"memory={memory}"])
-
-
-class _Keys(NamedTuple):
-    """Where partners are searched, if not in the batch alone: K rows of features, then those of a memory."""
-
-    features: Tensor  # [K,D]
-    labels: Tensor  # [K+N]
-    offset: int | None  # the row of query 0
-    past: Tensor | None = None  # [N,D]
-
-    def all(self) -> Tensor:
-        return self.features if self.past is None else torch.cat([self.features.detach(), self.past])
-
-    def take(self, rows: Tensor) -> Tensor:
-        """all()[rows], where features get a gradient and the past, which may be much larger, no room for one."""
-        if self.past is None:
-            return self.features.index_select(0, rows)
-        size = self.features.shape[0]
-        recent = self.features.index_select(0, rows.clamp(max=size - 1))
-        past = self.past.index_select(0, (rows - size).clamp(min=0))
-        return recent.where((rows < size)[:, None], past.to(recent.dtype))
-
-
-class _Images(NamedTuple):
-    """The images of P pairs, as rows of a table: those take less memory to keep than the images."""
-
-    table: Tensor  # [N,D]
-    rows: Tensor  # [2,P], of the anchors and of the partners
-    shared: bool = False  # whether most rows of the table are in several pairs
-
-    def take(self) -> Tensor:
-        """[2,P,D]; index_select has the quicker backward pass."""
-        return self.table.index_select(0, self.rows.flatten()).view(*self.rows.shape, self.table.shape[1])
-
-
-def _images(features: Tensor, pairs: Pairs, partner: Tensor | None) -> _Images:
-    """The images of pairs of rows of features [B,D], or of such rows and partners [P,D] from elsewhere."""
-    if partner is None:
-        return _Images(features, torch.stack([pairs.anchor, pairs.partner]), shared=True)
-    # A pair that doesn't exist points at any row of keys; were that one not finite, it would spoil the gradients
-    # although the loss leaves the pair out.
-    partner = partner.where(pairs.valid[:, None], features.index_select(0, pairs.anchor))
-    rows = torch.arange(partner.shape[0], device=features.device) + features.shape[0]
-    return _Images(torch.cat([features, partner]), torch.stack([pairs.anchor, rows]))
 
 
 def _valid(pairs: Pairs, labels: Tensor, own: Tensor) -> Tensor:
