@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType, SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path, tree_map
 
-from apinet_head._checks import check_int, check_module, check_number, describe
+from apinet_head._checks import check_int, check_module, check_number, describe, shown
 from apinet_head.chunked import check_chunk_size, run_in_chunks
 from apinet_head.head import APIHead, APIOutput
 from apinet_head.loss import LossTerms
@@ -88,7 +88,8 @@ class APINet(
         self.dim: int = _feature_dim(backbone) if dim is None else dim
         self.backbone: nn.Module = backbone
         self.head: APIHead = APIHead(self.dim, num_classes, **head_args)
-        self.backbone.to(device=head_args.get("device"), dtype=head_args.get("dtype"))
+        if {"device", "dtype"} & head_args.keys():
+            self.backbone.to(device=head_args.get("device"), dtype=head_args.get("dtype"))
         self._batch_norm_fixed = False
 
     def forward(self, images: Tensor, labels: Tensor | None = None, **head_args: Any) -> Tensor | APIOutput | LossTerms:
@@ -226,8 +227,7 @@ class APINet(
 
     def reset_classifier(self, num_classes: int) -> None:
         """Take a new classifier for `num_classes` classes, 0 for none. An optimiser has to be made anew."""
-        check_int(num_classes, "num_classes", 0)
-        num_classes, like = int(num_classes), next(self.parameters())
+        num_classes, like = check_int(num_classes, "num_classes", 0), next(self.parameters())
         self.head.classifier = (
             nn.Linear(self.dim, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
         )
@@ -251,20 +251,20 @@ class APINet(
         self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are to have no weight decay: the backbone's."""
-        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
-        return {name for name, _ in self.named_parameters() if _plain_name(name).removeprefix("backbone.") in names}
+        """Names, or patterns of names, of the parameters that are to have no weight decay: the backbone's."""
+        prefix = "backbone." if _uncompiled(self.backbone) is self.backbone else "backbone._orig_mod."
+        return {prefix + name for name in getattr(self.backbone, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """For layer decay: from a parameter's name to the number of its layer; all of the head is in the last."""
         from timm.models._manipulate import group_with_matcher
 
-        backbone: Any = _uncompiled(self.backbone)
-        matcher = backbone.group_matcher(coarse) if hasattr(backbone, "group_matcher") else lambda name: 0
+        backbone, head = cast(Any, _uncompiled(self.backbone)), "the head"
+        matcher = getattr(backbone, "group_matcher", lambda coarse: {"all": f"(?!{head})"})(coarse)
         # With a name that nothing matches timm says itself where it would put the classifier.
-        names = [*((_plain_name(name), None) for name, _ in backbone.named_parameters()), ("the classifier", None)]
+        names = [*((_plain_name(name), None) for name, _ in backbone.named_parameters()), (head, None)]
         layers = group_with_matcher(iter(names), matcher, reverse=True)
-        return lambda name: layers.get(_plain_name(name).removeprefix("backbone."), layers["the classifier"])
+        return lambda name: layers.get(_plain_name(name).removeprefix("backbone."), layers[head])
 
     # Saving and loading. huggingface_hub keeps the arguments of __init__ for config.json, but leaves out, without a
     # word, those that JSON can't hold.
@@ -277,10 +277,10 @@ class APINet(
         given = _plain(dict(zip(list(cls._hub_mixin_init_parameters)[1:], args, strict=False)) | kwargs)
         given = {name: _without_files(value) for name, value in given.items() if name not in ("device", "dtype")}
         net: Self = super().__new__(cls, **given)
-        net._arguments = vars(net)["_hub_mixin_config"]
+        net._arguments = vars(net).setdefault("_hub_mixin_config", {})
         net._own_modules = {name: _kind(value) for name, value in given.items() if isinstance(value, nn.Module)}
         net._unsaveable = [
-            f"{name}{keystr(path)}={value!r}"
+            f"{name}{keystr(path)}={shown(value)}"
             for name, argument in given.items()
             for path, value in tree_flatten_with_path(argument)[0]
             if not _is_saveable(path, value) and name not in net._own_modules
