@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +19,7 @@ from apinet_head._checks import (
     shown,
 )
 from apinet_head._linear_loss import Settings, Targets, at, linear_loss
-from apinet_head.distributed import mean_over_ranks, world_size
+from apinet_head.distributed import world_size
 from apinet_head.mutual import is_plain_linear
 
 if TYPE_CHECKING:
@@ -184,11 +185,16 @@ class APILoss(nn.Module):
             own, other = _classify(features, classify)
             return torch.stack(_sums(own, other, targets, _fit(settings, own.T)))
 
-        sums = torch.zeros(2, dtype=dtype, device=own.device)
+        before, sums = _state(classify), torch.zeros(2, dtype=dtype, device=own.device)
         for first in range(0, len(labels), rows):
             part = slice(first, first + rows)
             of_part = targets._replace(labels=targets.labels[part], valid=targets.valid[part])
             sums = sums + checkpoint(sums_of, features[:, part], of_part, use_reentrant=False)
+        if torch.is_grad_enabled() and _state(classify) != before:
+            raise ValueError(
+                f"rows= runs the classifier in parts, and again in the backward pass, and {type(classify).__name__} "
+                "changes its buffers each time (as BatchNorm and spectral_norm do in train mode): use APILoss(rows=None)"
+            )
         return _mean(sums[0], sums[1], targets, settings)
 
     def _settings(self) -> Settings:
@@ -246,7 +252,8 @@ def _targets(
     weights = at(labels[:, None], class_weight.expand(len(labels), -1))
     weight_sum = weights.where(valid[:, None], 0).sum()
     if num_rows is not None and world_size() > 1:
-        weight_sum = mean_over_ranks(weight_sum)
+        dist.all_reduce(weight_sum)
+        weight_sum = weight_sum / world_size()
     return Targets(labels, valid, counted, _divisor(weight_sum, dtype))
 
 
@@ -265,6 +272,13 @@ def _classify(features: Tensor, classify: Callable[[Tensor], Tensor]) -> tuple[T
         return logits, logits
     own, other = logits.chunk(2)
     return own, other
+
+
+def _state(classify: Callable[[Tensor], Tensor]) -> list[tuple[int, int]]:
+    """What tells whether a buffer of a classifier was changed or replaced."""
+    if torch.compiler.is_compiling() or not isinstance(classify, nn.Module):
+        return []
+    return [(id(buffer), buffer._version) for buffer in classify.buffers() if not buffer.is_inference()]
 
 
 def _sums(own: Tensor, other: Tensor, targets: Targets, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -303,7 +317,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def _check(output: "APIOutput") -> None:
     if not (isinstance(output, tuple) and hasattr(output, "num_rows")):
         raise TypeError(f"the loss is of an APIOutput, got {type(output).__name__}: call the head with labels")
-    if getattr(output, "unclassified", None):
+    if output.unclassified:
         raise ValueError(
             f"the loss needs logits, and the head has no classifier: its output holds the features "
             f"{describe(output.logits_self)}; make the head with num_classes=, or call it with classifier="
