@@ -26,6 +26,7 @@ from strategies import DTYPES
 from torch import nn
 
 from apinet_head import (
+    APIHead,
     APINet,
     BalancedBatchSampler,
     ChunkedBackbone,
@@ -70,6 +71,25 @@ def test_feature_memory(data):
     rows = torch.stack([row for row, _ in expected])
     torch.testing.assert_close(memory.features, rows, rtol=0, atol=0, equal_nan=True)
     assert int(memory.filled) == min(len(pushed), memory.size)
+
+
+@fuzzed
+def test_head_with_a_memory(data):
+    size, dim = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
+    head, plain = (APIHead(dim, 50, hidden_dim=3, dropout=0.0, memory=memory) for memory in (size, 0))
+    plain.load_state_dict({name: value for name, value in head.state_dict().items() if "memory" not in name})
+    past = FeatureMemory(size, dim)
+    for _ in range(data.draw(st.integers(1, 4))):
+        features, labels, _ = draw_batch(data, dtypes=[torch.float32], kinds=("normal", "ties", "non-finite"))
+        features, labels = features[:, [0] * dim], labels.long() - data.draw(st.sampled_from([0, 6]))  # or no class
+        keys, key_labels = torch.cat([features.detach(), past.features]), torch.cat([labels, past.labels])
+        output = head(features, labels)
+        expected = plain(features, labels, keys=keys, key_labels=key_labels, key_offset=0)
+        past.push(features, labels)
+        for found, right in zip([*output[:4], *output.pairs], [*expected[:4], *expected.pairs], strict=True):
+            torch.testing.assert_close(found, right, equal_nan=True)
+        assert api_loss(output).isfinite() == api_loss(expected).isfinite()
+    torch.testing.assert_close([*head.memory.buffers()], [*past.buffers()], rtol=0, atol=0, equal_nan=True)
 
 
 def draw_sampler(data):
