@@ -14,8 +14,8 @@ from apinet_head._checks import (
     check_labels,
     describe,
 )
-from apinet_head.mining import BACKENDS, Search, find
-from apinet_head.mining.rows import may_look
+from apinet_head.mining import BACKENDS, Query, Search, find
+from apinet_head.mining.query import is_eager_cpu
 
 SEARCHES = ("similar", "dissimilar", "random")
 
@@ -53,13 +53,16 @@ def mine_pairs(
 ) -> Pairs:
     """Pair every image with one of its own class and one of another class (paper, section 3.2).
 
-    Distances are Euclidean, of detached features, in float32 at least. Ties go to the lowest index. Nothing is
-    paired with itself. A row that is not finite is never chosen; its own pairs stay valid, so that the loss turns
-    non-finite where a training loop looks for it. Nothing waits for the device, and no shape depends on the data.
+    Distances are Euclidean, of detached features, in float32 at least, whatever autocast or
+    `torch.set_float32_matmul_precision` allow. Partners are exact: near neighbours, which a matrix product cannot tell
+    apart, are compared by subtraction, and rows far from the others don't affect the partners of these. Ties go to the
+    lowest index. Nothing is paired with itself. An image with a negative label has no class: it is never a partner, and
+    its own pairs are not valid. A row that is not finite is never chosen; its own pairs stay valid, so that the loss
+    turns non-finite where a training loop looks for it. Nothing waits for a GPU, and no shape depends on the data.
 
     Args:
         features: [B,D], float16, bfloat16, float32 or float64.
-        labels: [B], class indices of any integer dtype.
+        labels: [B], class indices of any integer dtype; negative for no class.
         intra: the partner of the same class: "similar" (nearest), "dissimilar" (farthest), "random", or None for no
             such pairs.
         inter: likewise, the partner of another class.
@@ -96,22 +99,38 @@ def mine_pairs(
     _check_backend(backend)
     check_generator(generator, features, "features'")
 
+    if keys is not None:
+        check_keys(features, labels, keys, key_labels, key_offset)
+    elif key_labels is not None or key_offset is not None:
+        raise ValueError("key_labels and key_offset need keys, got keys=None")
+    return find_pairs(features, labels, searches, keys, key_labels, key_offset, generator, backend)
+
+
+def find_pairs(
+    features: Tensor,
+    labels: Tensor,
+    searches: tuple[Search, ...],
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    key_offset: int | None = None,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> Pairs:
+    """`mine_pairs` without its checks, for arguments that were checked; `searches` by `searches_of`."""
     size = features.shape[0]  # not len(): export would take that for a constant
     # All pairs at once, not one kind after the other: small batches cost a GPU as much as there are operations.
     pair = torch.arange(len(searches) * size, device=features.device)
     anchor = pair % size
+    labels, offset = labels.long(), key_offset
     if keys is None:
-        if key_labels is not None or key_offset is not None:
-            raise ValueError("key_labels and key_offset need keys, got keys=None")
-        key_labels, key_offset, fallback = labels, 0, anchor
+        offset, fallback = 0, anchor
     else:
-        key_labels = _check_keys(features, labels, keys, key_labels, key_offset)
-        fallback = torch.zeros_like(anchor) if key_offset is None else anchor + key_offset
+        keys = keys.detach()
+        fallback = torch.zeros_like(anchor) if offset is None else anchor + offset
     if size == 0:
         return Pairs(anchor, anchor, anchor.bool(), anchor.bool())
-    if key_labels.dtype != labels.dtype:  # not all of which torch compares with each other
-        labels, key_labels = labels.long(), key_labels.long()
-    found = find(backend, features, labels, keys, key_labels, key_offset, searches, generator)
+    key_labels = labels if key_labels is None else key_labels.long()
+    found = find(backend, Query(features.detach(), labels, keys, key_labels, offset, searches), generator)
     valid = found.valid.flatten()
     return Pairs(
         anchor=anchor,
@@ -132,7 +151,7 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
         generator: source of randomness, on the labels' device; None is torch's default one.
 
     Returns:
-        Pairs with P = `num_pairs`; none is valid if B = 1.
+        Pairs with P = `num_pairs`. None is valid if B = 1, nor those of images with a negative label, of no class.
 
     Raises:
         ValueError: labels are no integer vector, there are none, num_pairs is negative, or generator on another device.
@@ -149,15 +168,21 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
     size = labels.shape[0]
     if size == 0 or num_pairs < 0:
         raise ValueError(f"need at least one label and num_pairs >= 0, got {size} labels and num_pairs={num_pairs}")
+    labels = labels.long()  # torch before 2.6 selects from few other dtypes
     anchor = torch.randint(size, (num_pairs,), generator=generator, device=labels.device)
     step = torch.randint(1, max(size, 2), (num_pairs,), generator=generator, device=labels.device)
     partner = (anchor + step) % size
     labels = labels.long()  # torch before 2.6 selects from few other dtypes
-    return Pairs(anchor, partner, labels[anchor] == labels[partner], anchor != partner)
+    of_anchor, of_partner = labels[anchor], labels[partner]
+    valid = (anchor != partner) & (of_anchor >= 0) & (of_partner >= 0)
+    return Pairs(anchor, partner, (of_anchor == of_partner) & (of_anchor >= 0), valid)
 
 
-def check_pairs(pairs: Pairs, features: Tensor) -> None:
-    """Raise unless `pairs` are tensors [P] of their dtypes on the device of `features`; their values are not read."""
+def check_pairs(pairs: Pairs, features: Tensor, size: int, keys: Tensor | None = None) -> None:
+    """Raise unless `pairs` are tensors [P] of their dtypes on the device of `features`, and rows where one may look.
+
+    Anchors are rows of `features`; partners of `keys`, or without keys of `size` images.
+    """
     if not isinstance(pairs, Pairs):
         raise TypeError(f"pairs must be a Pairs, got {type(pairs).__name__}")
     for name, rows in (("pairs.anchor", pairs.anchor), ("pairs.partner", pairs.partner)):
@@ -176,14 +201,25 @@ def check_pairs(pairs: Pairs, features: Tensor) -> None:
             f"anchor and partner of pairs must be int64 and valid bool, got {describe(pairs.anchor)}, "
             f"{describe(pairs.partner)} and {describe(pairs.valid)}"
         )
+    if keys is not None:
+        size, of_partners = keys.shape[0], f"keys {describe(keys)}"
+    else:
+        of_partners = f"features {describe(features)}" + (" of all ranks" if size != features.shape[0] else "")
+    for name, rows, count, of_what in (
+        ("pairs.anchor", pairs.anchor, features.shape[0], f"features {describe(features)}"),
+        ("pairs.partner", pairs.partner, size, of_partners),
+    ):
+        if is_eager_cpu(rows) and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+            wrong = int(rows.max()) if int(rows.min()) >= 0 else int(rows.min())
+            raise ValueError(f"{name} must be rows of {of_what}, got {describe(rows)} with {wrong}")
 
 
-def searches_of(intra: str | None, inter: str | None) -> list[Search]:
+def searches_of(intra: str | None, inter: str | None) -> tuple[Search, ...]:
     """The searches that `intra` and `inter` ask for; ValueError if one is unknown or there is none."""
     for name, how in (("intra", intra), ("inter", inter)):
         if how is not None and how not in SEARCHES:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, SEARCHES))} or None, got {how!r}")
-    searches = [Search(how, same) for how, same in ((intra, True), (inter, False)) if how is not None]
+    searches = tuple(Search(how, same) for how, same in ((intra, True), (inter, False)) if how is not None)
     if not searches:
         raise ValueError("intra and inter are both None: that leaves no pairs to mine")
     return searches
@@ -195,9 +231,9 @@ def _check_backend(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(map(repr, known))}, got {name!r}")
 
 
-def _check_keys(
+def check_keys(
     features: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor | None, key_offset: int | None
-) -> Tensor:
+) -> None:
     if key_labels is None:
         raise ValueError("keys need key_labels, got key_labels=None")
     check_features(keys, "keys", features.shape[1])
@@ -213,9 +249,8 @@ def _check_keys(
                 f"key_offset says where the {features.shape[0]} queries sit among the {keys.shape[0]} keys and must be "
                 f"in [0, {room}], got {key_offset}; use None if they are not there"
             )
-        if may_look(labels) and may_look(key_labels):
+        if is_eager_cpu(labels) and is_eager_cpu(key_labels):
             _check_offset(labels.long(), key_labels.long(), key_offset)
-    return key_labels
 
 
 def _check_offset(labels: Tensor, key_labels: Tensor, key_offset: int) -> None:

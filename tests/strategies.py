@@ -5,7 +5,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-KINDS = ("normal", "offset", "duplicates", "one class", "singletons", "non-finite", "ties", "huge", "tiny")
+KINDS = (
+    "normal", "offset", "duplicates", "one class", "singletons", "non-finite", "ties", "huge", "tiny",
+    "outlier", "outliers", "offset and outliers", "clusters", "unlabelled",
+)  # fmt: skip
 DENORMAL = "denormal"  # one more, for what computes in all of its dtype's range
 
 
@@ -16,6 +19,16 @@ def make_batch(seed: int, size: int, dim: int, classes: int, dtype: torch.dtype,
     labels = (torch.rand(size, generator=generator) ** 2 * classes).long() * 3 + 5
     if kind == "offset":
         features += 1000
+    elif kind == "outlier":
+        features[size // 2] *= torch.finfo(dtype).max / 64
+    elif kind in ("outliers", "offset and outliers"):
+        features += 1000 if kind == "offset and outliers" else 0
+        features[::10] *= torch.finfo(dtype).max ** 0.4
+    elif kind == "clusters":
+        centres = torch.randn(size // 4 + 1, dim, generator=generator, dtype=torch.float64)
+        features = centres[torch.arange(size) // 4] + 1e-3 * features
+    elif kind == "unlabelled":
+        labels[torch.rand(size, generator=generator) < 0.2] = -1
     elif kind == "duplicates":
         features = features[torch.randint(max(1, size // 3), (size,), generator=generator)]
     elif kind == "one class":

@@ -12,21 +12,23 @@ from reference import candidates, check_partners
 from strategies import DENORMAL, DTYPES, KINDS, batches, make_batch
 
 from apinet_head import Pairs, mine_pairs, mining, random_pairs
-from apinet_head.mining import BACKENDS, choose, dense, rows, tiled
+from apinet_head.mining import BACKENDS, Query, Search, choose, plain, rows
 from apinet_head.mining.draw import draw
-from apinet_head.mining.rows import finite_rows
+from apinet_head.mining.query import finite_rows
 
 
-def unseen(module, mine):
-    """A backend as it is on devices where nobody waits for a number."""
+def unseen(mine, small=plain.SMALL):
+    """A backend as it is where no value is looked at: on a GPU, compiled; `small`: up to where it is in float64."""
     never = mock.Mock(return_value=False)
-    return mock.patch.object(rows, "may_look", never)(mock.patch.object(module, "may_look", never)(mine))
+    return mock.patch.object(plain, "SMALL", small)(mock.patch.object(plain, "is_eager_cpu", never)(mine))
 
 
 # Tiles so small that the tests' batches have many, whole ones and parts.
-BACKENDS["tiled by 16"] = partial(tiled.mine, tile=16)
-BACKENDS["dense, unseen"] = unseen(dense, dense.mine)
-BACKENDS["tiled by 16, unseen"] = unseen(tiled, partial(tiled.mine, tile=16))
+BACKENDS["tiled by 16"] = partial(plain.mine_tiled, tile=16)
+BACKENDS["dense, unseen"] = unseen(plain.mine_dense)
+BACKENDS["tiled by 16, unseen"] = unseen(partial(plain.mine_tiled, tile=16))
+BACKENDS["dense, unseen, large"] = unseen(plain.mine_dense, small=0)
+BACKENDS["tiled by 16, unseen, large"] = unseen(partial(plain.mine_tiled, tile=16), small=0)
 # "triton" has tests of its own, because it needs a GPU, or a process of its own.
 each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 HOWS = ("similar", "dissimilar", "random")
@@ -38,6 +40,7 @@ def check(features, labels, *, intra="similar", inter="similar", **keys):
     size = len(features)
     reference = {
         "keys": keys.get("keys"), "key_labels": keys.get("key_labels"), "offset": keys.get("key_offset"),
+        "exact": "large" not in keys.get("backend", ""),  # there only the few best candidates are compared again
     }  # fmt: skip
     for row, how, same in ((0, intra, True), (size, inter, False)):
         half = Pairs(*(field[row : row + size] for field in pairs))
@@ -63,18 +66,111 @@ def test_adversarial(kind, dtype, backend):
     check(features, labels, intra="dissimilar", inter="dissimilar", backend=backend)
 
 
-def test_a_sample_of_the_rows_does_not_speak_for_all():
-    # Those that are asked first are near the origin. The others, far from it, need the mean taken away.
-    features, labels = make_batch(seed=4, size=96, dim=64, classes=24, dtype=torch.float32, kind="normal")
-    far = torch.arange(96) % (96 // dense.SAMPLE) != 0
-    features[far] += 1000
-    pairs = mine_pairs(features, labels, backend="dense")
-    distance = torch.cdist(features.double(), features.double()).square()
+def brute_force(features, labels):
+    """The partners [2,B] by subtraction in float64."""
+    x = features.double()
+    distance = torch.stack([(x - row).square().sum(1) for row in x])
     same = labels[:, None] == labels
-    for allowed, partner in zip((same & ~torch.eye(96).bool(), ~same), pairs.partner.view(2, -1), strict=True):
-        nearest = distance.masked_fill(~allowed, torch.inf).amin(1)
-        found = distance.gather(1, partner[:, None])[:, 0]
-        assert (found - nearest)[far & allowed.any(1)].max() < 1  # of about 128; with the mean left in, up to 48 off
+    own = distance.masked_fill(~same | torch.eye(len(x), dtype=torch.bool), torch.inf)
+    return torch.stack([own.argmin(1), distance.masked_fill(same, torch.inf).argmin(1)])
+
+
+LABELS = torch.arange(120) // 4
+
+
+@each_backend
+@pytest.mark.parametrize("factor", [6e4, 1e10, 1e30])
+@pytest.mark.parametrize("far", [[5], range(0, 120, 10), range(12)])
+@pytest.mark.parametrize("offset", [0, 100])
+def test_rows_far_away_change_nobody_elses_partner(backend, factor, far, offset):
+    features = torch.randn(120, 256, generator=torch.Generator().manual_seed(0)) + offset
+    features[list(far)] *= factor
+    others = torch.ones(120, dtype=torch.bool)
+    others[list(far)] = False
+    found = mine_pairs(features, LABELS, backend=backend).partner.view(2, -1)
+    assert torch.equal(found[:, others], brute_force(features, LABELS)[:, others])
+
+
+@each_backend
+def test_a_key_far_away_changes_nobodys_partner(backend):
+    features = torch.randn(120, 256, generator=torch.Generator().manual_seed(0))
+    expected = brute_force(features, LABELS)
+    keys, key_labels = torch.cat([features, features[7:8] * 1e6]), torch.cat([LABELS, LABELS[7:8]])
+    found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=backend)
+    assert torch.equal(found.partner.view(2, -1), expected)
+
+
+@each_backend
+@pytest.mark.parametrize("cosine", [0.999, 0.9999, 0.99999, 0.999999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_near_neighbours_are_told_apart(backend, cosine, dtype):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(30, 512, generator=generator, dtype=dtype))[LABELS]
+    noise = torch.nn.functional.normalize(torch.randn(120, 512, generator=generator, dtype=dtype))
+    features = torch.nn.functional.normalize(centres + noise * (1 - cosine) ** 0.5)
+    assert torch.equal(mine_pairs(features, LABELS, backend=backend).partner.view(2, -1), brute_force(features, LABELS))
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled by 16", "dense, unseen"])
+def test_near_neighbours_are_told_apart_in_large_classes(backend):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) // 100
+    centres = torch.nn.functional.normalize(torch.randn(2, 512, generator=generator))[labels]
+    features = torch.nn.functional.normalize(centres + 1e-3 * torch.randn(200, 512, generator=generator) / 512**0.5)
+    assert torch.equal(mine_pairs(features, labels, backend=backend).partner.view(2, -1), brute_force(features, labels))
+
+
+@each_backend
+def test_images_without_a_class_are_nobodys_partner_and_have_none(backend):
+    features = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 5
+    labels[::3] = -100
+    labels[1::9] = -1
+    for how in ("similar", "dissimilar", "random"):
+        pairs = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
+        labelled = labels >= 0
+        assert torch.equal(pairs.valid, labelled.repeat(2))
+        assert labelled[pairs.partner[pairs.valid]].all()
+        alone = mine_pairs(features[labelled], labels[labelled], intra=how, inter=how, backend=backend)
+        if how != "random":
+            assert torch.equal(labelled.nonzero()[:, 0][alone.partner], pairs.partner[pairs.valid])
+    unlabelled = random_pairs(labels, 200)
+    assert torch.equal(unlabelled.valid, (labels[unlabelled.anchor] >= 0) & (labels[unlabelled.partner] >= 0)
+                       & (unlabelled.anchor != unlabelled.partner))  # fmt: skip
+
+
+def rounded_to_tf32(rows):
+    """As tensor cores read float32: 10 bits after the leading one, to nearest."""
+    return ((rows.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+@pytest.mark.parametrize("cosine", [0.9, 0.99, 0.999])
+def test_products_in_parts_are_exact_enough_for_tf32(cosine):
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.nn.functional.normalize(torch.randn(1, 512, generator=generator))
+    x = torch.nn.functional.normalize(
+        shared + (1 / cosine - 1) ** 0.5 * torch.randn(120, 512, generator=generator) / 512**0.5
+    )
+    matmul = torch.Tensor.__matmul__
+    with mock.patch.object(torch.Tensor, "__matmul__", lambda a, b: matmul(rounded_to_tf32(a), rounded_to_tf32(b))):
+        error = (rows.multiply_in_parts(x, x).double() - x.double().mm(x.double().T)).abs().max()
+        plain_error = ((x @ x.T).double() - x.double().mm(x.double().T)).abs().max()
+    float32_error = ((x @ x.T).double() - x.double().mm(x.double().T)).abs().max()
+    assert error < 2 * float32_error < plain_error / 20
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@each_backend
+def test_reduced_precision_of_products_does_not_reach_the_distances(backend, precision):
+    features, labels = make_batch(seed=5, size=150, dim=300, classes=10, dtype=torch.float32, kind="clusters")
+    expected = mine_pairs(features, labels)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        found = mine_pairs(features, labels, backend=backend)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found.partner, expected.partner)
 
 
 @each_backend
@@ -286,7 +382,8 @@ def test_drawn_partners_are_uniform_among_the_candidates(same_class, offset):
     labels = key_labels[(offset or 0) :][:20]
     generator, counts = torch.Generator().manual_seed(0), torch.zeros(20, 40)
     for _ in range(2000):
-        partner, valid = draw(finite_rows(keys), labels, key_labels, offset, same_class, generator)
+        query = Query(keys[:20], labels, keys, key_labels, offset, (Search("random", same_class),))
+        partner, valid = draw(query, finite_rows(keys), same_class, generator)
         counts[torch.arange(20)[valid], partner[valid]] += 1
     finite = keys.isfinite().all(1).numpy()
     allowed = torch.from_numpy(candidates(labels.numpy(), key_labels.numpy(), finite, same_class, offset))

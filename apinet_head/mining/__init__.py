@@ -1,14 +1,10 @@
 """Backends behind `mine_pairs`: the same function under the same contract."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
-from apinet_head.mining import dense, tiled
-from apinet_head.mining.contract import Backend, Found, Search
+from apinet_head.mining import plain
 from apinet_head.mining.draw import draw
-from apinet_head.mining.rows import finite_rows
+from apinet_head.mining.query import Backend, Found, Query, Search, finite_rows
 
 # From so many rows on, "tiled" is quicker than "dense" for a batch searched in itself, by benchmarks/mining.py. Other
 # devices are not measured yet: there the matrix of distances just may not get large (64 MiB in float32).
@@ -16,15 +12,8 @@ TILED_FROM = {"cpu": 1024}
 TILED_FROM_ELSEWHERE = 4096
 
 
-def _triton(
-    features: Tensor,
-    labels: Tensor,
-    keys: Tensor | None,
-    key_labels: Tensor,
-    key_offset: int | None,
-    searches: Sequence[Search],
-) -> Found:
-    """`triton.mine`, imported on first use: Triton is not everywhere that PyTorch is."""
+def _triton(query: Query) -> Found:
+    """`triton.mine`, imported on first use: Triton is not available everywhere that PyTorch is."""
     try:
         from apinet_head.mining import triton
     except ImportError as error:
@@ -32,45 +21,34 @@ def _triton(
             f"backend='triton' needs Triton, which cannot be imported ({error}): PyTorch for CUDA brings it on Linux; "
             "elsewhere, take backend='auto'"
         ) from error
-    return triton.mine(features, labels, keys, key_labels, key_offset, searches)
+    return triton.mine(query)
 
 
-BACKENDS: dict[str, Backend] = {"dense": dense.mine, "tiled": tiled.mine, "triton": _triton}
+BACKENDS: dict[str, Backend] = {"dense": plain.mine_dense, "tiled": plain.mine_tiled, "triton": _triton}
 
-__all__ = ["BACKENDS", "Backend", "Found", "Search", "choose", "find"]
+__all__ = ["BACKENDS", "Backend", "Found", "Query", "Search", "choose", "find"]
 
 
-def find(
-    backend: str,
-    features: Tensor,
-    labels: Tensor,
-    keys: Tensor | None,
-    key_labels: Tensor,
-    key_offset: int | None,
-    searches: Sequence[Search],
-    generator: torch.Generator | None,
-) -> Found:
-    """The results of all searches, those for a "random" partner included; see `Backend` for the arguments."""
+def find(backend: str, query: Query, generator: torch.Generator | None) -> Found:
+    """The results of all searches, those for a "random" partner included."""
     if backend == "auto":
-        backend = choose(features.device.type, labels.shape[0], key_labels.shape[0])
-    measured = [search for search in searches if search.how != "random"]
-    found = {}
-    if measured:
-        result = BACKENDS[backend](features, labels, keys, key_labels, key_offset, measured)
-        if len(measured) == len(searches):
-            return result
-        found = {measured[0]: (result.partner[0], result.valid[0])}
-    finite = finite_rows(features if keys is None else keys)
-    for search in searches:
+        backend = choose(query.features.device.type, *query.shape)
+    measured = tuple(search for search in query.searches if search.how != "random")
+    if len(measured) == len(query.searches):
+        return BACKENDS[backend](query)
+    found = BACKENDS[backend](query._replace(searches=measured)) if measured else Found((), ())
+    results = dict(zip(measured, zip(found.partner, found.valid, strict=True), strict=True))
+    usable = finite_rows(query.rows) & (query.key_labels >= 0)
+    for search in query.searches:
         if search.how == "random":
-            found[search] = draw(finite, labels, key_labels, key_offset, search.same_class, generator)
-    partners, valids = zip(*(found[search] for search in searches), strict=True)
+            results[search] = draw(query, usable, search.same_class, generator)
+    partners, valids = zip(*(results[search] for search in query.searches), strict=True)
     return Found(torch.stack(partners), torch.stack(valids))
 
 
 def choose(device_type: str, queries: int, keys: int) -> str:
     """The backend that "auto" means for so many queries and keys."""
-    # A graph in the making may leave the sizes open, and tiles are counted in Python.
+    # Under compile or export sizes may be symbolic, and tiles are counted in Python.
     if torch.compiler.is_compiling():
         return "dense"
     rows = TILED_FROM.get(device_type, TILED_FROM_ELSEWHERE)

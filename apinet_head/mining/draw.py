@@ -3,35 +3,30 @@
 import torch
 from torch import Tensor
 
+from apinet_head.mining.query import Query
 
-def draw(
-    finite: Tensor,
-    labels: Tensor,
-    key_labels: Tensor,
-    key_offset: int | None,
-    same_class: bool,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
+
+def draw(query: Query, usable: Tensor, same_class: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """For every query one of its candidates [B], all with the same probability, and whether it has any [B].
 
     Args:
-        finite: [M], which keys may be partners at all.
-        labels: of the queries [B].
-        key_labels: [M].
-        key_offset: the row of the keys that is query 0; None if they aren't there.
+        query: its searches are not looked at.
+        usable: [M], which keys may be partners at all.
         same_class: whether candidates are of the query's class, or of all others.
-        generator: source of randomness.
+        generator: source of randomness; None is torch's default one.
     """
+    labels, key_labels, key_offset = query.labels, query.key_labels, query.key_offset
     size, device = labels.shape[0], labels.device
-    labels = labels.long()
-    classes, order = key_labels.long().sort(stable=True)
+    classes, order = key_labels.sort(stable=True)
     # ranks[p]: how many keys could be partners before position p of the order. A class is a range of these ranks.
-    ranks = torch.nn.functional.pad(finite[order].cumsum(0), (1, 0))
+    ranks = torch.nn.functional.pad(usable[order].cumsum(0), (1, 0))
     first = ranks[torch.searchsorted(classes, labels)]
     last = ranks[torch.searchsorted(classes, labels, right=True)]
-    uniform = torch.rand(size, generator=generator, device=device, dtype=torch.float64)
+    # The compiler doesn't take generator=None where a size is symbolic.
+    source = {} if generator is None else {"generator": generator}
+    uniform = torch.rand(size, device=device, dtype=torch.float64, **source)
     if same_class:
-        own, itself = _ranks_of_queries(ranks, finite, order, size, key_offset)
+        own, itself = _ranks_of_queries(ranks, usable, order, size, key_offset)
         count = last - first - itself.long()
         rank = first + (uniform * count).long()
         rank = rank + (itself & (rank >= own))
@@ -41,14 +36,14 @@ def draw(
         rank = rank + (last - first).where(rank >= first, 0)
     # The key of a rank sits where the count of candidates first exceeds it.
     place = torch.searchsorted(ranks[1:].contiguous(), rank, right=True)
-    return order[place.clamp(max=order.shape[0] - 1)], count > 0
+    return order[place.clamp(max=order.shape[0] - 1)], (count > 0) & (labels >= 0)
 
 
 def _ranks_of_queries(
-    ranks: Tensor, finite: Tensor, order: Tensor, size: int, key_offset: int | None
+    ranks: Tensor, usable: Tensor, order: Tensor, size: int, key_offset: int | None
 ) -> tuple[Tensor, Tensor]:
     """The rank of every query among the keys, and whether it has one [B]."""
     if key_offset is None:
-        return order.new_zeros(size), finite.new_zeros(size)
+        return order.new_zeros(size), usable.new_zeros(size)
     queries = slice(key_offset, key_offset + size)
-    return ranks[order.argsort()[queries]], finite[queries]
+    return ranks[order.argsort()[queries]], usable[queries]

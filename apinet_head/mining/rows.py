@@ -1,96 +1,179 @@
-"""Feature rows made ready for distances: one dtype, one scale, one centre, and a note of which are finite."""
+"""Feature rows as distances need them: in float32 at least, finite, about a centre and in a scale of their own.
+
+The centre and the scale are those of the bulk of the rows: a sample's median, which no single row moves, nor a tenth of
+them, however far away they are. Shifting and scaling all rows alike changes no comparison of distances.
+"""
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from apinet_head.mining.query import Query, finite_rows
 
-def prepare(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Shift and scale all rows alike, which changes no comparison of distances but saves their accuracy.
+SAMPLE = 32  # rows whose median is the centre
+BULK = -20  # the rows of the bulk get values near 2**BULK: less room is needed below, for near neighbours, than above
+SYMMETRIC_FROM = 12_000_000  # multiplications, on a CPU: 120 rows of 830
 
-    The mean goes because |k|² - 2qk cancels badly for rows far from the origin; the scale, a power of two and so
-    exact, because squares of features near the ends of the number range would be infinite or zero.
-    Where a look on the CPU tells that neither is needed, the rows stay as they are.
 
-    Returns:
-        queries [B,D] and keys [M,D] (the same tensor if `keys` is None), float32 or float64, non-finite rows replaced;
-        finite [M] bool, None where it is known that all are.
+class Rows:
+    """Queries and keys, made ready a tile at a time, so that no copy of all of them is needed.
+
+    Attributes:
+        squares: |k|² of the prepared keys [M].
+        query_squares: |q|² of the prepared queries [B].
+        usable: which keys may be partners at all, [M] bool; None if all may.
+        unlabelled: whether there may be queries without a class.
+        odd: whether there may be prepared rows that are not finite.
+        scale: a power of two that brings differences of the original rows into the range of their dtype.
     """
-    dtype = torch.promote_types(queries.dtype, torch.float32)
-    queries = queries.detach().to(dtype)
-    rows = queries if keys is None else keys.detach().to(dtype)
-    # On a CPU a look costs less than the passes over the rows that it saves.
-    if may_look(rows):
-        mean = rows.sum(0) / rows.shape[0]
-        squares = _squares(rows)
-        if keys is None and _may_stay(squares, rows.shape[0] * _squares(mean), dtype):
-            return rows, rows, None
-        centred = rows - mean
-        others = centred if keys is None else queries - mean
-        if _ordinary(_squares(centred), dtype) and (keys is None or _ordinary(_squares(others), dtype)):
-            return others, centred, None
-    return _prepare_unseen(queries, keys, rows)
+
+    usable: Tensor | None = None
+    unlabelled, odd = True, False
+
+    def __init__(
+        self,
+        query: Query,
+        tile: int | None,
+        dtype: torch.dtype,
+        centre: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        self.query, self.dtype, self.centre, self.scale = query, dtype, centre, scale
+        self.squares = self._squares(query.rows, tile)
+        self.query_squares = self.squares if query.keys is None else self._squares(query.features, tile)
+
+    def queries(self, part: slice) -> Tensor:
+        return self._prepared(self.query.features[part])
+
+    def keys(self, part: slice) -> Tensor:
+        return self._prepared(self.query.rows[part])
+
+    def _prepared(self, rows: Tensor) -> Tensor:
+        rows = rows.to(self.dtype)
+        if self.centre is None or self.scale is None:
+            return rows
+        # A row so far away that its square would be infinite is as good as at the edge of the range.
+        edge = torch.finfo(self.dtype).max ** 0.5 / (4 * rows.shape[1] ** 0.5)
+        return torch.sub(rows.nan_to_num(0.0, 0.0, 0.0) * self.scale, self.centre * self.scale).clamp(-edge, edge)
+
+    def _squares(self, rows: Tensor, tile: int | None) -> Tensor:
+        parts = [rows] if tile is None else torch.split(rows, tile)
+        return torch.cat([self._prepared(part).square().sum(1) for part in parts])
 
 
-def may_look(rows: Tensor) -> bool:
-    """Whether a number of these can be read without waiting for a device: tensors on the CPU that are there now."""
-    return rows.device.type == "cpu" and type(rows) is Tensor and not torch.compiler.is_compiling()
+def as_they_are(query: Query, tile: int | None) -> Rows | None:
+    """The rows without any preparation; None if a square would be infinite or lost near 0. For eager CPU tensors."""
+    rows = Rows(query, tile, torch.promote_types(query.features.dtype, torch.float32))
+    labelled = None if int(query.key_labels.min()) >= 0 else query.key_labels >= 0
+    rows.unlabelled = labelled is not None if query.keys is None else int(query.labels.min()) < 0
+    ordinary, rows.usable, rows.odd = _look(query.rows, rows.squares, labelled)
+    if ordinary and query.keys is not None:
+        ordinary, _, odd = _look(query.features, rows.query_squares, None)
+        rows.odd |= odd
+    return rows if ordinary else None
 
 
-def _squares(numbers: Tensor) -> float:
-    """The sum of the squares of all numbers."""
-    flat = numbers.flatten()
-    return float(flat.dot(flat))
+def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Tensor | None, bool]:
+    """Whether the squares of finite rows are in a safe range; which are finite and asked for (None: all); any odd."""
+    info = torch.finfo(squares.dtype)
+    least, most = info.tiny / info.eps, info.max / 16
+    low, high = (float(bound) for bound in squares.aminmax())
+    if least < low and high < most:
+        return True, asked, False
+    odd = ((squares > least) & (squares < most)).logical_not_()
+    place = (odd if asked is None else odd & asked).nonzero()[:, 0]
+    odd_rows = rows[place]
+    finite, zero = odd_rows.isfinite().all(1), (odd_rows == 0).all(1)
+    usable = torch.ones_like(odd) if asked is None else asked.clone()
+    return bool((zero | ~finite).all()), usable.index_put_((place,), finite), True
 
 
-def may_stay(products: Tensor) -> bool:
-    """Whether `prepare` would leave rows as they are, by their products with each other [N,N] on the CPU."""
-    return _may_stay(float(products.trace()), float(products.sum()) / products.shape[0], products.dtype)
+def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = None) -> Rows:
+    """The rows shifted and scaled, with as many operations whatever their values are, and no wait for the device."""
+    finite = finite_rows(query.rows)
+    centre, scale = _bulk(query.rows, finite)
+    rows = Rows(query, tile, dtype or torch.promote_types(query.features.dtype, torch.float32), centre, scale)
+    rows.usable = finite & (query.key_labels >= 0)
+    return rows
 
 
-def _may_stay(squares: float, of_mean: float, dtype: torch.dtype) -> bool:
-    """Whether rows are ordinary and not far from the origin: without their mean they keep half of their squares.
-
-    Their distances then lose one bit at most.
-    """
-    return _ordinary(squares, dtype) and of_mean < squares / 2
-
-
-def _ordinary(squares: float, dtype: torch.dtype) -> bool:
-    """Whether rows with this sum of squares are finite, and their products neither infinite nor lost near 0."""
-    edge = math.sqrt(torch.finfo(dtype).tiny)
-    return edge < squares < 1 / edge
-
-
-def _prepare_unseen(queries: Tensor, keys: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`prepare` for whatever may come: as many operations, whatever the numbers are."""
-    dtype = rows.dtype
-    peak = _peaks(rows)
-    finite = peak.isfinite()
+def _bulk(rows: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre [D] and scale (0-d) of the finite rows [N,D], those of a sample."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    # Scattered by the golden ratio: outliers that come at regular intervals don't fill the sample.
+    place = torch.arange(1, SAMPLE + 1, device=rows.device) * 0.6180339887498949 % 1 * rows.shape[0]
+    place = place.long().clamp(max=rows.shape[0] - 1)
+    sample, there = rows.index_select(0, place).to(dtype), finite.index_select(0, place)
+    middle = (there.sum() - 1).clamp(min=0).div(2, rounding_mode="floor")
+    ordered = sample.where(there[:, None], torch.inf).sort(0).values  # a median, and deterministic on every device
+    centre = ordered.index_select(0, middle[None])[0].nan_to_num(0.0, 0.0, 0.0)
+    # Halved, for the difference of two finite numbers may be infinite.
+    spread = (sample / 2 - centre / 2).abs().amax(1).where(there, torch.inf).sort().values
+    typical = spread.index_select(0, middle[None])[0]
+    peaks = torch.maximum(rows.amax(1), -rows.amin(1)).where(finite, 0).amax().to(dtype)
+    typical = typical.where(typical.isfinite() & (typical > 0), peaks)  # most rows are the same: look at the others
     limit = -math.log2(torch.finfo(dtype).tiny)
-    scale = torch.exp2(-peak.where(finite, 0).amax().log2().floor().clamp(-limit, limit))
-    centred = _scaled(rows, finite, scale)
-    centred.sub_(mean := centred.sum(0) / finite.sum().clamp(min=1))
-    if keys is None:
-        return centred, centred, finite
-
-    # A query too far from all keys for its square to be a number is as good as at the edge of that range.
-    edge = math.sqrt(torch.finfo(dtype).max) / (4 * rows.shape[1])
-    others = _scaled(queries, finite_rows(queries), scale).sub_(mean).clamp_(-edge, edge)
-    return others, centred, finite
+    exponent = (BULK - 1 - typical.log2().ceil()).nan_to_num(0.0, 0.0, 0.0).clamp(-limit, limit)
+    return centre, torch.exp2(exponent)
 
 
-def _scaled(rows: Tensor, finite: Tensor, scale: Tensor) -> Tensor:
-    # In two steps, for on a CPU masked_fill by rows takes three times as long as both.
-    return rows.nan_to_num(0.0, 0.0, 0.0).mul_(scale.where(finite, 0)[:, None])
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Within it products are in the rows' own precision: no autocast, and on a CPU none of oneDNN's reduced precision.
+
+    On CUDA, `multiply` takes care of TF32 itself.
+    """
+    with _no_autocast(device_type), _no_reduced_precision(device_type):
+        yield
 
 
-def finite_rows(rows: Tensor) -> Tensor:
-    """Which rows hold numbers alone [N]."""
-    return _peaks(rows.detach()).isfinite()
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    # Only where there is one to switch off: traced graphs stay plain, and the meta device has none.
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
-def _peaks(rows: Tensor) -> Tensor:
-    """The largest absolute value of each row; NaN and infinity come through."""
-    return torch.maximum(rows.amax(1), -rows.amin(1))  # an infinity norm says the same, 15 times slower on a CPU
+def _no_reduced_precision(device_type: str) -> AbstractContextManager[object]:
+    if device_type != "cpu" or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
+        return nullcontext()
+    flags: AbstractContextManager[object] = torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-untyped-call]
+    return flags
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right.T of rows [N,D] and [M,D], in float32 also where TF32 is allowed."""
+    if left.dtype != torch.float32 or left.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
+        return left @ right.T
+    return multiply_in_parts(left, right)
+
+
+def multiply_in_parts(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right.T by products whose factors TF32 holds exactly, or nearly: its 11 bits twice are 22 of 24."""
+    (high, low), (other_high, other_low) = _split(left), _split(right)
+    return high @ other_high.T + (high @ other_low.T + low @ other_high.T)
+
+
+def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
+    high = (rows.view(torch.int32) & -0x2000).view(torch.float32)  # without the 13 bits that TF32 doesn't have
+    return high, rows - high
+
+
+def symmetric_products(rows: Tensor) -> Tensor:
+    """rows @ rows.T [N,N] of rows [N,D]."""
+    size, dim = rows.shape
+    # A traced size can't be split, and a small product is over before its parts are set up.
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or size * size * dim < SYMMETRIC_FROM:
+        return multiply(rows, rows)
+    # What lies below the diagonal is known from above it. On a CPU, a third less to multiply outweighs the copies.
+    products, columns = rows.new_empty(size, size), rows.T
+    a, b = size // 3, 2 * size // 3
+    torch.mm(rows[:a], columns, out=products[:a])
+    torch.mm(rows[a:b], columns[:, a:], out=products[a:b, a:])
+    torch.mm(rows[b:], columns[:, b:], out=products[b:, b:])
+    products[a:, :a] = products[:a, a:].T
+    products[b:, a:b] = products[a:b, b:].T
+    return products

@@ -1,0 +1,219 @@
+"""Pair mining in plain PyTorch, tile by tile; a small batch is one tile.
+
+    d_ij   = |q_i|² + |k_j|² - 2 q_i·k_j
+    best_i = min_j (±d_ij, j)       over the candidates j of query i: + for the nearest, - for the farthest
+
+Distances are symmetric: where a batch is searched in itself, a tile above the diagonal holds candidates for its rows
+and for its columns, so half of the products serve all queries. Memory beyond the features is a few tiles. Candidates
+whose distances are equal to within rounding are compared again, by subtraction (`exact.py`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apinet_head.mining.exact import CANCELLED, CLOSEST, best_of, settle, slack
+from apinet_head.mining.query import Found, Query, flip, is_eager_cpu, is_exporting
+from apinet_head.mining.rows import Rows, about_the_bulk, as_they_are, full_precision, multiply, symmetric_products
+
+SMALL = 2**27  # multiplications: 256 rows of 2048
+CROWD = 16  # candidates a query within rounding, from which on multiplying again in float64 is quicker
+
+
+def mine_dense(query: Query) -> Found:
+    """Search all at once, with one [B,M] matrix of distances."""
+    return _mine(query, None)
+
+
+def mine_tiled(query: Query, *, tile: int | None = None) -> Found:
+    """Search in tiles of side `tile`; None for what stays in a CPU's caches, or elsewhere takes few launches."""
+    return _mine(query, tile or (512 if query.features.device.type == "cpu" else 4096))
+
+
+def _mine(query: Query, tile: int | None) -> Found:
+    with full_precision(query.features.device.type):
+        if is_eager_cpu(query.features):
+            return _mine_seen(query, tile)
+        rows = about_the_bulk(query, tile, torch.float64 if _is_small(query) else None)
+        return _search((_Best if rows.dtype == torch.float64 else _Closest)(query, rows, tile), tile)
+
+
+def _mine_seen(query: Query, tile: int | None) -> Found:
+    """`_mine` where values can be looked at: most batches need no preparation, and some need float64."""
+    rows = as_they_are(query, tile)
+    if rows is not None:
+        found = _search(near := _Near(query, rows, tile), tile)
+        if not near.crowded:
+            return found
+    return _search(_Best(query, about_the_bulk(query, tile, torch.float64), tile), tile)
+
+
+def _is_small(query: Query) -> bool:
+    """Whether products in float64, slow on most GPUs, take less time than comparing again what float32 leaves open."""
+    if is_exporting():  # the program may be for batches of any size
+        return False
+    (count, size), dim = query.shape, query.rows.shape[1]
+    return query.features.device.type != "mps" and count * size * dim <= SMALL
+
+
+def _search(best: "_Best", tile: int | None) -> Found:
+    """Offer all distances to the queries, tile by tile, and take what they choose."""
+    query, rows = best.query, best.rows
+    symmetric, usable = query.keys is None, rows.usable
+    # Tiles come so that each row meets its candidates in ascending order: first, as a column, those before its own
+    # tile, then the others. So the first of equal distances is that of the lowest index.
+    for down in _parts(query.features, tile):
+        queries = rows.queries(down)
+        for across in _parts(query.rows, tile, down.start if symmetric else 0):
+            if best.crowded:
+                break
+            mirrored = symmetric and across.start > down.start
+            itself = symmetric and not mirrored
+            products = symmetric_products(queries) if itself else multiply(queries, rows.keys(across))
+            distance = torch.sub(rows.squares[across], products, alpha=2).add_(rows.query_squares[down, None])
+            if rows.odd:  # a query that is not finite still finds some partner
+                distance.nan_to_num_(0.0, 0.0, 0.0)
+            cost = flip(query.searches, distance.expand(len(query.searches), -1, -1))
+            candidate = _candidates(query, down, across)
+            best.take(down, _masked(cost, candidate, None if usable is None else usable[across]), across.start)
+            if mirrored:
+                offer = _masked(cost, candidate, None if usable is None else usable[down, None])
+                best.take(across, offer.transpose(1, 2), down.start)
+    found = best.found()
+    return Found(found.partner, found.valid & (query.labels >= 0)) if rows.unlabelled else found
+
+
+def _parts(rows: Tensor, tile: int | None, start: int = 0) -> list[slice]:
+    if tile is None:
+        return [slice(0, rows.shape[0])]
+    return [slice(first, min(first + tile, rows.shape[0])) for first in range(start, rows.shape[0], tile)]
+
+
+def _candidates(query: Query, down: slice, across: slice) -> Tensor:
+    """Which keys are of the class that each search asks for, and not the query itself [S,rows,columns]."""
+    same = query.labels[down, None] == query.key_labels[across]
+    candidate = torch.stack([same if search.same_class else ~same for search in query.searches])
+    if query.key_offset is not None:
+        itself = down.start + query.key_offset - across.start
+        if -same.shape[0] < itself < same.shape[1]:
+            candidate.diagonal(itself, 1, 2).fill_(False)
+    return candidate
+
+
+def _masked(cost: Tensor, candidate: Tensor, usable: Tensor | None) -> Tensor:
+    return torch.where(candidate if usable is None else candidate & usable, cost, torch.inf)
+
+
+class _Best:
+    """The best partner so far of each query in each search, [S,B]."""
+
+    crowded = False
+
+    def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
+        self.query, self.rows, self.tile = query, rows, tile
+        shape, device = (len(query.searches), query.features.shape[0]), query.features.device
+        self.cost = torch.full(shape, torch.inf, dtype=rows.dtype, device=device)
+        self.partner = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
+        """Let the queries choose from their costs [S,rows,columns], where the keys from `first` on are.
+
+        Returns:
+            The lowest of these costs [S,rows].
+        """
+        if self.tile is None:
+            self.cost, self.partner = cost.min(2)
+            return self.cost
+        if is_eager_cpu(cost):
+            return self._take_few(queries, cost, first)
+        lowest, partner = cost.min(2)
+        better = lowest < self.cost[:, queries]
+        self.cost[:, queries] = lowest.where(better, self.cost[:, queries])
+        self.partner[:, queries] = (partner + first).where(better, self.partner[:, queries])
+        return lowest
+
+    def _take_few(self, queries: slice, cost: Tensor, first: int) -> Tensor:
+        """`take` on a CPU, which finds minima ten times as fast as where they are: asked only where one is better."""
+        lowest = cost.amin(2)
+        better = lowest < self.cost[:, queries]
+        self.cost[:, queries][better] = lowest[better]
+        self.partner[:, queries][better] = cost[better].argmin(1) + first
+        return lowest
+
+    def found(self) -> Found:
+        return Found(self.partner, self.cost < torch.inf)
+
+
+class _Near(_Best):
+    """The same, and all candidates that rounding may hide behind the best: for those, subtraction decides.
+
+    Attributes:
+        crowded: they are too many, and the search is given up.
+    """
+
+    def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
+        super().__init__(query, rows, tile)
+        self.near: list[tuple[Tensor, ...]] = []
+
+    def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
+        lowest = super().take(queries, cost, first)
+        # Sooner than it matters, as a later tile may have a better one yet.
+        margin = slack(self.query, self.cost[:, queries], self.rows.query_squares[queries], CANCELLED / 2)
+        if margin.any():
+            bound = self.cost[:, queries] + margin
+            search, row = ((lowest <= bound) & (margin > 0)).nonzero(as_tuple=True)
+            costs = cost[search, row]
+            which, column = (costs <= bound[search, row, None]).nonzero(as_tuple=True)
+            self.near.append((search[which], row[which] + queries.start, column + first, costs[which, column]))
+            self.crowded |= which.numel() > CROWD * margin.numel()
+        return lowest
+
+    def found(self) -> Found:
+        if self.near and not self.crowded:
+            search, row, key, cost = (torch.cat(parts) for parts in zip(*self.near, strict=True))
+            bound = self.cost + slack(self.query, self.cost, self.rows.query_squares)
+            near = cost <= bound[search, row]
+            rivals = torch.zeros_like(self.partner).index_put_((search, row), near.long(), accumulate=True)
+            near &= rivals[search, row] > 1
+            settle(self.query, self.partner, search[near], row[near], key[near])
+        return super().found()
+
+
+class _Closest(_Best):
+    """The few best candidates of each query, as many for all, so that no number has to be waited for."""
+
+    def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
+        super().__init__(query, rows, tile)
+        self.closest: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
+        costs, keys = _closest(cost)
+        keys = keys + first
+        if self.tile is not None:  # the best of this tile and of those before, in lists of one length
+            before = self.closest.get(queries.start, (costs[..., :0], keys[..., :0]))
+            costs, order = torch.cat([before[0], costs], 2).sort(dim=2, stable=True)
+            keys = torch.cat([before[1], keys], 2).gather(2, order)
+            missing = max(0, CLOSEST + 1 - costs.shape[2])
+            costs = F.pad(costs[..., : CLOSEST + 1], (0, missing), value=torch.inf)
+            keys = F.pad(keys[..., : CLOSEST + 1], (0, missing))
+        self.closest[queries.start] = costs, keys
+        return costs[..., 0]
+
+    def found(self) -> Found:
+        costs, keys = (
+            torch.cat(parts, 1) for parts in zip(*(self.closest[i] for i in sorted(self.closest)), strict=True)
+        )
+        is_candidate = costs < torch.inf
+        return Found(best_of(self.query, self.rows.scale, keys, is_candidate), is_candidate.any(2))
+
+
+def _closest(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest costs along the last dimension, and where they are: of the lowest the first, then the others."""
+    lowest = cost.min(2, keepdim=True)  # topk doesn't say which of equal ones it takes
+    if torch.compiler.is_compiling():  # the number of columns may be symbolic, and is not to be looked at
+        cost = F.pad(cost, (0, CLOSEST + 1), value=torch.inf)
+    others = cost.topk(
+        CLOSEST + 1 if torch.compiler.is_compiling() else min(CLOSEST + 1, cost.shape[2]), 2, largest=False
+    )
+    costs = others.values.masked_fill(others.indices == lowest.indices, torch.inf)
+    return torch.cat([lowest.values, costs], 2), torch.cat([lowest.indices, others.indices], 2)
