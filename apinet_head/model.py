@@ -124,16 +124,11 @@ class APINet(
             >>> net = APINet("resnet18", num_classes=10)
             >>> optimizer = torch.optim.SGD(net.parameter_groups(0.01, backbone_lr=0.001), momentum=0.9)
         """
-        rates = {"backbone": lr if backbone_lr is None else backbone_lr, "head": lr}
-        for name, value in (("lr", lr), ("backbone_lr", rates["backbone"]), ("weight_decay", weight_decay)):
-            check_number(value, name, 0)
+        lr = check_number(lr, "lr", 0)
+        rates = {"backbone": lr if backbone_lr is None else check_number(backbone_lr, "backbone_lr", 0), "head": lr}
+        decay = check_number(weight_decay, "weight_decay", 0)
         return [
-            {
-                "name": name,
-                "params": list(getattr(self, name).parameters()),
-                "lr": float(rate),
-                "weight_decay": float(weight_decay),
-            }
+            {"name": name, "params": list(getattr(self, name).parameters()), "lr": rate, "weight_decay": decay}
             for name, rate in rates.items()
         ]
 
@@ -157,7 +152,12 @@ class APINet(
         """
         head, classifier = _uncompiled(self.head), _uncompiled(self.head.classifier)
         for module, name in ((head, "head"), (classifier, "classifier")):
-            _check_unhooked(module, name)
+            # Old forms of weight_norm, spectral_norm and prune are hooks, too; some tools replace forward itself.
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+                raise ValueError(
+                    f"a hook computes in the {name}, which no plain model would have: remove it (prune.remove, "
+                    f"remove_weight_norm, handle.remove()), or {OTHERWISE}"
+                )
         linear = _written(classifier)
         if type(head) is not APIHead or type(linear) is not nn.Linear:
             raise ValueError(
@@ -412,14 +412,16 @@ def _check_head_args(head_args: dict[str, Any]) -> None:
 def _timm_model(name: str, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     import timm
 
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"backbone_args must be a dict, got {shown(arguments)}")
     if doubled := {"model_name", "pretrained", "num_classes"} & arguments.keys():
         raise ValueError(f"{', '.join(sorted(doubled))}: an argument of APINet itself, got it in backbone_args")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except RuntimeError as error:
-        if "Unknown model" not in str(error):
+        if not re.match("Unknown model|Invalid pretrained tag", str(error)):
             raise
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5)
+        near = difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), 5)
         raise ValueError(
             f"timm has no model {name!r}"
             + (f", but {', '.join(near)}" if near else "; timm.list_models('*resnet*') lists the ResNets, for example")
@@ -515,15 +517,6 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 # Deployment.
 
 
-def _check_unhooked(module: nn.Module, name: str) -> None:
-    # Old forms of weight_norm, spectral_norm and prune are hooks, too; some tools replace forward itself.
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        raise ValueError(
-            f"a hook computes in the {name}, which no plain model would have: remove it (prune.remove, "
-            f"remove_weight_norm, handle.remove()), or {OTHERWISE}"
-        )
-
-
 def _written(module: nn.Module) -> nn.Module:
     """A copy of the module as it was written: without torch.compile, parametrisations computed into the weights."""
     written = copy.deepcopy(_uncompiled(module)).eval()
@@ -549,7 +542,10 @@ def _with_classifier(model: nn.Module, classifier: nn.Linear) -> nn.Module:
     if not hasattr(model, "reset_classifier"):
         return nn.Sequential(model, classifier).eval()
     trained = model.state_dict()
-    _reset_classifier(model, classifier.out_features)
+    pool = getattr(model, "global_pool", None)
+    pool = getattr(pool, "pool_type", pool)  # a layer that knows its name, or the name
+    keep_pool = {"global_pool": pool} if isinstance(pool, str) else {}
+    model.reset_classifier(classifier.out_features, **keep_pool)  # type: ignore[operator]
     # Some models make their whole head anew for another number of classes: the trained weights come back first. What
     # they leave out is the classifier.
     left_out = model.load_state_dict(trained, strict=False).missing_keys
@@ -566,12 +562,3 @@ def _with_classifier(model: nn.Module, classifier: nn.Linear) -> nn.Module:
     values = {name: value.reshape(shapes[name]) for name, value in classifier.state_dict().items()}
     own.load_state_dict({"bias": torch.zeros_like(classifier.weight[:, 0]), **values})
     return model.to(classifier.weight).eval()
-
-
-def _reset_classifier(model: nn.Module, num_classes: int) -> None:
-    pool = getattr(model, "global_pool", None)
-    pool = getattr(pool, "pool_type", pool)  # a layer that knows its name, or the name
-    if isinstance(pool, str):
-        model.reset_classifier(num_classes, global_pool=pool)  # type: ignore[operator]
-    else:
-        model.reset_classifier(num_classes)  # type: ignore[operator]

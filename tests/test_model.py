@@ -131,6 +131,8 @@ def test_unknown_name_of_a_model_shows_near_ones():
         APINet("resnet19", 4)
     with pytest.raises(ValueError, match=r"no model 'resnet_50\.a1_in1k', but .*resnet50"):
         APINet("resnet_50.a1_in1k", 4)
+    with pytest.raises(ValueError, match=r"no model 'resnet18.no_tag', but .*resnet18\."):
+        APINet("resnet18.no_tag", 4)
     with pytest.raises(ValueError, match=r"no model 'zzzzzz'; timm.list_models"):
         APINet("zzzzzz", 4)
 
@@ -150,6 +152,8 @@ def test_unknown_arguments_show_the_known_ones():
         make_net(drop_path_rate=0.1)
     with pytest.raises(ValueError, match=r"num_classes: an argument of APINet itself, got it in backbone_args"):
         make_net(backbone_args={"num_classes": 3})
+    with pytest.raises(TypeError, match=r"backbone_args must be a dict, got \['drop_rate'\]"):
+        make_net(backbone_args=["drop_rate"])
 
 
 def update_bn(net):

@@ -3,14 +3,17 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -139,6 +142,13 @@ def test_a_local_folder_as_the_name_is_refused(tmp_path):
     net = APINet(f"local-dir:{tmp_path / 'timm'}", 5)
     with pytest.raises(ValueError, match=r"backbone='local-dir:.*timm'.*take a name"):
         net.save_pretrained(tmp_path / "net")
+
+
+def test_memory_of_past_features_comes_back_filled(tmp_path):
+    net = make_net(memory=np.int64(3)).train()
+    net(IMAGES, torch.tensor([0, 0, 1]))
+    assert net.head.memory.features.isfinite().all()
+    check_same(round_trip(net.eval(), tmp_path), net)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -401,3 +411,16 @@ def test_loading_with_weights_missing_is_an_error(tmp_path):
     make_net().save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         APINet.from_pretrained(tmp_path, num_classes=6)
+
+
+def test_what_is_pushed_to_the_hub_is_what_is_saved(tmp_path, monkeypatch):
+    def upload(api, *, folder_path, **_):
+        shutil.copytree(folder_path, tmp_path / "hub")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, repo_id, **__: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    net = make_net(np.int64(4))
+    net.push_to_hub("user/birds")
+    check_same(APINet.from_pretrained(tmp_path / "hub"), net)
+    with pytest.raises(ValueError, match="act_layer"):
+        make_net(backbone_args={"act_layer": nn.SiLU}).push_to_hub("user/birds")
