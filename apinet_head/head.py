@@ -224,7 +224,8 @@ class APIHead(nn.Module):
         logits = classify(gated) if has_classes else gated
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != gated.shape[0]:
             raise ValueError(f"the classifier must map [N, D] to [N, C], got {describe(logits)} for N={gated.shape[0]}")
-        return APIOutput(*self._own_and_other(logits), row_labels, valid, pairs, num_rows)
+        unclassified = None if has_classes else True
+        return APIOutput(*self._own_and_other(logits), row_labels, valid, pairs, num_rows, unclassified)
 
     def gates(self, features: Tensor, pairs: Pairs, *, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gates of pairs of rows of features [B,D], or of features and keys [M,D] (paper, equation 2).
