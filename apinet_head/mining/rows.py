@@ -94,13 +94,13 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Te
 def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = None) -> Rows:
     """The rows shifted and scaled, with as many operations whatever their values are, and no wait for the device."""
     finite = finite_rows(query.rows)
-    centre, scale = _bulk(query.rows, finite)
+    centre, scale = bulk(query.rows, finite)
     rows = Rows(query, tile, dtype or torch.promote_types(query.features.dtype, torch.float32), centre, scale)
     rows.usable = finite & (query.key_labels >= 0)
     return rows
 
 
-def _bulk(rows: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+def bulk(rows: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     """Centre [D] and scale (0-d) of the finite rows [N,D], those of a sample."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     # Scattered by the golden ratio: outliers that come at regular intervals don't fill the sample.
