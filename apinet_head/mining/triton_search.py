@@ -79,43 +79,47 @@ def offer(cost, index, target, best, QUERIES, SIDE: tl.constexpr):
     # Floating point numbers are ordered like their bits, but for negative ones, where it is the other way round.
     bits = tl.where(least == 0, 0.0, least).to(tl.int32, bitcast=True)  # 0 and -0 are one distance
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    packed = (bits.to(tl.int64) << 32) | first.to(tl.int64)
+    packed = tl.where(least < float("inf"), (bits.to(tl.int64) << 32) | first.to(tl.int64), NOBODY)
     slot = target[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
-    chosen = (target < QUERIES)[:, None] & (least < float("inf"))
-    tl.atomic_min(best + slot, packed, mask=chosen, sem="relaxed")
+    tl.atomic_min(best + slot, packed, mask=(target < QUERIES)[:, None] & (packed < NOBODY), sem="relaxed")
 
 
 @triton.jit
-def costs(product, squares, SIGN: tl.constexpr):
+def costs(product, squares, SIGN: tl.constexpr, AXIS: tl.constexpr):
     """SIGN times |k|² - 2 q·k, infinity where k is nobody's partner. |q|² is left out: all candidates of q have it."""
-    return product * SIGN + tl.where(squares < float("inf"), squares * SIGN, float("inf"))[None, :]
+    square = tl.where(squares < float("inf"), squares * SIGN, float("inf"))
+    return product * SIGN + tl.expand_dims(square, 1 - AXIS)
 
 
 @triton.jit
-def same_class(target, candidate, starts, ends, QUERIES):
+def same_class(i, j, starts, ends, QUERIES):
     """[SIDE, SIDE] bool: keys of one class are neighbours, from the position `starts` to `ends`."""
-    start = tl.load(starts + target, mask=target < QUERIES, other=0)[:, None]
-    end = tl.load(ends + target, mask=target < QUERIES, other=0)[:, None]
-    return (start <= candidate[None, :]) & (candidate[None, :] < end)
+    start = tl.load(starts + i, mask=i < QUERIES, other=0)[:, None]
+    end = tl.load(ends + i, mask=i < QUERIES, other=0)[:, None]
+    return (start <= j[None, :]) & (j[None, :] < end)
 
 
 @triton.jit
 def offer_tile(
-    product, target, candidate, squares, query_origin, key_origin, starts, ends, overlap, best, QUERIES, OFFSET,
-    INTRA: tl.constexpr, INTER: tl.constexpr, SIDE: tl.constexpr,
+    product, i, j, candidate, target, squares, key_origin, query_origin, starts, ends, overlap, best, QUERIES, OFFSET,
+    INTRA: tl.constexpr, INTER: tl.constexpr, SYMMETRIC: tl.constexpr, SIDE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Let the queries at the positions `target` choose among the keys at the positions `candidate`."""
-    square, index = tl.load(squares + candidate), tl.load(key_origin + candidate)
-    if INTER != 0:
-        cost = costs(product, square, INTER)
-        if overlap:
-            cost = tl.where(same_class(target, candidate, starts, ends, QUERIES), float("inf"), cost)
-        offer(cost, index, target, best + (QUERIES * SLOTS if INTRA != 0 else 0), QUERIES, SIDE)
+    """Let the positions `target`, one side of the tile, choose among the positions `candidate`, the other side."""
     if INTRA != 0:
         if overlap:
-            itself = (tl.load(query_origin + target) + OFFSET)[:, None] == index[None, :]
-            same = same_class(target, candidate, starts, ends, QUERIES) & ~itself
-            offer(tl.where(same, costs(product, square, INTRA), float("inf")), index, target, best, QUERIES, SIDE)
+            cost = costs(product, tl.load(squares + candidate), INTRA, AXIS)
+            if SYMMETRIC:
+                itself = i[:, None] == j[None, :]
+            else:
+                itself = (tl.load(query_origin + i) + OFFSET)[:, None] == tl.load(key_origin + j)[None, :]
+            cost = tl.where(same_class(i, j, starts, ends, QUERIES) & ~itself, cost, float("inf"))
+            offer(cost if AXIS == 1 else cost.T, tl.load(key_origin + candidate), target, best, QUERIES, SIDE)
+        best += QUERIES * SLOTS
+    if INTER != 0:
+        cost = costs(product, tl.load(squares + candidate), INTER, AXIS)
+        if overlap:
+            cost = tl.where(same_class(i, j, starts, ends, QUERIES), float("inf"), cost)
+        offer(cost if AXIS == 1 else cost.T, tl.load(key_origin + candidate), target, best, QUERIES, SIDE)
 
 
 # Triton makes no kernel of its own for these if they are 1, or divide by 16.
@@ -137,11 +141,11 @@ def search(
     product = products(queries, keys, row, column, WIDTH, SIDE, CHANNELS)
     product = product * tl.load(query_weights + i)[:, None] * tl.load(key_weights + j)[None, :]
     offer_tile(
-        product, i, j, squares, query_origin, key_origin, starts, ends, overlap, best, QUERIES, OFFSET,
-        INTRA, INTER, SIDE,
+        product, i, j, j, i, squares, key_origin, query_origin, starts, ends, overlap, best, QUERIES, OFFSET,
+        INTRA, INTER, SYMMETRIC, SIDE, 1,
     )  # fmt: skip
     if SYMMETRIC:
         offer_tile(
-            product.T, j, i, squares, query_origin, key_origin, starts, ends, overlap, best, QUERIES, OFFSET,
-            INTRA, INTER, SIDE,
+            product, i, j, i, j, squares, key_origin, query_origin, starts, ends, overlap, best, QUERIES, OFFSET,
+            INTRA, INTER, SYMMETRIC, SIDE, 0,
         )  # fmt: skip
