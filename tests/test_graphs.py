@@ -159,3 +159,27 @@ def test_no_host_synchronisation_and_graph_capture_on_cuda():
         captured = mine_pairs(features, labels)
     graph.replay()
     assert torch.equal(captured.partner, expected.partner)
+
+
+@pytest.mark.parametrize("how", ["random", "similar"])
+def test_mining_with_a_second_batch_size(how):
+    # "random" failed in torch.rand(..., generator=None) where the size is symbolic.
+    for dynamic in (True, None):
+        torch._dynamo.reset()
+        compiled = torch.compile(mine_pairs, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for size in (24, 31, 48):
+            _, features, labels = make_case(size)
+            pairs = compiled(features, labels, intra=how, inter=how)
+            assert torch.equal(labels[pairs.anchor] == labels[pairs.partner], pairs.same_class)
+            assert (pairs.anchor != pairs.partner).all()
+
+
+@pytest.mark.parametrize("factor", [6e4, 1e10])
+def test_compiled_and_eager_mining_agree_where_a_row_is_far_away(factor):
+    features, labels = torch.randn(120, 256, generator=torch.Generator().manual_seed(0)), torch.arange(120) // 4
+    features[5] *= factor
+    compiled = torch.compile(mine_pairs, fullgraph=True, backend="aot_eager")
+    for arguments in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
+        found, expected = compiled(features, labels, **arguments).partner, mine_pairs(features, labels).partner
+        near = torch.arange(240) % 120 != 5  # to the row itself, all others are equally far, but for rounding
+        assert torch.equal(found[near], expected[near])

@@ -36,8 +36,10 @@ def find(backend: str, query: Query, generator: torch.Generator | None) -> Found
     measured = tuple(search for search in query.searches if search.how != "random")
     if len(measured) == len(query.searches):
         return BACKENDS[backend](query)
-    found = BACKENDS[backend](query._replace(searches=measured)) if measured else Found((), ())
-    results = dict(zip(measured, zip(found.partner, found.valid, strict=True), strict=True))
+    results = {}
+    if measured:
+        found = BACKENDS[backend](query._replace(searches=measured))
+        results = {measured[0]: (found.partner[0], found.valid[0])}
     usable = finite_rows(query.rows) & (query.key_labels >= 0)
     for search in query.searches:
         if search.how == "random":

@@ -22,9 +22,8 @@ def draw(query: Query, usable: Tensor, same_class: bool, generator: torch.Genera
     ranks = torch.nn.functional.pad(usable[order].cumsum(0), (1, 0))
     first = ranks[torch.searchsorted(classes, labels)]
     last = ranks[torch.searchsorted(classes, labels, right=True)]
-    # The compiler doesn't take generator=None where a size is symbolic.
-    source = {} if generator is None else {"generator": generator}
-    uniform = torch.rand(size, device=device, dtype=torch.float64, **source)
+    # Not rand(size): where the size is symbolic, the compiler doesn't take generator=None there.
+    uniform = torch.empty(size, device=device, dtype=torch.float64).uniform_(generator=generator)
     if same_class:
         own, itself = _ranks_of_queries(ranks, usable, order, size, key_offset)
         count = last - first - itself.long()

@@ -25,7 +25,7 @@ def slack(query: Query, best: Tensor, squares: Tensor, cancelled: float = CANCEL
 def settle(query: Query, partner: Tensor, search: Tensor, row: Tensor, key: Tensor) -> None:
     """Put the best of the candidates `key` of the queries `row` in `search`, all three [N], into partner [S,B]."""
     step = max(1, AT_ONCE // query.rows.shape[1])
-    parts = zip(row.split(step), key.split(step), strict=True)
+    parts = zip(torch.split(row, step), torch.split(key, step), strict=True)
     distance = torch.cat([(query.features[i].double() - query.rows[j].double()).square().sum(1) for i, j in parts])
     for index, asked in enumerate(query.searches):
         cost = distance if asked.how == "similar" else -distance
@@ -36,7 +36,7 @@ def settle(query: Query, partner: Tensor, search: Tensor, row: Tensor, key: Tens
         partner[index].scatter_reduce_(0, row[mine], key[mine], "amin", include_self=False)
 
 
-def best_of(query: Query, scale: Tensor, key: Tensor, is_candidate: Tensor) -> Tensor:
+def best_of(query: Query, scale: Tensor | None, key: Tensor, is_candidate: Tensor) -> Tensor:
     """Of candidates `key` [S,B,K], as far as they are some, the best by subtraction, and the first of equal ones [S,B].
 
     For all queries and with a fixed K, so that nothing waits for the device. Arbitrary where there is no candidate.
@@ -52,15 +52,18 @@ def best_of(query: Query, scale: Tensor, key: Tensor, is_candidate: Tensor) -> T
     return key.where(best, query.rows.shape[0]).amin(2)
 
 
-def _distances_of(query: Query, scale: Tensor, key: Tensor, part: slice) -> Tensor:
+def _distances_of(query: Query, scale: Tensor | None, key: Tensor, part: slice) -> Tensor:
     key = key[:, part]
     keys = query.rows.index_select(0, key.flatten()).view(*key.shape, -1)
     difference = _wide(query.features[part], scale)[None, :, None] - _wide(keys, scale)
     return difference.square().sum(3)
 
 
-def _wide(rows: Tensor, scale: Tensor) -> Tensor:
+def _wide(rows: Tensor, scale: Tensor | None) -> Tensor:
     """In float64 and in the scale, so that the square of a difference is a number, whatever finite rows there are."""
-    rows = (rows if rows.device.type == "mps" else rows.double()) * scale  # there is no float64 on MPS
+    rows = rows if rows.device.type == "mps" else rows.double()  # there is no float64 on MPS
+    if scale is None:
+        return rows
+    rows = rows * scale
     edge = torch.finfo(rows.dtype).max ** 0.5 / (4 * rows.shape[-1] ** 0.5)
     return rows.clamp(-edge, edge)

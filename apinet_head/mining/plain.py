@@ -14,7 +14,16 @@ from torch import Tensor
 
 from apinet_head.mining.exact import CANCELLED, CLOSEST, best_of, settle, slack
 from apinet_head.mining.query import Found, Query, flip, is_eager_cpu, is_exporting
-from apinet_head.mining.rows import Rows, about_the_bulk, as_they_are, full_precision, multiply, symmetric_products
+from apinet_head.mining.rows import (
+    Rows,
+    about_the_bulk,
+    as_they_are,
+    is_worth_halving,
+    no_autocast,
+    no_reduced_precision,
+    subtract_products,
+    symmetric_products,
+)
 
 SMALL = 2**27  # multiplications: 256 rows of 2048
 CROWD = 16  # candidates a query within rounding, from which on multiplying again in float64 is quicker
@@ -31,7 +40,8 @@ def mine_tiled(query: Query, *, tile: int | None = None) -> Found:
 
 
 def _mine(query: Query, tile: int | None) -> Found:
-    with full_precision(query.features.device.type):
+    device_type = query.features.device.type
+    with no_autocast(device_type), no_reduced_precision(device_type):
         if is_eager_cpu(query.features):
             return _mine_seen(query, tile)
         rows = about_the_bulk(query, tile, torch.float64 if _is_small(query) else None)
@@ -68,9 +78,11 @@ def _search(best: "_Best", tile: int | None) -> Found:
             if best.crowded:
                 break
             mirrored = symmetric and across.start > down.start
-            itself = symmetric and not mirrored
-            products = symmetric_products(queries) if itself else multiply(queries, rows.keys(across))
-            distance = torch.sub(rows.squares[across], products, alpha=2).add_(rows.query_squares[down, None])
+            if symmetric and not mirrored and is_worth_halving(queries):
+                distance = torch.sub(rows.squares[across], symmetric_products(queries), alpha=2)
+            else:
+                distance = subtract_products(rows.squares[across], queries, rows.keys(across))
+            distance.add_(rows.query_squares[down, None])
             if rows.odd:  # a query that is not finite still finds some partner
                 distance.nan_to_num_(0.0, 0.0, 0.0)
             cost = flip(query.searches, distance.expand(len(query.searches), -1, -1))
@@ -111,6 +123,8 @@ class _Best:
 
     def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
         self.query, self.rows, self.tile = query, rows, tile
+        if tile is None:  # all queries choose but once
+            return
         shape, device = (len(query.searches), query.features.shape[0]), query.features.device
         self.cost = torch.full(shape, torch.inf, dtype=rows.dtype, device=device)
         self.partner = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -157,15 +171,18 @@ class _Near(_Best):
 
     def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
         lowest = super().take(queries, cost, first)
-        # Sooner than it matters, as a later tile may have a better one yet.
-        margin = slack(self.query, self.cost[:, queries], self.rows.query_squares[queries], CANCELLED / 2)
-        if margin.any():
+        squares = self.rows.query_squares[queries]
+        # Where a later tile may have a better one yet, sooner than it matters.
+        cancelled = CANCELLED if self.tile is None else CANCELLED / 2
+        if (flip(self.query.searches, lowest) * cancelled < squares).any():
+            margin = slack(self.query, self.cost[:, queries], squares, cancelled)
             bound = self.cost[:, queries] + margin
             search, row = ((lowest <= bound) & (margin > 0)).nonzero(as_tuple=True)
             costs = cost[search, row]
             which, column = (costs <= bound[search, row, None]).nonzero(as_tuple=True)
-            self.near.append((search[which], row[which] + queries.start, column + first, costs[which, column]))
             self.crowded |= which.numel() > CROWD * margin.numel()
+            if self.tile is not None or which.numel() > search.numel():
+                self.near.append((search[which], row[which] + queries.start, column + first, costs[which, column]))
         return lowest
 
     def found(self) -> Found:

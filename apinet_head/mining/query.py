@@ -56,7 +56,7 @@ Backend = Callable[[Query], Found]
 
 def flip(searches: Sequence[Search], values: Tensor) -> Tensor:
     """Squared distances [S,...] as costs, and back: negative in searches for the farthest."""
-    if all(search.how == "similar" for search in searches):
+    if "dissimilar" not in [search.how for search in searches]:
         return values
     return torch.stack([v if s.how == "similar" else -v for s, v in zip(searches, values.unbind(0), strict=True)])
 

@@ -5,13 +5,12 @@ them, however far away they are. Shifting and scaling all rows alike changes no 
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from apinet_head.mining.query import Query, finite_rows
+from apinet_head.mining.query import Query, finite_rows, is_eager_cpu
 
 SAMPLE = 32  # rows whose median is the centre
 BULK = -20  # the rows of the bulk get values near 2**BULK: less room is needed below, for near neighbours, than above
@@ -60,8 +59,9 @@ class Rows:
         return torch.sub(rows.nan_to_num(0.0, 0.0, 0.0) * self.scale, self.centre * self.scale).clamp(-edge, edge)
 
     def _squares(self, rows: Tensor, tile: int | None) -> Tensor:
-        parts = [rows] if tile is None else torch.split(rows, tile)
-        return torch.cat([self._prepared(part).square().sum(1) for part in parts])
+        if tile is None:
+            return self._prepared(rows).square().sum(1)
+        return torch.cat([self._prepared(part).square().sum(1) for part in torch.split(rows, tile)])
 
 
 def as_they_are(query: Query, tile: int | None) -> Rows | None:
@@ -83,12 +83,16 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Te
     low, high = (float(bound) for bound in squares.aminmax())
     if least < low and high < most:
         return True, asked, False
-    odd = ((squares > least) & (squares < most)).logical_not_()
-    place = (odd if asked is None else odd & asked).nonzero()[:, 0]
+    usable = (squares > least) & (squares < most)
+    odd = usable.logical_not() if asked is None else usable.logical_not().logical_and_(asked)
+    place = odd.nonzero()[:, 0]
     odd_rows = rows[place]
-    finite, zero = odd_rows.isfinite().all(1), (odd_rows == 0).all(1)
-    usable = torch.ones_like(odd) if asked is None else asked.clone()
-    return bool((zero | ~finite).all()), usable.index_put_((place,), finite), True
+    finite = odd_rows.isfinite().all(1)
+    if finite.any():  # only rows of zeros have a safe square then
+        usable.index_put_((place,), finite)
+        if (odd_rows[finite] != 0).any():
+            return False, None, True
+    return True, usable if asked is None else usable.logical_and_(asked), True
 
 
 def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = None) -> Rows:
@@ -120,35 +124,27 @@ def bulk(rows: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     return centre, torch.exp2(exponent)
 
 
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """Within it products are in the rows' own precision: no autocast, and on a CPU none of oneDNN's reduced precision.
-
-    On CUDA, `multiply` takes care of TF32 itself.
-    """
-    with _no_autocast(device_type), _no_reduced_precision(device_type):
-        yield
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Within it products are in the rows' own dtype."""
     # Only where there is one to switch off: traced graphs stay plain, and the meta device has none.
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
-def _no_reduced_precision(device_type: str) -> AbstractContextManager[object]:
+def no_reduced_precision(device_type: str) -> AbstractContextManager[object]:
+    """Within it oneDNN rounds no factors of float32 products on a CPU; `multiply` takes care of TF32 on CUDA."""
     if device_type != "cpu" or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
         return nullcontext()
-    flags: AbstractContextManager[object] = torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-untyped-call]
-    return flags
+    return torch.backends.mkldnn.flags(enabled=False)
 
 
-def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right.T of rows [N,D] and [M,D], in float32 also where TF32 is allowed."""
-    if left.dtype != torch.float32 or left.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
-        return left @ right.T
-    return multiply_in_parts(left, right)
+def subtract_products(squares: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """squares - 2 queries @ keys.T [N,M], in float32 also where TF32 is allowed."""
+    is_float32_on_cuda = queries.dtype == torch.float32 and queries.device.type == "cuda"
+    if is_float32_on_cuda and torch.get_float32_matmul_precision() != "highest":
+        return torch.sub(squares, multiply_in_parts(queries, keys), alpha=2)
+    return torch.addmm(squares, queries, keys.T, alpha=-2)
 
 
 def multiply_in_parts(left: Tensor, right: Tensor) -> Tensor:
@@ -162,13 +158,15 @@ def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
     return high, rows - high
 
 
-def symmetric_products(rows: Tensor) -> Tensor:
-    """rows @ rows.T [N,N] of rows [N,D]."""
-    size, dim = rows.shape
+def is_worth_halving(rows: Tensor) -> bool:
+    """Whether `symmetric_products` takes less time than all products: on a CPU, where they outweigh the copies."""
     # A traced size can't be split, and a small product is over before its parts are set up.
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or size * size * dim < SYMMETRIC_FROM:
-        return multiply(rows, rows)
-    # What lies below the diagonal is known from above it. On a CPU, a third less to multiply outweighs the copies.
+    return is_eager_cpu(rows) and rows.shape[0] ** 2 * rows.shape[1] >= SYMMETRIC_FROM
+
+
+def symmetric_products(rows: Tensor) -> Tensor:
+    """rows @ rows.T [N,N] of rows [N,D], a third of them not multiplied but copied from above the diagonal."""
+    size = rows.shape[0]
     products, columns = rows.new_empty(size, size), rows.T
     a, b = size // 3, 2 * size // 3
     torch.mm(rows[:a], columns, out=products[:a])
