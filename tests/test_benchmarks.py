@@ -10,8 +10,10 @@ from pathlib import Path
 import budget
 import footprint
 import head
+import many_classes
 import miners
 import mining
+import mining_stages
 import pytest
 import run
 import tables
@@ -225,6 +227,29 @@ def test_all_parts_measure_on_a_gpu():
     assert sides[miners.PUBLISHED]["syncs"] >= 2
     assert all(side["syncs"] == 0 for name, side in sides.items() if name.startswith("ours"))
     assert set(found["origin"]) >= {"driver", "capability"}
+
+
+@pytest.mark.parametrize(("size", "dim"), [(8, 4), (150, 600)])  # with and without all products
+def test_stages_of_mining_are_those_of_the_backend(size, dim):
+    features, labels = mining.make_batch(Case(size, dim), CPU)
+    results = {name: stage() for name, stage in mining_stages.stages(features, labels).items()}
+    nearest_of_stages = results["… … the nearest candidates"].indices
+    assert torch.equal(nearest_of_stages, nearest(features, labels))
+    assert torch.equal(nearest_of_stages, results["mine_pairs"].partner.view(2, size))
+    (of_backend,) = (found.partner for name, found in results.items() if "its backend" in name)
+    assert torch.equal(nearest_of_stages, of_backend)
+
+
+def test_stages_of_mining_are_measured(capsys):
+    mining_stages.main(["--size", "8", "--dim", "4", "--seconds", "0.01"])
+    assert "| … … candidate mask |" in capsys.readouterr().out
+
+
+def test_many_classes_are_measured(monkeypatch):
+    many_classes.check_same(CPU)
+    monkeypatch.setattr(many_classes, "can_measure_growth", lambda: False)
+    text = many_classes.table([(30, 8, many_classes.measure(30, 8, CPU, seconds=0.01))])
+    assert len(text.split("\n")) == 2 + len(many_classes.CRITERIA)
 
 
 def test_a_part_that_fails_leaves_the_others(monkeypatch):
