@@ -282,8 +282,9 @@ class APIHead(nn.Module):
         def gated(table: Tensor, rows: Tensor, mutual: Tensor) -> Tensor:
             images = Images(table, rows).take()
             gates = self._gates(images, mutual)
-            gates = torch.stack([gates, gates.flip(0)]) if self.gate == "pair" else gates[None]
-            return torch.addcmul(images, images, gates).flatten(0, 2)  # x + x * g
+            of_each = [gates, gates.flip(0)] if self.gate == "pair" else [gates]
+            # x + x * g; not all at once, where the backward pass would have to add up what was broadcast.
+            return torch.cat([torch.addcmul(images, images, gate).flatten(0, 1) for gate in of_each])
 
         if torch._C._are_functorch_transforms_active():  # torch.func.grad refuses the hooks that checkpoint is made of
             return gated(images.table, images.rows, mutual)
