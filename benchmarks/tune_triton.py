@@ -18,29 +18,19 @@ from tqdm import tqdm
 from apinet_head.mining.triton import find_partners
 from apinet_head.mining.triton_tiles import TILES, Tiles, tiles_for
 
-# Batches that stand for all with the same entry.
-SIZES = {
-    "few direct": 120, "direct": 480, "few float32": 1024, "few half": 1024, "float32": 16384, "half": 16384,
-}  # fmt: skip
+SIZES = {"few": 1024, "many": 16384}  # batches that stand for all with the same entry
 
 
-def candidates(name: str) -> Iterator[Tiles]:
+def candidates() -> Iterator[Tiles]:
     """All tiles worth a try; what doesn't fit a GPU fails there."""
-    if "direct" in name:
-        options = itertools.product((8, 16), (32, 64, 128, 256, 512), (4, 8), (1,))
-        # What a thread has of [side, side, channels] must fit its registers.
-        yield from (tiles for tiles in itertools.starmap(Tiles, options)
-                    if 16 <= tiles.side**2 * tiles.channels / tiles.warps / 32 <= 128)  # fmt: skip
-    else:
-        yield from itertools.starmap(Tiles, itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)))
+    yield from itertools.starmap(Tiles, itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)))
 
 
 def milliseconds(name: str, tiles: Tiles, capability: int, dim: int) -> float:
     """Median time of a search with these tiles; infinite if they don't fit."""
     TILES[capability][name] = tiles
     size, device = SIZES[name], torch.device("cuda")
-    dtype = torch.bfloat16 if "half" in name else torch.float32
-    features = torch.randn(size, dim, generator=torch.Generator().manual_seed(0)).relu().to(device, dtype)
+    features = torch.randn(size, dim, generator=torch.Generator().manual_seed(0)).relu().to(device)
     labels = torch.arange(size, device=device) // 4
     try:
         return float(triton.testing.do_bench_cudagraph(
@@ -59,16 +49,13 @@ def main() -> None:
         raise SystemExit("tune_triton.py needs a CUDA device, and finds none")
     major, minor = torch.cuda.get_device_capability()
     capability = major * 10 + minor
-    TILES.setdefault(capability, {
-        name: tiles_for(capability, name.removeprefix("few "), 0 if name.startswith("few") else 1 << 60)
-        for name in SIZES
-    })  # fmt: skip
+    TILES.setdefault(capability, {name: tiles_for(capability, SIZES[name] ** 2) for name in SIZES})
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
     print(f"{capability}: {{  # {device}, D={options.dim}")
     for name in options.entries:
         today = TILES[capability][name]
         tried = {today: milliseconds(name, today, capability, options.dim)}
-        for tiles in tqdm(set(candidates(name)) - {today}, desc=name, leave=False):
+        for tiles in tqdm(set(candidates()) - {today}, desc=name, leave=False):
             tried[tiles] = milliseconds(name, tiles, capability, options.dim)
         best = min(tried, key=lambda tiles: tried[tiles])
         TILES[capability][name] = best

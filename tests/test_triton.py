@@ -13,7 +13,8 @@ from packaging.version import Version
 triton = pytest.importorskip("triton")
 
 from apinet_head.mining import triton as backend  # noqa: E402
-from apinet_head.mining.triton_tiles import FEW, TILES  # noqa: E402
+from apinet_head.mining import triton_tiles  # noqa: E402
+from apinet_head.mining.triton_tiles import TILES  # noqa: E402
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a block may have
 
@@ -68,19 +69,17 @@ def memory_of_threads(kernel, tmp_path) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not hasattr(triton, "knobs"), reason="this way of compiling is that of newer Tritons")
-@pytest.mark.parametrize("kind", ["direct", "float32", "half"])
+@pytest.mark.parametrize("intra", [1, -1])
 @pytest.mark.parametrize("capability", [80, 86, pytest.param(89, marks=pytest.mark.slow), 90])
-def test_compiles_without_spills(capability, kind, monkeypatch, tmp_path):
+def test_compiles_without_spills(capability, intra, monkeypatch, tmp_path):
     assert set(TILES) == {0, *SHARED_MEMORY}
     kernels = compile_kernels(monkeypatch, capability)
-    monkeypatch.setattr(backend, "DIRECT", 1 << 60 if kind == "direct" else 0)
-    features = torch.zeros(200, 2048, dtype=torch.bfloat16 if kind == "half" else torch.float32)
-    labels = torch.zeros(200, dtype=torch.long)
+    features, labels = torch.zeros(200, 2048, dtype=torch.bfloat16), torch.zeros(200, dtype=torch.long)
     for few in (1 << 60, 0):
-        monkeypatch.setitem(FEW, kind, few)
-        backend.find_partners(features, labels, None, labels, 0, 1, 1)
-    assert set(kernels) == ({"measure", "search_directly"} if kind == "direct" else
-                            {"measure", "summarise", "choose_shift", "lay_out", "search"})  # fmt: skip
+        monkeypatch.setattr(triton_tiles, "FEW", few)
+        backend.find_partners(features, labels, None, labels, 0, intra, -intra)
+        backend.find_partners(features, labels, features.float(), labels, None, intra, -intra)
+    assert set(kernels) == {"lay_out", "search"}
     for kernel in [kernel for runs in kernels.values() for kernel in runs]:
         assert memory_of_threads(kernel, tmp_path) == (0, 0)
         assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024

@@ -5,110 +5,180 @@ it. By hand: TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
 """
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import DENORMAL, KINDS, batches, make_batch
-from test_mining import HOWS, check
+from strategies import DENORMAL, DTYPES, KINDS, batches, make_batch
+from test_mining import HOWS, LABELS, brute_force, check
 
 from apinet_head import mine_pairs
+from apinet_head.mining import BACKENDS, plain
 from apinet_head.mining import triton as backend
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PATHS = {"direct": 1 << 60, "in order": 0}  # up to how many pairs of rows features are searched as they are
-
-
-@pytest.fixture(params=PATHS)
-def path(request, monkeypatch):
-    monkeypatch.setattr(backend, "DIRECT", PATHS[request.param])
+# The kernels, whatever the size: small searches are plain PyTorch's. "large": a few candidates are compared again.
+KERNELS = "triton, large"
+BACKENDS[KERNELS] = mock.patch.object(plain, "SMALL", 0)(backend.mine)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [*KINDS, DENORMAL])
-def test_adversarial(kind, dtype, path):
+def test_adversarial(kind, dtype):
     if kind == DENORMAL and dtype == torch.bfloat16:
         pytest.skip("the interpreter makes other numbers of denormal ones of bfloat16")
     features, labels = make_batch(seed=1, size=40, dim=33, classes=10, dtype=dtype, kind=kind)
-    check(features, labels, intra="similar", inter="dissimilar", backend="triton")
+    check(features, labels, backend=KERNELS)
+    check(features, labels, intra="dissimilar", inter="dissimilar", backend=KERNELS)
 
 
-@settings(max_examples=15, deadline=None)
-@given(batch=batches(70, 70), intra=st.sampled_from(HOWS), inter=st.sampled_from(HOWS), path=st.sampled_from([*PATHS]))
-def test_any_batch(batch, intra, inter, path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "DIRECT", PATHS[path])
-        check(*batch, intra=intra, inter=inter, backend="triton")
+@settings(max_examples=25, deadline=None)
+@given(batch=batches(70, 70), intra=st.sampled_from(HOWS), inter=st.sampled_from(HOWS))
+def test_any_batch(batch, intra, inter):
+    check(*batch, intra=intra, inter=inter, backend=KERNELS)
 
 
-@settings(max_examples=20, deadline=None)
-@given(batch=batches(60, 40), data=st.data(), path=st.sampled_from([*PATHS]))
-def test_keys_elsewhere(batch, data, path):
+@settings(max_examples=25, deadline=None)
+@given(batch=batches(60, 40), data=st.data())
+def test_keys_elsewhere(batch, data):
     keys, key_labels = batch
     size = data.draw(st.integers(1, len(keys)))
     offset = data.draw(st.none() | st.integers(0, len(keys) - size))
     rows = slice(offset or 0, (offset or 0) + size)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "DIRECT", PATHS[path])
-        check(keys[rows], key_labels[rows], backend="triton", keys=keys, key_labels=key_labels, key_offset=offset,
-              intra=data.draw(st.sampled_from(HOWS)), inter=data.draw(st.sampled_from(HOWS)))  # fmt: skip
+    check(keys[rows], key_labels[rows], backend=KERNELS, keys=keys, key_labels=key_labels, key_offset=offset,
+          intra=data.draw(st.sampled_from(HOWS)), inter=data.draw(st.sampled_from(HOWS)))  # fmt: skip
+
+
+def test_small_searches_are_the_same():
+    features, labels = make_batch(seed=1, size=40, dim=33, classes=10, dtype=torch.float32, kind="normal")
+    for how in ("similar", "dissimilar"):
+        found = (mine_pairs(features, labels, intra=how, inter=how, backend=name) for name in ("triton", KERNELS))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("factor", [6e4, 1e10, 1e30])
+@pytest.mark.parametrize("far", [[5], range(0, 120, 10), range(12)])
+@pytest.mark.parametrize("offset", [0, 100])
+def test_rows_far_away_change_nobody_elses_partner(factor, far, offset):
+    features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0)) + offset
+    features[list(far)] *= factor
+    others = torch.ones(120, dtype=torch.bool)
+    others[list(far)] = False
+    found = mine_pairs(features, LABELS, backend=KERNELS).partner.view(2, -1)
+    assert torch.equal(found[:, others], brute_force(features, LABELS)[:, others])
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e30])
+def test_a_key_far_away_changes_nobodys_partner(factor):
+    features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0))
+    expected = brute_force(features, LABELS)
+    keys, key_labels = torch.cat([features, features[7:8] * factor]), torch.cat([LABELS, LABELS[7:8]])
+    found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=KERNELS)
+    assert torch.equal(found.partner.view(2, -1), expected)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e10, 1e20])
+def test_rows_far_away_find_each_other(factor):
+    # They are so far from the others that these have no direction for them.
+    features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0))
+    far = torch.arange(0, 120, 10)
+    labels = LABELS.clone()
+    labels[far] = 30 + torch.arange(12) // 4
+    features[far] *= factor * torch.arange(1, 13)[:, None]
+    for keys in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
+        found = mine_pairs(features, labels, **keys, backend=KERNELS).partner.view(2, -1)
+        assert torch.equal(found[0], brute_force(features, labels)[0])
+
+
+@pytest.mark.parametrize("cosine", [0.999, 0.9999, 0.99999, 0.999999])
+def test_near_neighbours_are_told_apart(cosine):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(30, 512, generator=generator))[LABELS]
+    noise = torch.nn.functional.normalize(torch.randn(120, 512, generator=generator))
+    features = torch.nn.functional.normalize(centres + noise * (1 - cosine) ** 0.5)
+    shuffled = torch.randperm(120, generator=generator)
+    for rows in (torch.arange(120), shuffled):
+        batch, labels = features[rows], LABELS[rows]
+        found = mine_pairs(batch, labels, backend=KERNELS).partner.view(2, -1)
+        assert torch.equal(found, brute_force(batch, labels))
+
+
+def test_images_without_a_class_are_nobodys_partner_and_have_none():
+    features = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 5
+    labels[::3] = -100
+    labels[1::9] = -1
+    labelled = labels >= 0
+    for keys in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
+        pairs = mine_pairs(features, labels, **keys, backend=KERNELS)
+        assert torch.equal(pairs.valid, labelled.repeat(2))
+        alone = mine_pairs(features[labelled], labels[labelled])
+        assert torch.equal(labelled.nonzero()[:, 0][alone.partner], pairs.partner[pairs.valid])
+
+
+@pytest.mark.parametrize("how", ["similar", "dissimilar"])
+def test_rows_that_are_not_finite_are_never_chosen_but_keep_their_pairs(how):
+    features, labels = make_batch(seed=3, size=40, dim=16, classes=3, dtype=torch.float32, kind="non-finite")
+    pairs = mine_pairs(features, labels, intra=how, inter=how, backend=KERNELS)
+    assert pairs.valid.all()
+    assert features[pairs.partner].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ties_go_to_the_lowest_index(dtype, path):
+def test_ties_go_to_the_lowest_index(dtype):
     # Small integers of mean 0: equal distances are equal in floating point too, and there are many of them.
     generator = torch.Generator().manual_seed(0)
     half = torch.randint(-1, 2, (20, 3), generator=generator).to(dtype)
     features, labels = torch.cat([half, -half]), torch.randint(4, (40,), generator=generator)
     for how in ("similar", "dissimilar"):
-        found = mine_pairs(features, labels, intra=how, inter=how, backend="triton")
+        found = mine_pairs(features, labels, intra=how, inter=how, backend=KERNELS)
         for field, expected in zip(found, mine_pairs(features.double(), labels, intra=how, inter=how), strict=True):
             assert torch.equal(field, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_minus_zero_is_zero(dtype, path):
-    # For the ones, 2 and 0 are equally far; |k|² - 2qk is 0 for both, and times -1 it is -0 for one. The mean is 0.
-    features = torch.tensor([2.0] + 20 * [1.0] + [0.0, -22.0], dtype=dtype)[:, None]
-    pairs = mine_pairs(features, torch.tensor(22 * [0] + [1]), intra="dissimilar", backend="triton")
-    assert pairs.partner[1:21].tolist() == 20 * [0]
+def test_minus_zero_is_zero(dtype):
+    # For the ones, 2 and 0 are equally far; |k|² - 2qk is 0 for both, and times -1 it is -0 for one. The centre is 0,
+    # and the two are in one slot.
+    features = torch.tensor([2.0] + 7 * [1.0] + 31 * [0.0], dtype=dtype)[:, None]
+    pairs = mine_pairs(features, torch.tensor(9 * [0] + 30 * [1]), intra="dissimilar", backend=KERNELS)
+    assert pairs.partner[1:8].tolist() == 7 * [0]
 
 
-def test_near_ties_of_float32(path):
+def test_near_ties_of_float32():
     # Distances that differ by less than half precision could tell, around two centres far from the mean.
     generator = torch.Generator().manual_seed(0)
     centre, *directions = torch.nn.functional.normalize(torch.randn(41, 64, generator=generator).double())
     steps = torch.stack(directions) * (0.01 + 2.5e-5 * torch.randperm(40, generator=generator)[:, None]).sqrt()
     half = torch.cat([centre[None], centre + steps])
     labels = torch.tensor([0] + 40 * [1] + [2] + 40 * [3])
-    check(torch.cat([half, -half]).float(), labels, backend="triton")
+    check(torch.cat([half, -half]).float(), labels, backend=KERNELS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distance", [1e4, 1e30])  # float16 has no 1e30: rows are not finite then
-def test_queries_far_from_the_keys(distance, dtype, path):
+def test_queries_far_from_the_keys(distance, dtype):
     keys, key_labels = make_batch(seed=4, size=50, dim=20, classes=5, dtype=dtype, kind="normal")
     features, labels = make_batch(seed=5, size=20, dim=20, classes=5, dtype=dtype, kind="normal")
-    check(features * distance, labels, keys=keys, key_labels=key_labels, inter="dissimilar", backend="triton")
-    check(features + distance, labels, keys=keys + distance, key_labels=key_labels, backend="triton")
+    check(features * distance, labels, keys=keys, key_labels=key_labels, inter="dissimilar", backend=KERNELS)
+    check(features + distance, labels, keys=keys + distance, key_labels=key_labels, backend=KERNELS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_exact(dtype, path):
+def test_half_precision_stays_exact(dtype):
     features, labels = make_batch(seed=6, size=60, dim=30, classes=6, dtype=torch.float64, kind="normal")
-    # Far channels can be shifted, those near 0 need not be, and between the two a shift would round.
     mixed = (features * 0.25 + torch.tensor([0.0, 0.5, 1.0, 30.0, -300.0]).repeat(6)).to(dtype)
-    # What could be shifted for the keys would round for the queries.
     queries, keys = (features * 0.1 + 1).to(dtype), (features.flip(0) * 0.1 + 3).to(dtype)
     for batch, others in ((mixed, {}), (queries, {"keys": keys, "key_labels": labels})):
         exact = {name: value.double() if name == "keys" else value for name, value in others.items()}
-        found = mine_pairs(batch, labels, **others, backend="triton")
+        found = mine_pairs(batch, labels, **others, backend=KERNELS)
         for field, expected in zip(found, mine_pairs(batch.double(), labels, **exact), strict=True):
             assert torch.equal(field, expected)
 
 
-def test_under_compile_and_export(path):
+def test_under_compile_and_export(monkeypatch):
+    monkeypatch.setattr(plain, "SMALL", 0)
     features, labels = make_batch(seed=7, size=40, dim=8, classes=6, dtype=torch.float32, kind="normal")
     expected = mine_pairs(features, labels)
     mine = partial(mine_pairs, backend="triton")
@@ -127,7 +197,7 @@ def test_under_compile_and_export(path):
     assert all(torch.equal(field, other) for field, other in zip(found, expected, strict=True))
 
 
-def test_operator_keeps_its_promises(path):
+def test_operator_keeps_its_promises():
     features, labels = make_batch(seed=8, size=20, dim=8, classes=6, dtype=torch.float32, kind="normal")
     torch.library.opcheck(backend.find_partners, (features, labels, None, labels, 0, 1, -1))
     torch.library.opcheck(backend.find_partners, (features[:5], labels[:5], features, labels, None, 0, 1))
