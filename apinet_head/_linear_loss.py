@@ -40,67 +40,79 @@ class Targets(NamedTuple):
 
 
 def linear_loss(
-    features: Tensor, classifier: nn.Linear, targets: Targets, settings: Settings, rows: int
+    features: tuple[Tensor, ...], classifier: nn.Linear, targets: Targets, settings: Settings, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, cross-entropy and ranking of features [2,N,D], own and other, or [1,N,D], which are both at once.
+    """Total, cross-entropy and ranking of features [N,D], own and other, or one that is both.
 
-    Only the total has a gradient. Logits exist of [2,rows,D], or [1,rows,D], at a time.
+    Only the total has a gradient. Logits exist of `rows` rows of each of the features at a time.
     """
-    inputs, device = (features, classifier.weight, classifier.bias), features.device.type
-    cast = torch.is_autocast_enabled(device) and features.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if cast else features.dtype
-    learns = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
-    found: tuple[Tensor, Tensor, Tensor] = _LinearLoss.apply(*inputs, *targets, *settings, rows, dtype, learns)
+    weight, bias, device, dtype = classifier.weight, classifier.bias, features[0].device.type, features[0].dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    learns = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (weight, bias, *features)]
+    found: tuple[Tensor, Tensor, Tensor] = _LinearLoss.apply(
+        weight, bias, *targets, *settings, rows, dtype, learns, *features
+    )
     return found
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: Tensor,
+        ctx: Any, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: Tensor,
         num_rows: Tensor, weight_sum: Tensor, margin: float, rank_weight: float, label_smoothing: float,
         class_weight: Tensor | None, rows: int, dtype: torch.dtype, learns: Sequence[bool],
+        *features: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         settings = Settings(margin, rank_weight, label_smoothing, class_weight)
-        tensors = (features, weight, bias)
+        tensors = (weight, bias, *features)
         gradients = [
             torch.zeros_like(t) if t is not None and on else None for t, on in zip(tensors, learns, strict=True)
         ]
-        sums = torch.zeros(2, dtype=torch.promote_types(dtype, torch.float32), device=features.device)
-        with torch.autocast(features.device.type, enabled=False):
+        sums = torch.zeros(2, dtype=torch.promote_types(dtype, torch.float32), device=weight.device)
+        with torch.autocast(weight.device.type, enabled=False):
             linear = weight.to(dtype), None if bias is None else bias.to(dtype)
-            for first in range(0, features.shape[1], rows):
+            for first in range(0, len(labels), rows):
                 part = slice(first, first + rows)
                 targets = Targets(labels[part], valid[part], num_rows, weight_sum)
-                sums += _add_part(features[:, part].to(dtype), *linear, targets, settings, part, *gradients)
-        cross_entropy, ranking = sums[0] / (features.shape[0] * weight_sum), sums[1] / num_rows
+                x = torch.stack([tensor[part].to(dtype) for tensor in features])
+                of_part = [None if gradient is None else gradient[part] for gradient in gradients[2:]]
+                sums += _add_part(x, *linear, targets, settings, gradients[0], gradients[1], of_part)
+        cross_entropy, ranking = sums[0] / (len(features) * weight_sum), sums[1] / num_rows
+        ctx.is_used = False
         ctx.save_for_backward(num_rows, *gradients)
         ctx.mark_non_differentiable(cross_entropy, ranking)
         return cross_entropy + rank_weight * ranking, cross_entropy, ranking
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # it is create_graph=True that enables it
-            raise RuntimeError(
-                "the gradient of a loss with rows= has no gradient itself: for create_graph=True use APILoss(rows=None)"
-            )
+        if not torch.compiler.is_compiling():
+            if ctx.is_used or torch.is_grad_enabled():  # which create_graph=True does
+                raise RuntimeError(
+                    "a loss with rows= has a gradient for one backward pass: for retain_graph=True and create_graph=True "
+                    "use APILoss(rows=None)"
+                )
+            ctx.is_used = True
         num_rows, *gradients = ctx.saved_tensors
         scale = gradient / (_LIFT * num_rows)
-        # In place, for there is to be one buffer. Autograd then refuses a second pass, which retain_graph would allow.
-        return tuple(None if kept is None else kept.mul_(scale) for kept in gradients) + (None,) * 11
+        # In place, for there is to be one buffer.
+        of_weight, of_bias, *of_features = (None if kept is None else kept.mul_(scale) for kept in gradients)
+        return of_weight, of_bias, *[None] * 11, *of_features
 
 
 def _add_part(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets, settings: Settings,
-    part: slice, of_features: Tensor | None, of_weight: Tensor | None, of_bias: Tensor | None,
+    of_weight: Tensor | None, of_bias: Tensor | None, of_features: Sequence[Tensor | None],
 ) -> Tensor:  # fmt: skip
     """Sums [2] of cross-entropy and ranking over a part of the rows, whose gradients are added to those of all."""
     logits = F.linear(x, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     sums = _to_gradient(logits, targets, settings)
     gradient = logits.to(x.dtype).flatten(0, 1)
-    if of_features is not None:
-        of_features[:, part] = (gradient @ weight).view_as(x)
+    if any(rows is not None for rows in of_features):
+        for rows, found in zip(of_features, (gradient @ weight).view_as(x), strict=True):
+            if rows is not None:
+                rows.copy_(found)
     if of_weight is not None:
         _add_product(of_weight, gradient.T, x.flatten(0, 1))
     if of_bias is not None:

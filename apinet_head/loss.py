@@ -170,7 +170,7 @@ class APILoss(nn.Module):
 
         `classify` maps [N,D] to logits [N,C]; the rest is as in an APIOutput.
         """
-        features, settings = own[None] if other is own else torch.stack([own, other]), self._settings()
+        features, settings = (own,) if other is own else (own, other), self._settings()
         if self.rows is None or torch._C._are_functorch_transforms_active():
             return _of_logits(*_classify(features, classify), labels, valid, num_rows, settings)
         dtype, rows = _at_least_float32(own.dtype), max(1, self.rows // len(features))
@@ -181,7 +181,7 @@ class APILoss(nn.Module):
         if plain is not None:
             return LossTerms(*linear_loss(features, plain, targets, settings, rows))
 
-        def sums_of(features: Tensor, targets: Targets) -> Tensor:
+        def sums_of(targets: Targets, *features: Tensor) -> Tensor:
             own, other = _classify(features, classify)
             return torch.stack(_sums(own, other, targets, _fit(settings, own.T)))
 
@@ -189,11 +189,11 @@ class APILoss(nn.Module):
         for first in range(0, len(labels), rows):
             part = slice(first, first + rows)
             of_part = targets._replace(labels=targets.labels[part], valid=targets.valid[part])
-            sums = sums + checkpoint(sums_of, features[:, part], of_part, use_reentrant=False)
+            sums = sums + checkpoint(sums_of, of_part, *(tensor[part] for tensor in features), use_reentrant=False)
         if torch.is_grad_enabled() and _state(classify) != before:
             raise ValueError(
                 f"rows= runs the classifier in parts, and again in the backward pass, and {type(classify).__name__} "
-                "changes its buffers each time (as BatchNorm and spectral_norm do in train mode): use APILoss(rows=None)"
+                "changes its buffers each time (in train mode BatchNorm and spectral_norm do): use APILoss(rows=None)"
             )
         return _mean(sums[0], sums[1], targets, settings)
 
@@ -262,9 +262,9 @@ def _divisor(count: Tensor, dtype: torch.dtype) -> Tensor:
     return count.to(dtype).masked_fill(count == 0, torch.inf)
 
 
-def _classify(features: Tensor, classify: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits [N,C] of features [2,N,D], own and other; or of [1,N,D], which are both."""
-    rows = features.flatten(0, 1)
+def _classify(features: tuple[Tensor, ...], classify: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits [N,C] of features [N,D], own and other, or one that is both."""
+    rows = torch.cat(features)
     logits = classify(rows)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(rows):
         raise ValueError(f"the classifier must map [N, D] to [N, C], got {describe(logits)} for N={len(rows)}")

@@ -136,14 +136,14 @@ def test_a_second_backward_pass_is_an_error():
     case, classifier = Case(), make_classifier("linear")
     total = case.rows(APILoss(rows=4), classifier).total
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"one backward pass.*use APILoss\(rows=None\)"):
         total.backward()
 
 
 def test_double_backward_is_an_error():
     case, classifier = Case(), make_classifier("linear")
     total = case.rows(APILoss(rows=4), classifier).total
-    with pytest.raises(RuntimeError, match=r"create_graph=True use APILoss\(rows=None\)"):
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*use APILoss\(rows=None\)"):
         gradients(total, [case.own], create_graph=True)
 
 
