@@ -19,6 +19,7 @@ import apinet_head
 FEW, MANY = 35, 350  # cases of each fuzz test in `make test`, and in `make test-slow`
 
 INTEGERS = [getattr(torch, f"{sign}int{bits}") for bits in (8, 16, 32, 64) for sign in ("", "u")]
+SIGNED = [dtype for dtype in INTEGERS if dtype.is_signed]
 LAYOUTS = (
     lambda x: x,
     lambda x: x.mT.contiguous().mT,
@@ -57,7 +58,9 @@ def draw_batch(data, dtypes=DTYPES, kinds=(*KINDS, DENORMAL), least=0):
         data.draw(st.integers(0, 2**31)), size, data.draw(st.integers(1, 9)), classes, dtype, kind
     )
     features = one_of(data, LAYOUTS)(features).requires_grad_(data.draw(st.booleans()))
-    return features, labels.to(one_of(data, INTEGERS)), kind
+    # A negative label would be a large number in an unsigned dtype, and a head of so many classes doesn't fit.
+    dtypes = SIGNED if kind == "unlabelled" else INTEGERS
+    return features, labels.to(one_of(data, dtypes)), kind
 
 
 def be(value):
