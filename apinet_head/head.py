@@ -139,7 +139,7 @@ class APIHead(nn.Module):
         self.inter: str | None = inter
         self.gather: bool = gather
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        if isinstance(mutual, str):
+        if not isinstance(mutual, nn.Module):
             mutual = make_mutual(mutual, self.dim, hidden_dim, dropout, **factory)
         self.mutual: nn.Module = mutual
         self.drop: nn.Dropout = nn.Dropout(dropout)
