@@ -52,7 +52,7 @@ class ChunkedBackbone(nn.Module):
         super().__init__()
         check_module(backbone, "backbone")
         self.backbone = backbone
-        self.chunk_size: int = check_chunk_size(chunk_size)
+        self.chunk_size: int = check_int(chunk_size, "chunk_size", 1)
 
     def forward(self, images: Tensor) -> Any:
         return run_in_chunks(self.backbone, images, self.chunk_size)
@@ -101,11 +101,6 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
 
     first, *others = [run(chunk) for chunk in torch.split(images, chunk_size)]
     return tree_map(_join, first, *others)
-
-
-def check_chunk_size(chunk_size: int) -> int:
-    """The size as an int; ValueError if it is below 1, TypeError if it is no int."""
-    return check_int(chunk_size, "chunk_size", 1)
 
 
 def _uncompiled(backbone: nn.Module, chunk: Tensor) -> Any:

@@ -7,12 +7,11 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import NoneType, SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, save_torch_state_dict
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path, tree_map
 
 from apinet_head._checks import check_int, check_module, check_number, describe, shown
-from apinet_head.chunked import check_chunk_size, run_in_chunks
+from apinet_head.chunked import run_in_chunks
 from apinet_head.head import APIHead, APIOutput
 from apinet_head.loss import LossTerms
 
@@ -38,22 +37,21 @@ class APINet(
 ):
     """Backbone and `APIHead`, with `save_pretrained`, `from_pretrained` and `push_to_hub` of huggingface_hub.
 
-    timm's functions take it for a model of timm: `timm.data.resolve_model_data_config(net)`,
+    It has the methods of a timm model, so that timm's functions take it: `timm.data.resolve_model_data_config(net)`,
     `timm.optim.create_optimizer_v2(net, layer_decay=0.7)`.
 
     Args:
         backbone: a timm name, or a module that maps images to features [B,D].
         num_classes: C; 0 for no classifier.
-        pretrained: take timm's weights for the backbone.
-        chunk_size: images that go through the backbone at a time, to save memory, see `ChunkedBackbone`; None for all.
+        pretrained: load timm's weights into the backbone.
+        chunk_size: images per chunk of the backbone, to save memory, see `ChunkedBackbone`; None for the whole batch.
         backbone_args: further arguments of `timm.create_model`.
         **head_args: further arguments of `APIHead`. `dim` is needed for a module that has no `num_features`; `device`
-            and `dtype` are those of the backbone too.
+            and `dtype` apply to the backbone too.
 
     Raises:
-        ValueError: the channels of the backbone's features are unknown, timm has no model of that name, or an argument
-            doesn't fit.
-        TypeError: the backbone is neither a name nor a module, a number none, or there is no such argument.
+        ValueError: timm has no such model, the number of feature channels is unknown, or a value is out of range.
+        TypeError: the backbone is neither a name nor a module, there is no such argument, or one is of a wrong type.
 
     Examples:
         >>> import torch
@@ -75,9 +73,8 @@ class APINet(
         **head_args: Any,
     ) -> None:
         super().__init__()
-        num_classes, chunk_size, backbone_args, head_args = _plain((num_classes, chunk_size, backbone_args, head_args))
         _check_head_args(head_args)
-        self.chunk_size: int | None = None if chunk_size is None else check_chunk_size(chunk_size)
+        self.chunk_size: int | None = None if chunk_size is None else check_int(chunk_size, "chunk_size", 1)
         if isinstance(backbone, str):
             backbone = _timm_model(backbone, pretrained, backbone_args or {})
         else:
@@ -85,9 +82,9 @@ class APINet(
             if pretrained or backbone_args:
                 raise ValueError("pretrained and backbone_args go with a timm name, got a module as backbone")
         dim = head_args.pop("dim", None)
-        self.dim: int = _feature_dim(backbone) if dim is None else dim
         self.backbone: nn.Module = backbone
-        self.head: APIHead = APIHead(self.dim, num_classes, **head_args)
+        self.head: APIHead = APIHead(_feature_dim(backbone) if dim is None else dim, num_classes, **head_args)
+        self.dim: int = self.head.dim
         if {"device", "dtype"} & head_args.keys():
             self.backbone.to(device=head_args.get("device"), dtype=head_args.get("dtype"))
         self._batch_norm_fixed = False
@@ -95,7 +92,7 @@ class APINet(
     def forward(self, images: Tensor, labels: Tensor | None = None, **head_args: Any) -> Tensor | APIOutput | LossTerms:
         """Class logits [B,C] of images [B,3,H,W]; with labels [B] an APIOutput for `api_loss`.
 
-        Further arguments (`criterion`, `pairs`, `keys`, ...) go to the head.
+        Further arguments (`criterion`, `pairs`, `keys`, ...) are those of `APIHead.forward`.
         """
         if self.chunk_size is None:
             features = self.backbone(images)
@@ -107,12 +104,10 @@ class APINet(
     def parameter_groups(
         self, lr: float, backbone_lr: float | None = None, weight_decay: float = 5e-4
     ) -> list[dict[str, Any]]:
-        """Two groups for any torch optimiser, the backbone's and the head's; defaults as published.
-
-        Frozen parameters are in their group as well: optimisers leave parameters without a gradient alone.
+        """Parameter groups of backbone and head for any torch optimiser; the defaults are the published settings.
 
         Args:
-            lr: learning rate of the head, and of the backbone if that has none of its own.
+            lr: learning rate of the head, and of the backbone if `backbone_lr` is None.
             backbone_lr: learning rate of the backbone.
             weight_decay: of all parameters, biases and norms included.
 
@@ -133,15 +128,15 @@ class APINet(
         ]
 
     def to_deploy(self) -> nn.Module:
-        """What is left of the net at test time: a copy of backbone and classifier, as a plain timm model in eval mode.
+        """Backbone and classifier as a plain timm model in eval mode, a copy that needs no apinet-head.
 
-        It gives the same logits [B,C], needs no apinet-head, and its state dict loads into
-        `timm.create_model(backbone, num_classes=C)`. Around a module that is not of timm it is a Sequential. What
-        `torch.compile` put around modules is left out, and parametrisations are computed into the weights.
+        It gives the same logits [B,C], and its state dict loads into `timm.create_model(backbone, num_classes=C)`. A
+        backbone that is not a timm model gives a Sequential. `torch.compile` is left out and parametrisations are
+        computed into the weights.
 
         Raises:
-            ValueError: the net has no linear classifier, or something else computes in it (an adapter, a hook); or the
-                timm model has not one place for it (models with two classifiers for distillation, say).
+            ValueError: the classifier is not a plain linear layer (none at all, an adapter, a hook), or the timm model
+                has no single place for it (models with two classifiers for distillation).
 
         Examples:
             >>> import torch
@@ -152,32 +147,31 @@ class APINet(
         """
         head, classifier = _uncompiled(self.head), _uncompiled(self.head.classifier)
         for module, name in ((head, "head"), (classifier, "classifier")):
-            # Old forms of weight_norm, spectral_norm and prune are hooks, too; some tools replace forward itself.
+            # The old weight_norm, spectral_norm and prune are hooks too; some tools replace forward itself.
             if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
                 raise ValueError(
-                    f"a hook computes in the {name}, which no plain model would have: remove it (prune.remove, "
-                    f"remove_weight_norm, handle.remove()), or {OTHERWISE}"
+                    f"a hook computes in the {name}: remove it (prune.remove, remove_weight_norm, handle.remove()), "
+                    f"or {OTHERWISE}"
                 )
-        linear = _written(classifier)
+        linear = _plain_copy(classifier)
         if type(head) is not APIHead or type(linear) is not nn.Linear:
             raise ValueError(
-                f"to deploy needs an APIHead with a linear classifier, got {type(classifier).__name__} in "
-                f"{type(head).__name__}: make the net with num_classes of at least 1, merge what was put around the "
-                f"layer (peft: merge_and_unload), or {OTHERWISE}"
+                f"to_deploy needs an APIHead with a linear classifier, got {type(classifier).__name__} in "
+                f"{type(head).__name__}: make the net with num_classes >= 1, merge adapters (peft: merge_and_unload), "
+                f"or {OTHERWISE}"
             )
-        return _with_classifier(_written(self.backbone), linear)
+        return _with_classifier(_plain_copy(self.backbone), linear)
 
     def freeze_backbone(self: Self, frozen: bool = True, *, batch_norm: str = "train") -> Self:
-        """Keep the backbone's weights as they are, or let them learn again.
+        """Freeze the backbone's weights, or let them learn again.
 
         Freezing clears their gradients too, so that no optimiser moves them, not by weight decay either.
 
         Args:
-            frozen: True, or False to let all of the backbone learn again and end a `batch_norm="eval"`.
-            batch_norm: what the backbone's BatchNorm does in train mode while frozen. "train", as in the published
-                training: it normalises by the batch and goes on updating its running statistics. "eval": it
-                normalises by its running statistics, which stay as they are; `torch.optim.swa_utils.update_bn` does
-                not reset them either.
+            frozen: False lets all of the backbone learn again, and ends `batch_norm="eval"`.
+            batch_norm: mode of the frozen backbone's BatchNorm while the net trains. "train", as published: it
+                normalises by the batch and updates its running statistics. "eval": it normalises by its running
+                statistics, which stay as they are, under `torch.optim.swa_utils.update_bn` too.
 
         Returns:
             The net itself.
@@ -189,22 +183,21 @@ class APINet(
             if frozen:
                 parameter.grad = None
         for module in self.backbone.modules():
-            vars(module).pop("reset_running_stats", None)
+            module.__dict__.pop("reset_running_stats", None)  # see train
         self._batch_norm_fixed = frozen and batch_norm == "eval"
         return self.train(self.training)
 
     def train(self: Self, mode: bool = True) -> Self:
         """As nn.Module's, but BatchNorm fixed by `freeze_backbone` stays in eval mode."""
         super().train(mode)
-        if self._batch_norm_fixed:
-            for module in self.backbone.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-                    # update_bn resets the statistics of every BatchNorm, and no batch would bring these back.
-                    vars(module)["reset_running_stats"] = _keep_running_stats
+        for module in self.backbone.modules() if self._batch_norm_fixed else ():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+                # update_bn resets the statistics of every BatchNorm, and would not compute these anew.
+                module.reset_running_stats = _keep_statistics  # type: ignore[method-assign]
         return self
 
-    # What timm asks of a model.
+    # The interface of timm's models.
 
     @property
     def num_classes(self) -> int:
@@ -213,12 +206,12 @@ class APINet(
 
     @property
     def num_features(self) -> int:
-        """Channels of `forward_features`, as timm counts them; D for a backbone that is not of timm."""
+        """Channels of `forward_features`, which timm also tells apart from D; D for other backbones."""
         return int(getattr(self.backbone, "num_features", self.dim))
 
     @property
     def pretrained_cfg(self) -> Any:
-        """The backbone's: image size, mean, std and the like."""
+        """The backbone's image size, mean, std and the like."""
         return self.backbone.pretrained_cfg
 
     def get_classifier(self) -> nn.Module:
@@ -226,7 +219,7 @@ class APINet(
         return self.head.classifier
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Take a new classifier for `num_classes` classes, 0 for none. An optimiser has to be made anew."""
+        """Replace the classifier by a new one for `num_classes` classes, 0 for none; optimisers don't know it."""
         num_classes, like = check_int(num_classes, "num_classes", 0), next(self.parameters())
         self.head.classifier = (
             nn.Linear(self.dim, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
@@ -236,27 +229,27 @@ class APINet(
             self._arguments["num_classes"] = num_classes
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The backbone's features before pooling, of all images at once; all that it gives, if it is not of timm."""
+        """The backbone's features before pooling; the pooled ones [B,D], if it is not a timm model."""
         run: Callable[[Tensor], Tensor] = getattr(self.backbone, "forward_features", self.backbone)
         return run(images)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Class logits [B,C] of what `forward_features` gives; with pre_logits the pooled features [B,D]."""
+        """Class logits [B,C] from the output of `forward_features`; with pre_logits the pooled features [B,D]."""
         pooled: Tensor = getattr(self.backbone, "forward_head", nn.Identity())(features)
         logits: Tensor = pooled if pre_logits else self.head(pooled)
         return logits
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Let the backbone recompute its layers in the backward pass, where it can."""
+        """Gradient checkpointing of the backbone, where it has it."""
         self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
 
     def no_weight_decay(self) -> set[str]:
-        """Names, or patterns of names, of the parameters that are to have no weight decay: the backbone's."""
+        """Names, or patterns of names, of the backbone's parameters that should have no weight decay."""
         prefix = "backbone." if _uncompiled(self.backbone) is self.backbone else "backbone._orig_mod."
         return {prefix + name for name in getattr(self.backbone, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """For layer decay: from a parameter's name to the number of its layer; all of the head is in the last."""
+        """For layer decay: a function from a parameter's name to its layer's number; the head is the last layer."""
         from timm.models._manipulate import group_with_matcher
 
         backbone, head = cast(Any, _uncompiled(self.backbone)), "the head"
@@ -266,97 +259,93 @@ class APINet(
         layers = group_with_matcher(iter(names), matcher, reverse=True)
         return lambda name: layers.get(_plain_name(name).removeprefix("backbone."), layers[head])
 
-    # Saving and loading. huggingface_hub keeps the arguments of __init__ for config.json, but leaves out, without a
-    # word, those that JSON can't hold.
+    # Saving and loading. huggingface_hub silently drops arguments of __init__ that JSON can't hold: keep all of them.
 
     _arguments: dict[str, Any]
-    _own_modules: dict[str, str]
-    _unsaveable: list[str]
+    _own_modules: dict[str, str]  # arguments that are modules, and their types
 
     def __new__(cls: type[Self], *args: Any, **kwargs: Any) -> Self:
+        net: Self = super().__new__(cls)
         given = _plain(dict(zip(list(cls._hub_mixin_init_parameters)[1:], args, strict=False)) | kwargs)
-        given = {name: _without_files(value) for name, value in given.items() if name not in ("device", "dtype")}
-        net: Self = super().__new__(cls, **given)
-        net._arguments = vars(net).setdefault("_hub_mixin_config", {})
         net._own_modules = {name: _kind(value) for name, value in given.items() if isinstance(value, nn.Module)}
-        net._unsaveable = [
-            f"{name}{keystr(path)}={shown(value)}"
-            for name, argument in given.items()
-            for path, value in tree_flatten_with_path(argument)[0]
-            if not _is_saveable(path, value) and name not in net._own_modules
-        ]
+        net._arguments = {
+            name: _without_files(value) if name == "backbone_args" else value
+            for name, value in given.items()
+            if name not in ("device", "dtype", *net._own_modules)
+        }
         return net
 
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **kwargs: Any) -> str | None:
         """Write weights and arguments to a folder, as huggingface_hub describes; `push_to_hub` does it too.
 
-        Modules of your own are not in it (the backbone, `mutual`): `from_pretrained` takes them again. Of local files
-        that `backbone_args` names nothing is kept, nor of a device.
+        Your own modules (the backbone, `mutual`) are not written, only their weights: `from_pretrained` takes them
+        again. Devices and the local files that `backbone_args` names are not kept.
 
         Raises:
-            ValueError: from what is written the net would not come back as it is; the message names the part.
+            ValueError: the net could not be loaded as it is; the message names the part.
         """
-        config = self._checked_config() if config is None else config
-        url: str | None = super().save_pretrained(save_directory, config=config, **kwargs)
+        url: str | None = super().save_pretrained(save_directory, config=config or self._config(), **kwargs)
         return url
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save_model
-
-        # Of a module save_model takes the state dict alone; this one has no names of torch.compile.
         state = {_plain_name(name): value for name, value in self.state_dict().items()}
-        named: Any = SimpleNamespace(state_dict=lambda: state)
-        save_model(named, str(save_directory / "model.safetensors"))
+        save_torch_state_dict(state, save_directory, max_shard_size=2**60)  # one file: the mixin loads no others
 
-    def _checked_config(self) -> dict[str, Any]:
+    def _config(self) -> dict[str, Any]:
         """The arguments for config.json; ValueError unless they make this net again."""
-        if self._unsaveable:
+        if lost := [
+            f"{name}{keystr(path)}={shown(value)}"
+            for name, argument in self._arguments.items()
+            for path, value in tree_flatten_with_path(argument)[0]
+            if not _is_saveable(path, value)
+        ]:
             raise ValueError(
-                f"config.json cannot hold {' and '.join(self._unsaveable)}: take a name, a number or a string, if timm "
-                f"knows one for it (act_layer='silu'), make the backbone first and pass that module, or {BY_HAND}"
+                f"config.json cannot hold {' and '.join(lost)}: use a name, a number or a string, if timm takes one "
+                f"(act_layer='silu'), make the backbone first and pass that module, or {BY_HAND}"
             )
-        now = {"pretrained": False, "chunk_size": self.chunk_size}  # a subclass may not have these arguments
-        config = {name: now.get(name, value) for name, value in self._arguments.items()}
+        config, parameters = dict(self._arguments), self._hub_mixin_init_parameters
+        if "chunk_size" in parameters:
+            config["chunk_size"] = self.chunk_size
         dtypes = {parameter.dtype for parameter in self.parameters()}
-        parameters = self._hub_mixin_init_parameters.values()
-        if len(dtypes) == 1 and any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        if len(dtypes) == 1 and any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
             config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
         if self._own_modules.keys() <= {"backbone", "mutual"}:
-            is_, becomes = _parts(self), _parts(self._made_again(config))
-            if changed := [name for name in is_ | becomes if is_.get(name) != becomes.get(name)]:
-                name = changed[0]
+            self._check_comes_back(config)
+        return config | ({"own_modules": self._own_modules} if self._own_modules else {})
+
+    def _check_comes_back(self, config: dict[str, Any]) -> None:
+        """ValueError if a net made from the config differs from this one."""
+        own = {"backbone": self.backbone, "mutual": self.head.mutual}
+        arguments = _from_json(config) | {name: own[name] for name in self._own_modules}
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):  # no values are needed
+                    loaded = type(self)(**arguments)
+            except Exception:  # but some models read them while they are made
+                loaded = type(self)(**arguments)
+        here, there = _parts(self), _parts(loaded)
+        for name in here | there:
+            if here.get(name) != there.get(name):
                 raise ValueError(
-                    f"{name or 'the net'} is {is_.get(name, 'not there')} and would come back as "
-                    f"{becomes.get(name, 'nothing')}: it was changed after the net was made. Give an argument of "
+                    f"{name or 'the net'} is {here.get(name, 'not there')} and would come back as "
+                    f"{there.get(name, 'nothing')}: it was changed after the net was made. Give an argument of "
                     "APINet instead (for another number of classes: reset_classifier), undo what was put around a "
                     f"layer (remove_parametrizations, merge_and_unload), or {BY_HAND}"
                 )
-        return config | ({"own_modules": self._own_modules} if self._own_modules else {})
-
-    def _made_again(self: Self, config: dict[str, Any]) -> Self:
-        """A net of the same arguments; where that works, on the meta device, without values."""
-        modules = {"backbone": self.backbone, "mutual": self.head.mutual}
-        arguments = _from_json(config) | {name: modules[name] for name in self._own_modules}
-        try:
-            with torch.device("meta"):
-                return type(self)(**arguments)
-        except Exception:
-            with torch.random.fork_rng(devices=[]):
-                return type(self)(**arguments)
 
     @classmethod
     def from_pretrained(cls: type[Self], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """A net that `save_pretrained` or `push_to_hub` wrote, in eval mode, as huggingface_hub describes.
+        """Load what `save_pretrained` or `push_to_hub` wrote, in eval mode, as huggingface_hub describes.
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the Hub.
-            **kwargs: the Hub's (`revision`, `token`, ...); arguments of APINet in place of the saved ones; modules of
-                your own (`backbone=`, `mutual=`).
+            **kwargs: the Hub's (`revision`, `token`, ...); arguments of APINet that replace the saved ones; your own
+                modules (`backbone=`, `mutual=`).
 
         Raises:
-            FileNotFoundError: there is no such folder, or no net in it.
-            ValueError: a module is to be given.
-            RuntimeError: the weights are those of another net.
+            FileNotFoundError: there is no such folder or name, or no APINet in it.
+            ValueError: one of your own modules is missing.
+            RuntimeError: the weights don't fit the net.
         """
         path = os.fspath(pretrained_model_name_or_path)
         try:
@@ -372,25 +361,23 @@ class APINet(
         cls: type[Self], *, model_id: str, strict: bool = True, config: dict[str, Any] | None = None, **kwargs: Any
     ) -> Self:
         own = (config or {}).get("own_modules", {})
-        if missing := own.keys() - kwargs.keys():
+        if missing := sorted(own.keys() - kwargs.keys()):
             raise ValueError(
-                f"{model_id} was saved from a net with {', '.join(f'{name}={own[name]}' for name in sorted(missing))} "
-                "of its own: make that again and pass it, as "
-                f"from_pretrained(..., {', '.join(f'{name}=module' for name in sorted(missing))})"
+                f"{model_id} was saved with your own {', '.join(f'{name}={own[name]}' for name in missing)}: make it "
+                f"again and pass from_pretrained(..., {', '.join(f'{name}=module' for name in missing)})"
             )
         inits = list(cls._hub_mixin_init_parameters.values())[1:]
         needed = {one.name for one in inits if one.default is one.empty and one.kind != one.VAR_KEYWORD}
         if not needed <= kwargs.keys():
             raise FileNotFoundError(NOT_FOUND.format(model_id))
-        # What the file lacks is an error, not a random weight.
+        # Strict, unlike the mixin: a missing weight is an error.
         net: Self = super()._from_pretrained(model_id=model_id, strict=strict, **_from_json(kwargs))
         return net.eval()  # huggingface_hub before 1.0 does this for some formats only
 
 
 OTHERWISE = "deploy nn.Sequential(net.backbone, net.head.classifier)"
 NOT_FOUND = "{!r} is no folder with an APINet's config.json, nor the name of an APINet on the Hub that can be reached"
-BY_HAND = "save net.state_dict() with torch.save, and make the net by your own code before you load it"
-# Of `api_loss` and `APILoss`: the loss is computed from what the net gives.
+BY_HAND = "save net.state_dict() with torch.save and make the net in your own code"
 LOSS_ARGS = ("margin", "rank_weight", "label_smoothing", "class_weight", "rows")
 
 
@@ -404,8 +391,8 @@ def _check_head_args(head_args: dict[str, Any]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise TypeError(
-                f"APINet has no argument {name!r}{f', did you mean {near[0]!r}?' if near else ''}: those of the head "
-                f"are {', '.join(known)}; those of timm.create_model go in backbone_args={{{name!r}: ...}}"
+                f"APINet has no argument {name!r}{f', did you mean {near[0]!r}?' if near else ''}: the head's are "
+                f"{', '.join(known)}; those of timm.create_model go in backbone_args={{{name!r}: ...}}"
             )
 
 
@@ -417,7 +404,7 @@ def _timm_model(name: str, pretrained: bool, arguments: Mapping[str, Any]) -> nn
     if doubled := {"model_name", "pretrained", "num_classes"} & arguments.keys():
         raise ValueError(f"{', '.join(sorted(doubled))}: an argument of APINet itself, got it in backbone_args")
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **_plain(arguments))
     except RuntimeError as error:
         if not re.match("Unknown model|Invalid pretrained tag", str(error)):
             raise
@@ -441,41 +428,38 @@ def _feature_dim(backbone: nn.Module) -> int:
     )
 
 
-def _keep_running_stats() -> None:
-    """In place of `reset_running_stats` of a fixed BatchNorm; a function of the module, which can be pickled."""
+def _keep_statistics() -> None:
+    """In place of `reset_running_stats`; at module level, so that nets can be pickled."""
 
 
 # Saving and loading.
 
 
 def _plain(value: Any) -> Any:
-    """The same with Python's own numbers in place of numpy's, in copies of dicts, lists and tuples."""
+    """A copy with Python numbers in place of numpy's."""
     return tree_map(lambda item: item.item() if isinstance(item, np.generic) else item, value)
 
 
-def _without_files(argument: Any) -> Any:
-    """Of `backbone_args` what makes the model: not the files that its weights came from."""
-    if not isinstance(argument, dict):
-        return argument
-    kept = {name: value for name, value in argument.items() if name not in ("checkpoint_path", "cache_dir", "file")}
-    return {
-        name: _without_files(value) if name in ("pretrained_cfg", "pretrained_cfg_overlay") else value
-        for name, value in kept.items()
-    }
+def _without_files(arguments: Any) -> Any:
+    """`backbone_args` without the local files that the weights came from."""
+    if not isinstance(arguments, dict):
+        return arguments
+    files = ("checkpoint_path", "cache_dir", "file")
+    return {name: _without_files(value) for name, value in arguments.items() if name not in files}
 
 
 def _is_saveable(path: tuple[Any, ...], value: Any) -> bool:
-    """Whether a value comes back from JSON as it was, the keys of the dicts around it too."""
-    keys = [entry.key for entry in path if isinstance(entry, MappingKey)]
-    if isinstance(value, str) and value.startswith("local-dir:"):  # timm: the folder says what model it is
+    """Whether a value, and the keys of the dicts around it, come back from JSON as they were."""
+    if isinstance(value, str) and value.startswith("local-dir:"):  # timm: that folder says what the model is
         return False
-    return isinstance(value, (bool, int, float, str, NoneType)) and all(isinstance(key, str) for key in keys)
+    keys = [entry.key for entry in path if isinstance(entry, MappingKey)]
+    return isinstance(value, (bool, int, float, str, type(None))) and all(isinstance(key, str) for key in keys)
 
 
 def _from_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of config.json as `APINet` takes them; the weights come from the file, not from timm once more."""
+    """Arguments of config.json as `APINet` takes them; the weights come from the file, not from timm."""
     arguments = {name: value for name, value in arguments.items() if name != "own_modules"}
-    if arguments.get("pretrained"):
+    if "pretrained" in arguments:
         arguments["pretrained"] = False
     if isinstance(dtype := arguments.get("dtype"), str):
         arguments["dtype"] = getattr(torch, dtype)
@@ -485,18 +469,18 @@ def _from_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
-    """The same with tuples, which timm writes, for the lists that JSON made of them."""
+    """Tuples, as timm has them, in place of JSON's lists."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _parts(net: nn.Module) -> dict[str, str]:
-    """What a net consists of, by name: modules, with what they show of themselves; shapes and dtypes of weights."""
+    """By name: type and settings of each module, dtype and shape of each tensor."""
     modules = net.named_modules(remove_duplicate=False)
-    layers = {name: f"{_kind(module)}({module.extra_repr()})" for name, module in modules}
-    weights = {name: describe(value).split(" on ")[0] for name, value in net.state_dict().items()}
-    return {_plain_name(name): text for name, text in (layers | weights).items()}
+    parts = {name: f"{_kind(module)}({module.extra_repr()})" for name, module in modules}
+    parts |= {name: describe(value).split(" on ")[0] for name, value in net.state_dict().items()}
+    return {_plain_name(name): text for name, text in parts.items()}
 
 
 def _kind(module: nn.Module) -> str:
@@ -505,40 +489,36 @@ def _kind(module: nn.Module) -> str:
 
 
 def _plain_name(name: str) -> str:
-    """The name that a parameter or module has without torch.compile."""
-    return re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).removeprefix(".")
+    """The name of a parameter or module without what torch.compile put into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
-    """The module itself, or the one that torch.compile was given."""
+    """The module that torch.compile was given, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 
 # Deployment.
 
 
-def _written(module: nn.Module) -> nn.Module:
-    """A copy of the module as it was written: without torch.compile, parametrisations computed into the weights."""
-    written = copy.deepcopy(_uncompiled(module)).eval()
-    for parent in list(written.modules()):
+def _plain_copy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode without torch.compile, with parametrisations computed into the weights."""
+    copied = copy.deepcopy(_uncompiled(module)).eval()
+    for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
             setattr(parent, name, _uncompiled(child))
         if parametrize.is_parametrized(parent):
-            # remove_parametrizations would do it in the class, too, which the copy has in common with the original.
+            # Not by remove_parametrizations, which changes the class that the copy shares with the original.
             weights = {name: getattr(parent, name).detach() for name in parent.parametrizations}  # type: ignore[union-attr]
             del parent.parametrizations
             parent.__class__ = type(parent).__bases__[0]
             for name, weight in weights.items():
                 parent.register_parameter(name, nn.Parameter(weight))
-    return written
+    return copied
 
 
 def _with_classifier(model: nn.Module, classifier: nn.Linear) -> nn.Module:
-    """Both as one module from images [B,3,H,W] to class logits [B,C], in eval mode, with nothing of this package.
-
-    A timm model gets the classifier in the place and under the name that timm gives it; any other module comes before
-    it in a Sequential.
-    """
+    """The model with its classifier: in the place that timm has for it, else behind the model in a Sequential."""
     if not hasattr(model, "reset_classifier"):
         return nn.Sequential(model, classifier).eval()
     trained = model.state_dict()
@@ -546,19 +526,18 @@ def _with_classifier(model: nn.Module, classifier: nn.Linear) -> nn.Module:
     pool = getattr(pool, "pool_type", pool)  # a layer that knows its name, or the name
     keep_pool = {"global_pool": pool} if isinstance(pool, str) else {}
     model.reset_classifier(classifier.out_features, **keep_pool)  # type: ignore[operator]
-    # Some models make their whole head anew for another number of classes: the trained weights come back first. What
-    # they leave out is the classifier.
+    # Some models make their whole head anew: the trained weights come back, and what they leave out is the classifier.
     left_out = model.load_state_dict(trained, strict=False).missing_keys
-    place, _, _ = left_out[0].rpartition(".") if left_out else ("", "", "")
+    place = left_out[0].rpartition(".")[0] if left_out else ""
     own = model.get_submodule(place)
-    shapes = {name: tuple(value.shape) for name, value in own.named_parameters()}
+    shapes = {name: value.shape for name, value in own.named_parameters()}
     weight = (classifier.out_features, classifier.in_features)
     if sorted(left_out) != [f"{place}.bias", f"{place}.weight"] or shapes["weight"][:2] != weight:
         raise ValueError(
             f"{type(model).__name__} has not one place for a classifier {list(weight)}, but {', '.join(left_out)}: "
             f"{OTHERWISE}"
         )
-    # A classifier may be a convolution of 1 x 1; and timm's has a bias.
-    values = {name: value.reshape(shapes[name]) for name, value in classifier.state_dict().items()}
-    own.load_state_dict({"bias": torch.zeros_like(classifier.weight[:, 0]), **values})
+    # timm's classifier always has a bias, and may be a convolution of 1 x 1.
+    values = {"bias": torch.zeros_like(classifier.weight[:, 0]), **classifier.state_dict()}
+    own.load_state_dict({name: value.reshape(shapes[name]) for name, value in values.items()})
     return model.to(classifier.weight).eval()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apinet_head._checks import check_int, check_module, check_number
-from apinet_head.chunked import check_chunk_size
 from apinet_head._fake_step import Loss, fake_copy, peak_of_step
 from apinet_head.loss import api_loss
 
@@ -115,7 +114,7 @@ def step_memory(
     for side in shape:
         check_int(side, "image_size", 1)
     if chunk_size is not None:
-        check_chunk_size(chunk_size)
+        check_int(chunk_size, "chunk_size", 1)
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp must be torch.bfloat16, torch.float16 or None, got {amp!r}")
     peak, fixed, gradients = peak_of_step(net, (batch_size, *shape), chunk_size, amp, loss or _api_loss)
