@@ -140,10 +140,10 @@ def test_ties_go_to_the_lowest_index(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_minus_zero_is_zero(dtype):
     # For the ones, 2 and 0 are equally far; |k|² - 2qk is 0 for both, and times -1 it is -0 for one. The centre is 0,
-    # and the two are in one slot.
-    features = torch.tensor([2.0] + 7 * [1.0] + 31 * [0.0], dtype=dtype)[:, None]
-    pairs = mine_pairs(features, torch.tensor(9 * [0] + 30 * [1]), intra="dissimilar", backend=KERNELS)
-    assert pairs.partner[1:8].tolist() == 7 * [0]
+    # and the two meet in one slot, from two tiles.
+    features = torch.tensor([2.0] + 15 * [1.0] + 46 * [0.0], dtype=dtype)[:, None]
+    pairs = mine_pairs(features, torch.tensor(17 * [0] + 45 * [1]), intra="dissimilar", backend=KERNELS)
+    assert pairs.partner[1:16].tolist() == 15 * [0]
 
 
 def test_near_ties_of_float32():
