@@ -172,7 +172,6 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
     anchor = torch.randint(size, (num_pairs,), generator=generator, device=labels.device)
     step = torch.randint(1, max(size, 2), (num_pairs,), generator=generator, device=labels.device)
     partner = (anchor + step) % size
-    labels = labels.long()  # torch before 2.6 selects from few other dtypes
     of_anchor, of_partner = labels[anchor], labels[partner]
     valid = (anchor != partner) & (of_anchor >= 0) & (of_partner >= 0)
     return Pairs(anchor, partner, (of_anchor == of_partner) & (of_anchor >= 0), valid)

@@ -1,5 +1,6 @@
 """`mine_pairs` and `random_pairs` against brute force."""
 
+import subprocess
 import sys
 from functools import partial
 from unittest import mock
@@ -171,6 +172,38 @@ def test_reduced_precision_of_products_does_not_reach_the_distances(backend, pre
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(found.partner, expected.partner)
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs the settings of PyTorch 2.9")
+@pytest.mark.parametrize("where", ["torch.backends", "torch.backends.cuda.matmul", "torch.backends.mkldnn.matmul"])
+def test_the_newer_settings_of_precision_do_no_harm(where):
+    # With these set, asking for torch.get_float32_matmul_precision() raises.
+    code = f"""
+import torch
+from apinet_head import mine_pairs
+from apinet_head.mining import rows
+{where}.fp32_precision = "tf32"
+x, y = torch.randn(40, 16), torch.arange(40) // 4
+for backend in ("dense", "tiled"):
+    assert mine_pairs(x, y, backend=backend).valid.all()
+print(rows._may_round_to_tf32())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.strip() == str("mkldnn" not in where), found.stderr
+
+
+def test_products_are_split_where_tf32_is_allowed():
+    keys = torch.randn(8, 4)
+    fake = mock.Mock(dtype=torch.float32, device=torch.device("cuda"))
+    with mock.patch.object(rows, "multiply_in_parts", return_value=torch.zeros(8, 8)) as parts:
+        assert not rows._may_round_to_tf32()
+        try:
+            torch.set_float32_matmul_precision("high")
+            rows.subtract_products(torch.zeros(8), fake, keys)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    parts.assert_called_once_with(fake, keys)
 
 
 @each_backend

@@ -217,9 +217,8 @@ class _Closest(_Best):
         return costs[..., 0]
 
     def found(self) -> Found:
-        costs, keys = (
-            torch.cat(parts, 1) for parts in zip(*(self.closest[i] for i in sorted(self.closest)), strict=True)
-        )
+        lists = [self.closest[start] for start in sorted(self.closest)]
+        costs, keys = (torch.cat(parts, 1) for parts in zip(*lists, strict=True))
         is_candidate = costs < torch.inf
         return Found(best_of(self.query, self.rows.scale, keys, is_candidate), is_candidate.any(2))
 
@@ -227,10 +226,11 @@ class _Closest(_Best):
 def _closest(cost: Tensor) -> tuple[Tensor, Tensor]:
     """The lowest costs along the last dimension, and where they are: of the lowest the first, then the others."""
     lowest = cost.min(2, keepdim=True)  # topk doesn't say which of equal ones it takes
+    most = CLOSEST + 1
     if torch.compiler.is_compiling():  # the number of columns may be symbolic, and is not to be looked at
-        cost = F.pad(cost, (0, CLOSEST + 1), value=torch.inf)
-    others = cost.topk(
-        CLOSEST + 1 if torch.compiler.is_compiling() else min(CLOSEST + 1, cost.shape[2]), 2, largest=False
-    )
+        cost = F.pad(cost, (0, most), value=torch.inf)
+    else:
+        most = min(most, cost.shape[2])
+    others = cost.topk(most, 2, largest=False)
     costs = others.values.masked_fill(others.indices == lowest.indices, torch.inf)
     return torch.cat([lowest.values, costs], 2), torch.cat([lowest.indices, others.indices], 2)

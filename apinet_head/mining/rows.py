@@ -5,7 +5,8 @@ them, however far away they are. Shifting and scaling all rows alike changes no 
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -132,19 +133,40 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def no_reduced_precision(device_type: str) -> AbstractContextManager[object]:
-    """Within it oneDNN rounds no factors of float32 products on a CPU; `multiply` takes care of TF32 on CUDA."""
-    if device_type != "cpu" or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
+def no_reduced_precision(device_type: str) -> AbstractContextManager[None]:
+    """Within it oneDNN rounds no factors of float32 products on a CPU; `subtract_products` takes care of CUDA."""
+    if device_type != "cpu" or torch.compiler.is_compiling():
         return nullcontext()
-    return torch.backends.mkldnn.flags(enabled=False)
+    precision = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
+    if precision is None:  # PyTorch before 2.9
+        precision = "none" if torch.get_float32_matmul_precision() == "highest" else "reduced"
+    return nullcontext() if precision in ("none", "ieee") else _without_onednn()
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    # torch.backends.mkldnn.flags would touch, and warn of, settings that have nothing to do with this.
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def subtract_products(squares: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """squares - 2 queries @ keys.T [N,M], in float32 also where TF32 is allowed."""
-    is_float32_on_cuda = queries.dtype == torch.float32 and queries.device.type == "cuda"
-    if is_float32_on_cuda and torch.get_float32_matmul_precision() != "highest":
+    if queries.dtype == torch.float32 and queries.device.type == "cuda" and _may_round_to_tf32():
         return torch.sub(squares, multiply_in_parts(queries, keys), alpha=2)
     return torch.addmm(squares, queries, keys.T, alpha=-2)
+
+
+def _may_round_to_tf32() -> bool:
+    if torch.compiler.is_compiling():  # the compiler reads no such setting, and it may change after
+        return True
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # asking for allow_tf32 raises where this was set
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def multiply_in_parts(left: Tensor, right: Tensor) -> Tensor:
