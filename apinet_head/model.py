@@ -146,19 +146,14 @@ class APINet(
             True
         """
         head, classifier = _uncompiled(self.head), _uncompiled(self.head.classifier)
-        for module, name in ((head, "head"), (classifier, "classifier")):
-            # The old weight_norm, spectral_norm and prune are hooks too; some tools replace forward itself.
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-                raise ValueError(
-                    f"a hook computes in the {name}: remove it (prune.remove, remove_weight_norm, handle.remove()), "
-                    f"or {OTHERWISE}"
-                )
-        linear = _plain_copy(classifier)
-        if type(head) is not APIHead or type(linear) is not nn.Linear:
+        # The old weight_norm, spectral_norm and prune are hooks; some tools replace forward itself.
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in (head, classifier))
+        linear = classifier if hooked else _plain_copy(classifier)
+        if hooked or type(head) is not APIHead or type(linear) is not nn.Linear:
             raise ValueError(
-                f"to_deploy needs an APIHead with a linear classifier, got {type(classifier).__name__} in "
-                f"{type(head).__name__}: make the net with num_classes >= 1, merge adapters (peft: merge_and_unload), "
-                f"or {OTHERWISE}"
+                f"to_deploy needs an APIHead with a plain linear classifier, got {type(classifier).__name__} in "
+                f"{type(head).__name__}{' with hooks' if hooked else ''}: set num_classes, remove hooks (prune.remove, "
+                f"remove_weight_norm), merge adapters (peft: merge_and_unload), or {OTHERWISE}"
             )
         return _with_classifier(_plain_copy(self.backbone), linear)
 
@@ -300,8 +295,8 @@ class APINet(
             if not _is_saveable(path, value)
         ]:
             raise ValueError(
-                f"config.json cannot hold {' and '.join(lost)}: use a name, a number or a string, if timm takes one "
-                f"(act_layer='silu'), make the backbone first and pass that module, or {BY_HAND}"
+                f"config.json cannot hold {' and '.join(lost)}: take a name that timm knows "
+                f"(act_layer='silu'), pass the module itself as backbone, or {BY_HAND}"
             )
         config, parameters = dict(self._arguments), self._hub_mixin_init_parameters
         if "chunk_size" in parameters:
@@ -399,10 +394,6 @@ def _check_head_args(head_args: dict[str, Any]) -> None:
 def _timm_model(name: str, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     import timm
 
-    if not isinstance(arguments, Mapping):
-        raise TypeError(f"backbone_args must be a dict, got {shown(arguments)}")
-    if doubled := {"model_name", "pretrained", "num_classes"} & arguments.keys():
-        raise ValueError(f"{', '.join(sorted(doubled))}: an argument of APINet itself, got it in backbone_args")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **_plain(arguments))
     except RuntimeError as error:

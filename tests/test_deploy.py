@@ -173,7 +173,7 @@ def test_what_a_plain_model_cannot_compute_is_refused(change):
     net, images = make_case()
     change(net)
     net.eval()(images)
-    with pytest.raises(ValueError, match=r"(linear classifier, got|a hook computes in the).*deploy nn.Sequential"):
+    with pytest.raises(ValueError, match=r"linear classifier, got .*deploy nn.Sequential"):
         net.to_deploy()
 
 

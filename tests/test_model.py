@@ -150,10 +150,6 @@ def test_unknown_arguments_show_the_known_ones():
         make_net(hidden_dims=8)
     with pytest.raises(TypeError, match=r"no argument 'drop_path_rate'.*backbone_args=\{'drop_path_rate'"):
         make_net(drop_path_rate=0.1)
-    with pytest.raises(ValueError, match=r"num_classes: an argument of APINet itself, got it in backbone_args"):
-        make_net(backbone_args={"num_classes": 3})
-    with pytest.raises(TypeError, match=r"backbone_args must be a dict, got \['drop_rate'\]"):
-        make_net(backbone_args=["drop_rate"])
 
 
 def update_bn(net):
