@@ -89,7 +89,7 @@ class _LinearLoss(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             if ctx.is_used or torch.is_grad_enabled():  # which create_graph=True does
                 raise RuntimeError(
-                    "a loss with rows= has a gradient for one backward pass: for retain_graph=True and create_graph=True "
+                    "a loss with rows= has a gradient for one backward pass: with retain_graph or create_graph "
                     "use APILoss(rows=None)"
                 )
             ctx.is_used = True

@@ -244,8 +244,9 @@ def _fit(settings: Settings, classes: Tensor) -> Settings:
 def _targets(
     labels: Tensor, valid: Tensor, num_rows: Tensor | None, class_weight: Tensor | None, dtype: torch.dtype
 ) -> Targets:
+    labels = labels.long()  # few other dtypes can be compared
     valid = valid & (labels >= 0)
-    labels = labels.long().where(valid, 0)
+    labels = labels.where(valid, 0)
     counted = _divisor(valid.sum() if num_rows is None else num_rows, dtype)
     if class_weight is None:
         return Targets(labels, valid, counted, counted)
