@@ -88,7 +88,7 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Te
     odd = usable.logical_not() if asked is None else usable.logical_not().logical_and_(asked)
     place = odd.nonzero()[:, 0]
     odd_rows = rows[place]
-    finite = odd_rows.isfinite().all(1)
+    finite = torch.linalg.vector_norm(odd_rows, torch.inf, 1) < torch.inf
     if finite.any():  # only rows of zeros have a safe square then
         usable.index_put_((place,), finite)
         if (odd_rows[finite] != 0).any():
