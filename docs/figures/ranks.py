@@ -19,10 +19,12 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 IMAGES, CHANNELS, BYTES = 15, 2048, 2  # a rank's share of the paper's batch; features of ResNet-101, bfloat16
 # NVIDIA's data sheet of the H100 SXM, and one 400 Gb/s network card for each GPU.
-BFLOAT16, FLOAT32, MEMORY, NETWORK = 989e12, 67e12, 3.35e12, 50e9  # FLOP/s, FLOP/s, bytes/s, bytes/s
+BFLOAT16, WIDE, MEMORY, NETWORK = 989e12, 67e12, 3.35e12, 50e9  # FLOP/s (WIDE: float32 and float64), bytes/s
 # What part of it is taken to be reached: by a ResNet in training, by one large product, by long copies, on the network.
 TRAINING, PRODUCT, COPY, WIRE = 0.25, 0.6, 0.8, 0.8
-PASSES = 13  # over all features in float32, by mining/rows.py and the product
+PASSES = 22  # over all features, each a read or a write, by mining/rows.py and the product
+NARROW_PASSES = 6  # the same of features as they come
+SMALL = 2**27  # multiplications, up to which mining/plain.py computes in float64
 RANKS = [2**power for power in range(1, 15)]
 
 
@@ -36,12 +38,13 @@ def forward_flops(name: str, size: int) -> int:
 def costs(ranks: int) -> dict[str, float]:
     """Bytes, FLOPs and seconds of one rank in one step."""
     features = ranks * IMAGES * CHANNELS
+    width = 8 if IMAGES * features <= SMALL else 4
     traffic = 2 * (ranks - 1) * IMAGES * CHANNELS * BYTES
     flops = 2 * IMAGES * features
     return {
         "traffic": traffic,
         "flops": flops,
-        "mining": flops / (PRODUCT * FLOAT32) + PASSES * 4 * features / (COPY * MEMORY),
+        "mining": flops / (PRODUCT * WIDE) + (PASSES * width + NARROW_PASSES * BYTES) * features / (COPY * MEMORY),
         "gathering": traffic / (WIRE * NETWORK),
     }
 
@@ -52,10 +55,10 @@ def step_seconds() -> float:
 
 
 def crossing(name: str, step: float, share: float = 0.05) -> int:
-    """The number of ranks at which a cost passes its share of the step."""
-    ranks = 2
-    while costs(ranks)[name] < share * step:
-        ranks += 1
+    """The number of ranks from which on a cost is more than that share of the step."""
+    ranks = RANKS[-1]
+    while costs(ranks - 1)[name] >= share * step:
+        ranks -= 1
     return ranks
 
 
@@ -71,8 +74,8 @@ def make_table(step: float) -> str:
             f"{cost['mining'] / step:.2%} | {cost['gathering'] / step:.2%} |"
         )
     lines.append(
-        f"\nWith these numbers a step takes {1000 * step:.1f} ms. Mining passes 5 % of it at "
-        f"{crossing('mining', step):,} ranks, gathering at {crossing('gathering', step):,}."
+        f"\nWith these numbers a step takes {1000 * step:.1f} ms. Mining takes more than 5 % of it from "
+        f"{crossing('mining', step):,} ranks on, gathering from {crossing('gathering', step):,}."
     )
     return "\n".join(lines)
 
