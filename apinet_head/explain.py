@@ -76,7 +76,7 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
             features, maps = features_and_maps(net.backbone, images)
             pair = Pairs(*(torch.tensor([value], device=images.device) for value in (0, 1, False, True)))
             gates = torch.cat(net.head.gates(features, pair))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         # Asked afterwards: only the net knows what it takes, if its parameters are quantised or of several dtypes.
         _check_placement(net, images, error)
         raise
