@@ -1,5 +1,6 @@
 """Anything at all into the functions and the head: the documented result, or an error that shows what came."""
 
+import pytest
 import reference
 import torch
 from fuzzing import (
@@ -24,6 +25,7 @@ from strategies import DTYPES
 
 from apinet_head import (
     APIHead,
+    APILoss,
     APIOutput,
     LossTerms,
     Pairs,
@@ -177,6 +179,7 @@ def check_loss(output, kind, ordinary, learning):
         assert not ordinary or all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
 
 
+@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @fuzzed
 def test_head_and_loss(data):
     features, labels, kind = draw_batch(data)
@@ -207,6 +210,9 @@ def test_head_and_loss(data):
         check_pairs(pairs, intra=head.intra, inter=head.inter, **given)
         learning = [value for value in (features, *head.parameters()) if value.requires_grad]
         check_loss(output, kind, is_ordinary(features), learning)
+        if is_ordinary(features) and dtype in DTYPES[2:] and not (autocast or head.drop.p):
+            terms = head(**given, criterion=APILoss(rows=data.draw(st.none() | st.integers(1, 9))))
+            torch.testing.assert_close([*terms], [*api_loss_terms(output)])
 
 
 @fuzzed

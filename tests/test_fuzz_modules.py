@@ -109,6 +109,7 @@ def draw_sampler(data):
     }
 
 
+@pytest.mark.filterwarnings("ignore:no image will have another of the same class")
 @fuzzed
 def test_sampler(data):
     arguments = draw_sampler(data)
@@ -144,6 +145,7 @@ def test_sampler(data):
         assert set(shares.values()) == {given["n_samples"]}
 
 
+@pytest.mark.filterwarnings("ignore:no image will have another of the same class")
 @fuzzed
 def test_state_of_a_sampler(data):
     arguments = {**draw_sampler(data), "n_batches": 4}
@@ -200,6 +202,7 @@ def test_chunked_backbone(data):
         assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @fuzzed
 def test_apinet(data):
     features, labels, kind = draw_batch(data, dtypes=[torch.float32], kinds=("normal", "ties", "non-finite"))
