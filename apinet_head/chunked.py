@@ -18,22 +18,19 @@ class ChunkedBackbone(nn.Module):
     """Runs `backbone` on `chunk_size` images at a time, and recomputes each chunk in the backward pass.
 
     Between forward and backward only the images and the features are kept: peak memory is that of one chunk, at the
-    cost of one more forward pass. Features and gradients are exactly those of the chunks one after the other; the RNG
-    state (dropout, drop-path) and autocast are restored for the recomputation. BatchNorm normalises each chunk by its
-    own statistics, and its running statistics end as after one pass over the chunks. 8 chunks of 15 are what the
-    published training computes on 8 GPUs.
+    cost of one more forward pass. Features and gradients are exactly those of the chunks one after the other: RNG state
+    (dropout, drop-path) and autocast are restored for the recomputation. BatchNorm normalises each chunk by its own
+    statistics, and its running statistics end as after one pass over the chunks. 8 chunks of 15 are what the published
+    training computes on 8 GPUs.
 
-    Without gradients (eval under `no_grad`, a frozen backbone), nothing is recomputed. The backbone may be compiled (a
-    last chunk of another size then runs uncompiled, from PyTorch 2.6 on), and may use gradient checkpointing of its own
-    (timm: `set_grad_checkpointing`); that counts the running statistics of its BatchNorm twice, as it does without
-    chunks. `torch.compile` around this module does not compile the chunks: compile the backbone instead.
-
-    Under the transforms of `torch.func` (grad, vjp, jacrev, ...), which cannot recompute, and with parameters exchanged
-    by `torch.func.functional_call`, gradients are the same but nothing is recomputed, so that no memory is saved.
+    Without gradients nothing is recomputed. Compile the backbone, not this module, whose chunks `torch.compile` leaves
+    alone (a last chunk of another size runs uncompiled, from PyTorch 2.6 on). Gradient checkpointing of the backbone's
+    own counts its BatchNorm's running statistics twice, as it does without chunks. Under the transforms of `torch.func`
+    and `functional_call`, gradients are the same, but no memory is saved.
 
     Args:
-        backbone: any module that maps images [B,...] to features [B,...], each image by itself but for BatchNorm; or to
-            a tuple, list, dict or transformers output of such tensors.
+        backbone: maps images [B,...] to features [B,...], each image by itself but for BatchNorm; or to a tuple, list,
+            dict or transformers output of such tensors.
         chunk_size: number of images in a chunk.
 
     Raises:
@@ -68,54 +65,46 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
     """The functional form of `ChunkedBackbone`.
 
     Raises:
-        ValueError: a chunk has a single image and BatchNorm is in train mode, or the backbone's outputs for the chunks
-            cannot be concatenated.
-        TypeError: images are no tensor that can be split.
+        ValueError: a chunk has one image and BatchNorm is in train mode, or the chunks' outputs cannot be concatenated.
+        TypeError: images are not a tensor [B, ...].
     """
     if not isinstance(images, Tensor) or images.ndim == 0:
         raise TypeError(f"images must be a tensor [B, ...] to go in chunks, got {describe(images)}")
     smallest = min(len(images), len(images) % chunk_size or chunk_size)
     if smallest == 1 and any(isinstance(module, _BatchNorm) and module.training for module in backbone.modules()):
         raise ValueError(
-            f"chunk_size={chunk_size} leaves a chunk of one image of {describe(images)}, which BatchNorm in train mode "
-            "would normalise by itself: take another chunk_size or batch, or put BatchNorm in eval mode"
+            f"chunk_size={chunk_size} leaves a chunk of one image of {describe(images)}, too few for BatchNorm in "
+            "train mode: take another chunk_size or batch, or put BatchNorm in eval mode"
         )
     if len(images) <= chunk_size:
         return backbone(images)
     parameters = list(backbone.parameters())
     learns = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in parameters))
-    # The transforms of torch.func allow no hooks on saved tensors; and what functional_call puts in place of the
-    # parameters is gone when the backward pass recomputes.
+    # torch.func allows no hooks on saved tensors; the parameters of functional_call are gone in the backward pass.
     functional = torch._C._are_functorch_transforms_active() or not all(isinstance(p, nn.Parameter) for p in parameters)
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _RunningStatisticsKept(backbone)
 
     def run(chunk: Tensor) -> Any:
         if functional or not learns:
             return backbone(chunk)
-        # For a last chunk of another size the compiler would make a second graph, with dynamic shapes, and might
-        # recompute a chunk by another graph than the first pass took, which saves other tensors.
+        # A last chunk of another size would be compiled anew, maybe to a graph that saves other tensors than the first.
         function = backbone if len(chunk) == chunk_size else partial(_uncompiled, backbone)
-        return checkpoint(function, chunk, use_reentrant=False, context_fn=contexts)
+        contexts = nullcontext(), _RunningStatisticsKept(backbone)  # of the first pass, and of the recomputation
+        return checkpoint(function, chunk, use_reentrant=False, context_fn=lambda: contexts)
 
     first, *others = [run(chunk) for chunk in torch.split(images, chunk_size)]
     return tree_map(_join, first, *others)
 
 
 def _uncompiled(backbone: nn.Module, chunk: Tensor) -> Any:
-    """Runs the backbone in eager mode even if it is compiled (PyTorch before 2.6 has no way to ask for that)."""
+    """Runs the backbone in eager mode even if it is compiled (PyTorch before 2.6 can't)."""
     with torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext():
         return backbone(chunk)
 
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
 class _RunningStatisticsKept(AbstractContextManager[None]):
-    """Restores BatchNorm's running statistics on exit, so that a recomputed chunk does not count in them again.
+    """Restores BatchNorm's running statistics on exit: a recomputed chunk does not count in them again.
 
-    It is entered more than once where the backward pass is repeated (`retain_graph=True`).
+    A class, because it is entered again if the backward pass is repeated (`retain_graph=True`).
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -126,14 +115,14 @@ class _RunningStatisticsKept(AbstractContextManager[None]):
             (buffer, buffer.clone())
             for module in self.backbone.modules()
             if module.training
-            for name in STATISTICS
+            for name in ("running_mean", "running_var", "num_batches_tracked")
             if (buffer := module._buffers.get(name)) is not None
         ]
 
     def __exit__(self, *_: object) -> None:
         for buffer, before in self.kept:
-            # Through .data: autograd has saved the buffer for the backward pass and would take this for an in-place
-            # change of it. In train mode the backward pass does not read running statistics.
+            # Through .data: autograd saved the buffer and would call this an in-place change, though in train mode the
+            # backward pass does not read it.
             buffer.data.copy_(before)
         self.kept.clear()
 

@@ -14,46 +14,33 @@ if TYPE_CHECKING:
 
     Group = dist.ProcessGroup | DeviceMesh | None
 
-# By their place here the ranks tell each other their dtypes.
-DTYPES = (
-    *FLOATS,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-)
+# Ranks tell each other their dtypes as numbers: places in this list.
+DTYPES = [*FLOATS, *(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))]
 
 
 def gather_features(features: Tensor, labels: Tensor, *, group: "Group" = None) -> tuple[Tensor, Tensor, int]:
-    """The features and labels of all ranks of a process group, in the order of the ranks.
+    """All-gather of features and labels over the ranks of a process group, in the order of the ranks.
 
     Differentiable: the gradient of a rank's features is the sum of the gradients that all ranks have for them. All
-    ranks must call this, and run its backward pass. Without a process group, or with one rank, the arguments are
-    returned as they are.
+    ranks must call this, and run its backward pass. With one process, the arguments are returned as they are.
 
-    Ranks that hold the same images, as those of tensor parallelism do, must not be in one group: each image would find
-    its own copy. Pass the group, or the dimension of the device mesh, over which the data is split.
+    Ranks that hold the same images, as in tensor parallelism, must not be in one group: each image would find its own
+    copy. Pass the group, or the dimension of the device mesh, over which the data is split.
 
-    The ranks exchange shapes and dtypes first, so that a rank with another batch is an error instead of a hang. The
-    host waits for these few numbers; if the group has a CPU backend as well, as after
-    `init_process_group("cpu:gloo,cuda:nccl")`, it does not wait for the device.
+    Ranks compare shapes and dtypes first, so that a difference is an error instead of a hang. The host waits for these
+    few numbers, but not for the device if the group has a CPU backend too (`init_process_group("cpu:gloo,cuda:nccl")`).
 
     Args:
-        features: [B,D], floating point; B, D and the dtype the same on all ranks.
+        features: [B,D], floating point; shape and dtype the same on all ranks.
         labels: [B], class indices of an integer dtype, the same on all ranks.
-        group: a ProcessGroup or a one-dimensional DeviceMesh, such as `mesh["dp"]`, which this process is part of; None
-            for the default group.
+        group: a ProcessGroup or a one-dimensional DeviceMesh, such as `mesh["dp"]`; None for the default group.
 
     Returns:
         all_features [W*B,D] and all_labels [W*B] of W ranks, and the row of this rank's first image.
 
     Raises:
-        ValueError: features or labels are malformed; or shapes, dtypes or the need of a gradient differ between ranks,
-            then on every rank, with what each has; or this process is not in the group.
+        ValueError: features or labels are malformed; shapes, dtypes or the need of a gradient differ between ranks
+            (raised on every rank); or this process is not in the group.
         TypeError: an argument is of the wrong type.
 
     Examples:
@@ -68,7 +55,7 @@ def gather_features(features: Tensor, labels: Tensor, *, group: "Group" = None) 
 
 
 def gather_checked(features: Tensor, labels: Tensor, group: "Group" = None) -> tuple[Tensor, Tensor, int]:
-    """`gather_features` of features and labels that are known to be well-formed."""
+    """`gather_features` without the checks of the arguments."""
     if world_size(group) == 1:
         return features, labels, 0
     process_group = _process_group(group)
@@ -78,19 +65,14 @@ def gather_checked(features: Tensor, labels: Tensor, group: "Group" = None) -> t
 
 
 def world_size(group: "Group" = None) -> int:
-    """The number of ranks of the group; 1 without a process group.
-
-    Raises:
-        ValueError: this process is not in the group, or the mesh has several dimensions.
-        TypeError: it is no group.
-    """
+    """The number of ranks of the group; 1 without torch.distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size(_process_group(group))
 
 
 def mean_over_ranks(count: Tensor, group: "Group" = None) -> Tensor:
-    """The mean over all ranks of an integer scalar, in float64; a sum of 0 counts as 1, to divide by."""
+    """The mean over ranks of an integer scalar, in float64, as a divisor: a sum of 0 counts as 1."""
     total = count.clone()
     dist.all_reduce(total, group=_process_group(group))
     return total.clamp(min=1).double() / world_size(group)
@@ -103,16 +85,11 @@ def _process_group(group: "Group") -> "dist.ProcessGroup | None":
         raise ValueError("this process is not in the group: call this only on ranks that are")
     if not hasattr(group, "get_group"):
         raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
-    if group.ndim != 1:
-        raise ValueError(
-            f"group must be a DeviceMesh of one dimension, got {group.ndim}: take that over which the data is split, "
-            "such as mesh['dp']"
-        )
-    return group.get_group()
+    return group.get_group()  # which refuses a mesh of several dimensions
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather; in the backward pass the sum over ranks of their gradients for this rank's rows."""
+    """all_gather; the backward pass sums the ranks' gradients for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
@@ -140,25 +117,20 @@ def _gather(rows: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
 
 
 def _check_equal(features: Tensor, labels: Tensor, group: "dist.ProcessGroup | None") -> None:
-    """ValueError on every rank if the ranks differ: one that raised alone would leave the others waiting for it."""
+    """ValueError on every rank if the ranks differ: those that didn't raise would wait for the others."""
     device = "cpu" if "cpu:" in str(dist.get_backend_config(group)) else features.device
     learns = features.requires_grad and torch.is_grad_enabled()
     dtypes = (DTYPES.index(features.dtype), DTYPES.index(labels.dtype))
     own = torch.tensor([*features.shape, *dtypes, learns], device=device)
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, own, group=group)
-    found = torch.stack(gathered).tolist()
+    found = _gather(own[None], group).tolist()
     if all(rank == found[0] for rank in found):
         return
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     listing = ", ".join(
-        f"{_name(dtype)} {shape} with{'' if learns else 'out'} gradient and {_name(label_dtype)} labels on rank {rank}"
+        f"{names[dtype]} {shape} with{'' if learns else 'out'} gradient and {names[label_dtype]} labels on rank {rank}"
         for rank, (*shape, dtype, label_dtype, learns) in enumerate(found)
     )
     raise ValueError(
-        f"all ranks must have features of one shape and dtype to mine over all of them, got {listing}: give each the "
-        "same number of images (BalancedBatchSampler does; else drop_last=True), and all the same dtypes"
+        f"all ranks must have features of one shape and dtype, got {listing}: give each the same number of images "
+        "(BalancedBatchSampler does; else drop_last=True) and the same dtypes"
     )
-
-
-def _name(index: int) -> str:
-    return str(DTYPES[index]).removeprefix("torch.")

@@ -39,11 +39,10 @@ def over_the_world():
 
 def errors():
     """Messages by kind of group; what is not asked of all ranks must not wait for them."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "copies"))
     first = dist.new_group([0])
     features, labels = torch.zeros(4, DIM), torch.zeros(4, dtype=torch.long)
     messages = {}
-    for name, group in {"mesh": mesh, "other": first, "type": "data"}.items():
+    for name, group in {"other": first, "type": "data"}.items():
         try:
             gather_features(features, labels, group=group)
         except (ValueError, TypeError) as error:
