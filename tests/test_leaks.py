@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import psutil
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apinet_head import APINet, ChunkedBackbone, FeatureMemory, api_loss
+from apinet_head import APILoss, APINet, ChunkedBackbone, api_loss_terms
 
 # All that happens once, such as the optimiser's state and the allocator's pools, happens in the warm-up.
 WARM_UP, STEPS = 400, 2000
@@ -18,22 +19,19 @@ SIZE, CHANNELS, CLASSES = 8, 16, 4
 
 
 def training(device):
-    """A function that takes a step: chunks, mining in batch and memory, head, loss and optimiser."""
+    """A function that takes a step: chunks, mining in batch and memory, head, loss in one of two ways, optimiser."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    net = APINet(ChunkedBackbone(backbone, 5), CLASSES, dim=CHANNELS, hidden_dim=8).to(device)
-    memory = FeatureMemory(32, CHANNELS, device=device)
+    net = APINet(ChunkedBackbone(backbone, 5), CLASSES, dim=CHANNELS, hidden_dim=8, memory=32).to(device)
     optimizer = torch.optim.Adam(net.parameter_groups(1e-4))
-    labels = torch.arange(SIZE, device=device) % CLASSES
+    labels, criterions = torch.arange(SIZE, device=device) % CLASSES, cycle([None, APILoss(rows=16)])
 
     def step():
-        features = net.backbone(torch.randn(SIZE, 3, 8, 8, device=device))
-        keys, key_labels = torch.cat([features, memory.features]), torch.cat([labels, memory.labels])
-        loss = api_loss(net.head(features, labels, keys=keys, key_labels=key_labels, key_offset=0))
+        output = net(torch.randn(SIZE, 3, 8, 8, device=device), labels, criterion=(criterion := next(criterions)))
+        loss = (api_loss_terms(output) if criterion is None else output).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        memory.push(features, labels)
 
     return step
 

@@ -24,19 +24,18 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     # Some models are made for one size of images.
-    size = {"img_size": SIZE} if timm.get_pretrained_cfg(args.backbone).fixed_input_size else {}
-    backbone = timm.create_model(args.backbone, pretrained=args.pretrained, num_classes=0, drop_path_rate=0.05, **size)
-    config = resolve_model_data_config(backbone) | {"input_size": (3, SIZE, SIZE), "crop_pct": 1.0}
+    settings = {"img_size": SIZE} if timm.get_pretrained_cfg(args.backbone).fixed_input_size else {}
+    settings["drop_path_rate"] = 0.05
+    net = APINet(args.backbone, len(CLASSES), pretrained=args.pretrained, backbone_args=settings).to(device)
+    config = resolve_model_data_config(net) | {"input_size": (3, SIZE, SIZE), "crop_pct": 1.0}
     augmented = create_transform(**config, is_training=True, scale=(0.7, 1.0), color_jitter=0.1)
     train, test = Shapes(True, augmented), Shapes(False, create_transform(**config))
     # Not timm's create_loader, which has no place for a batch sampler.
     sampler = BalancedBatchSampler(train.targets, n_classes=6, n_samples=4)
     loader = DataLoader(train, batch_sampler=sampler)
 
-    net = APINet(backbone, len(CLASSES)).to(device)
     # timm leaves biases and norms, and what the backbone names in no_weight_decay(), without weight decay.
-    optimizer = create_optimizer_v2(net.backbone, opt="adamw", lr=2e-3, weight_decay=0.05)
-    optimizer.add_param_group({"params": net.head.parameters(), "lr": 4e-3})
+    optimizer = create_optimizer_v2(net, opt="adamw", lr=4e-3, weight_decay=0.05, layer_decay=0.9)
     scheduler, epochs = create_scheduler_v2(
         optimizer, num_epochs=args.epochs, warmup_epochs=1, step_on_epochs=False, updates_per_epoch=len(loader)
     )
