@@ -168,7 +168,7 @@ def explainable():
         (lambda: BalancedBatchSampler(["a", "b"], 2, 1), ValueError, r"ints, or a tensor or array of them, got \['a'"),
         (lambda: BalancedBatchSampler([0, 1], 2.0, 1), TypeError, r"n_classes must be an int, got 2\.0"),
         (lambda: BalancedBatchSampler([0, 1], 2, 1, seed=0.5), TypeError, r"seed must be an int, got 0\.5"),
-        (lambda: BalancedBatchSampler([], 2, 1), ValueError, r"n_classes=2 classes for a batch: labels have 0"),
+        (lambda: BalancedBatchSampler([], 2, 1), ValueError, r"n_classes=2 classes: labels have 0"),
         (lambda: BalancedBatchSampler([0, 1], 2, 1).set_epoch(-1), ValueError, r"epoch must be at least 0, got -1"),
         (
             lambda: BalancedBatchSampler([0, 1], 2, 1).state_dict(2),
