@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from apinet_head._checks import describe
-from apinet_head.mining import plain, triton_rows, triton_search
+from apinet_head.mining import plain
 from apinet_head.mining.exact import CLOSEST, best_of
 from apinet_head.mining.query import Found, Query, Search, finite_rows
 from apinet_head.mining.rows import bulk
+from apinet_head.mining.triton_rows import lay_out
+from apinet_head.mining.triton_search import NOBODY, search
 from apinet_head.mining.triton_tiles import Tiles, tiles_for
 
-NOBODY: int = triton_search.NOBODY.value
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIGNS = {"similar": 1, "dissimilar": -1}
 ROWS, CHANNELS = (16, 32) if INTERPRETED else (4, 512)  # what one program reads at a time; ROWS divides the tiles
@@ -77,7 +78,7 @@ def find_partners(
     query = Query(features, labels, keys, key_labels, key_offset, searches)
     with _on(features.device):
         best, scale = _candidates(query, intra, inter)
-        is_candidate = best != NOBODY
+        is_candidate = best != NOBODY.value
         partner = best_of(query, scale, best & 0xFFFFFFFF, is_candidate)
     return partner, is_candidate.any(2) & (labels >= 0)
 
@@ -108,8 +109,8 @@ def _candidates(query: Query, intra: int, inter: int) -> tuple[Tensor, Tensor]:
         found = _in_order(query.features, query.labels, usable, centre, scale, tiles)
     height, width = _parts(count, tiles.side), _parts(size, tiles.side)
     grid = (height + 1) // 2 * (width + 1) if query.keys is None else height * width
-    best = torch.full((len(query.searches), count, CLOSEST), NOBODY, dtype=torch.int64, device=device)
-    triton_search.search[(grid,)](
+    best = torch.full((len(query.searches), count, CLOSEST), NOBODY.value, dtype=torch.int64, device=device)
+    search[(grid,)](
         found.y, among.y, found.weights, among.weights, among.squares, found.origin, among.origin,
         torch.searchsorted(among.classes, found.classes, out_int32=True),
         torch.searchsorted(among.classes, found.classes, out_int32=True, right=True),
@@ -127,7 +128,7 @@ def _in_order(x: Tensor, labels: Tensor, usable: Tensor, centre: Tensor, scale: 
     y = x.new_empty((length, 2, width), dtype=torch.float16)
     origin = torch.empty(length, dtype=torch.int32, device=x.device)
     weights, squares = torch.empty(2, length, dtype=torch.float32, device=x.device)
-    triton_rows.lay_out[(_parts(length, ROWS),)](
+    lay_out[(_parts(length, ROWS),)](
         x, order, usable, centre * scale, scale, y, weights, squares, origin, *x.shape, x.stride(0), width,
         ROWS=ROWS, CHANNELS=CHANNELS,
     )  # fmt: skip
