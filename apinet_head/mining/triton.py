@@ -41,7 +41,7 @@ def mine(query: Query) -> Found:
         return plain.mine_dense(query)
     if features.dtype == torch.float64:  # tensor cores are no place for it
         return plain.mine_tiled(query)
-    signs = {search.same_class: SIGNS[search.how] for search in query.searches}
+    signs = {asked.same_class: SIGNS[asked.how] for asked in query.searches}
     return Found(*find_partners(*query[:5], signs.get(True, 0), signs.get(False, 0)))
 
 
