@@ -37,13 +37,12 @@ class PairExplanation(NamedTuple):
 def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanation:
     """The channels that the gates of two images open most, and where in the images those are active.
 
-    This is what the paper's section "Visualization" shows: the gates tell which channels of the features distinguish
-    the two images, and a channel's map, before pooling, tells where it is active. A gate is one number per channel:
-    it scales a map, and scaled to [0, 1] the map is the same with and without it. What differs between `heatmaps` and
-    `plain_heatmaps` is which channels are picked.
+    As in the paper's section "Visualization": the gates tell which channels distinguish the two images, and a channel's
+    map before pooling tells where it is active. A gate is one number per channel, so that it doesn't change a map that
+    is scaled to [0, 1]: `heatmaps` and `plain_heatmaps` differ in the choice of channels.
 
     The net runs in eval mode and without gradients; its modes, gradients and buffers are left unchanged. Its modules
-    are called, never read: they may be quantised, compiled, or wrapped by adapters.
+    may be quantised, compiled, or wrapped by adapters.
 
     Args:
         net: an `APINet` whose backbone pools a feature map over the image, as nearly all of timm's do.
@@ -51,12 +50,12 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
         top_k: k, number of channels, at most D.
 
     Returns:
-        A `PairExplanation`. Each heat map is scaled on its own, its least value to 0 and its largest to 1; a constant
-        one is 0. Channels of equal gates come in ascending order.
+        A `PairExplanation`. Each heat map is scaled by itself, from its least value to its largest; a constant one is
+        0. Channels of equal gates come in ascending order.
 
     Raises:
         ValueError: there are not two images, top_k is out of range, images and net differ in device or dtype, the
-            features are not finite, or the backbone has no feature map whose channels are those of the gates.
+            features are not finite, or the backbone has no feature map with the channels of the gates.
         TypeError: net is no APINet, images are no tensor or top_k is no int.
 
     Examples:
@@ -70,25 +69,27 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
     _check(net, images, top_k)
     modes = [(module, module.training) for module in net.modules()]
     try:
-        # Not inference_mode: its tensors could not be used in anything that learns.
-        with torch.no_grad():
+        with torch.no_grad():  # not inference_mode: its tensors could not be used in anything that learns
             net.eval()
             features, maps = features_and_maps(net.backbone, images)
             pair = Pairs(*(torch.tensor([value], device=images.device) for value in (0, 1, False, True)))
             gates = torch.cat(net.head.gates(features, pair))
     except (RuntimeError, ValueError) as error:
-        # Asked afterwards: only the net knows what it takes, if its parameters are quantised or of several dtypes.
+        # Asked afterwards: only the net knows what it takes, if it is quantised or of several dtypes.
         _check_placement(net, images, error)
         raise
     finally:
-        for module, training in modes:  # one by one: a part of the net may be in another mode than the rest
+        for module, training in modes:  # a part of the net may be in another mode than the rest
             module.training = training
     if not (features.isfinite().all() and gates.isfinite().all()):
         raise ValueError(
-            f"nothing to explain: the features of the images, {describe(images)}, or their gates are not finite; check "
-            "the images and the weights of the net"
+            f"nothing to explain: features or gates of the images, {describe(images)}, are not finite; check the "
+            "images and the weights of the net"
         )
-    channels, plain_channels = _largest(gates, top_k), _largest(features, top_k)
+    # A stable sort: topk does not define the order of equal values, and the gates of inactive channels are all 1/2.
+    channels, plain_channels = (
+        values.sort(dim=1, descending=True, stable=True).indices[:, :top_k] for values in (gates, features)
+    )
     return PairExplanation(
         gates=gates,
         channels=channels,
@@ -101,56 +102,35 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
 
 def _check(net: APINet, images: Tensor, top_k: int) -> None:
     if not isinstance(getattr(net, "head", None), APIHead):  # a compiled APINet is none by its type
-        advice = (
-            ": pass its .module" if isinstance(getattr(getattr(net, "module", None), "head", None), APIHead) else ""
-        )
+        inner = getattr(getattr(net, "module", None), "head", None)
+        advice = ": pass its .module" if isinstance(inner, APIHead) else ""
         raise TypeError(f"net must be an APINet, got {type(net).__name__}{advice}")
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor [2, 3, H, W], got {type(images).__name__}")
-    if images.ndim != 4 or len(images) != 2:
-        raise ValueError(f"images must be two, [2, 3, H, W], got {describe(images)}")
-    if 0 in images.shape:
-        raise ValueError(f"images must have at least one pixel, got {describe(images)}")
-    check_int(top_k, "top_k")
-    if not 1 <= top_k <= net.dim:
+    if images.ndim != 4 or len(images) != 2 or 0 in images.shape:
+        raise ValueError(f"images must be two, [2, 3, H, W], of at least one pixel, got {describe(images)}")
+    if not 1 <= check_int(top_k, "top_k") <= net.dim:
         raise ValueError(f"top_k must be from 1 to the {net.dim} channels of the features, got {top_k}")
 
 
-def _check_placement(net: nn.Module, images: Tensor, error: RuntimeError) -> None:
+def _check_placement(net: nn.Module, images: Tensor, error: Exception) -> None:
     """ValueError if nothing in the net has the device or the dtype of the images, which is then why it failed."""
     tensors = [*net.parameters(), *net.buffers()]
-    for kind, own, there in (
-        ("device", images.device, {tensor.device for tensor in tensors}),
-        ("dtype", images.dtype, {tensor.dtype for tensor in tensors if tensor.is_floating_point()}),
-    ):
-        if there and own not in there:
+    devices = {tensor.device for tensor in tensors}
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    for kind, own, known in (("device", images.device, devices), ("dtype", images.dtype, dtypes)):
+        if known and own not in known:
             raise ValueError(
                 f"images and the net must have the same {kind}, got {describe(images)} and a net of "
-                f"{', '.join(sorted(map(str, there)))}"
+                f"{', '.join(sorted(map(str, known)))}"
             ) from error
-
-
-def _unwrapped(backbone: nn.Module) -> nn.Module:
-    """The backbone inside chunks and torch.compile, which two images would only make slower."""
-    while True:
-        if isinstance(backbone, ChunkedBackbone):
-            backbone = backbone.backbone
-        elif "_orig_mod" in backbone._modules:
-            backbone = backbone.get_submodule("_orig_mod")
-        else:
-            return backbone
-
-
-def _largest(values: Tensor, top_k: int) -> Tensor:
-    # A stable sort: topk does not define the order of equal values, and the gates of inactive channels are all 1/2.
-    return values.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
 def heat_maps(maps: Tensor, channels: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Chosen channels [N,k] of feature maps [N,D,h,w], enlarged to an image of `size` and scaled to [0, 1]."""
     rows = torch.arange(len(maps), device=maps.device)[:, None]
     chosen = maps[rows, channels].float()
-    # Before enlarging, for that rounds: its noise in a channel that is the same everywhere is not to be scaled up.
+    # Before enlarging, whose rounding would be scaled up in a channel that is the same everywhere.
     span = chosen.amax((2, 3), keepdim=True) - chosen.amin((2, 3), keepdim=True)
     varies = span > 1e-6 * chosen.abs().amax((2, 3), keepdim=True)
     large = F.interpolate(chosen, tuple(size), mode="bilinear", align_corners=False)
@@ -165,10 +145,12 @@ def features_and_maps(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tens
     Raises:
         ValueError: the backbone has no such maps; the message says why.
     """
-    backbone = _unwrapped(backbone)
+    while isinstance(backbone, ChunkedBackbone) or hasattr(
+        backbone, "_orig_mod"
+    ):  # chunks and compiling don't pay here
+        backbone = backbone.backbone if isinstance(backbone, ChunkedBackbone) else backbone.get_submodule("_orig_mod")
     name = type(backbone).__name__
-    # timm's name for the last map before pooling, in every architecture. The features are not pooled from it here, for
-    # there may be norms in between.
+    # timm's name for the last map before pooling. The features are not pooled from it here: a norm may lie in between.
     forward_features = getattr(backbone, "forward_features", None)
     if forward_features is None:
         raise ValueError(
@@ -181,48 +163,56 @@ def features_and_maps(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tens
     if not isinstance(maps, Tensor) or maps.ndim not in (3, 4):
         got = describe(maps) if isinstance(maps, Tensor) else f"a {type(maps).__name__}"
         raise ValueError(f"forward_features of {name} must give one map [B, D, h, w] or [B, tokens, D], got {got}")
-    maps = _fold_tokens(backbone, maps, images) if maps.ndim == 3 else _channels_first(backbone, maps)
+    if maps.ndim == 3:
+        maps = _fold_tokens(backbone, maps, images)
+    elif getattr(backbone, "output_fmt", None) == "NHWC":  # as timm's say; the shape could not tell
+        maps = maps.permute(0, 3, 1, 2)
     if maps.shape[1] != features.shape[1]:
         raise ValueError(
             f"the {features.shape[1]} channels of the features of {name} are not the {maps.shape[1]} of its last "
-            "feature map: between the two it has a layer that mixes channels, so that a gate has no place in the "
-            "image; take a backbone that pools last, such as resnet, convnext, efficientnet, vit or swin"
+            f"feature map: {MIXED}"
         )
     return features, maps
 
 
+MIXED = (
+    "a layer after the map mixes channels, so that a gate has no place in the image; take a backbone that pools last, "
+    "such as resnet, convnext, efficientnet, vit or swin"
+)
+
+
 def _refuse_mixed_channels(backbone: nn.Module) -> None:
-    # Layers after pooling that mix channels without changing their number would go unnoticed otherwise.
+    """ValueError for layers after the map that mix channels without changing their number."""
     if getattr(backbone, "attn_pool", None) is not None:
         raise ValueError(
-            f"{type(backbone).__name__} pools by attention, which mixes channels: those of the gates are not those of "
-            "the feature map; take another pooling, as in APINet(..., backbone_args={'global_pool': 'avg'})"
+            f"{type(backbone).__name__} pools by attention (see backbone_args={{'global_pool': 'avg'}}): {MIXED}"
         )
     for name, module in backbone.named_modules():
-        # timm's name for a hidden layer between pooling and classifier; a quantised one has state, but no parameters.
+        # timm's name for a hidden layer before the classifier; a quantised one has state, but no parameters.
         if name.rpartition(".")[2] == "pre_logits" and module.state_dict():
             raise ValueError(
-                f"{type(backbone).__name__} has a hidden layer ({name}) after its last feature map, which mixes "
-                "channels: those of the gates are not those of the map; take a backbone that pools last, such as "
-                "resnet or convnext"
+                f"{type(backbone).__name__} has a hidden layer ({name}) after its last feature map: {MIXED}"
             )
 
 
-def _channels_first(backbone: nn.Module, maps: Tensor) -> Tensor:
-    # timm: architectures that compute in NHWC say so. The shape could not tell: 7 x 7 x 7 is anything.
-    return maps.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", None) == "NHWC" else maps
-
-
 def _fold_tokens(backbone: nn.Module, tokens: Tensor, images: Tensor) -> Tensor:
-    """[B,D,h,w] of [B,T,D]: prefix tokens (class, registers) dropped, the others being the patches, row by row.
+    """[B,D,h,w] of [B,T,D]: prefix tokens (class, registers) dropped, the patches row by row.
 
-    Where the class token is the feature, no map was pooled; patches and class token have their channels in common all
-    the same, for every block adds to both alike.
+    Where the class token is the feature, no map was pooled; but its channels are those of the patches, for every block
+    adds to both alike.
     """
-    height, width = _grid(backbone, images)
-    # Some architectures (coat, volo) have a class token in front and no num_prefix_tokens.
+    # feature_info also knows of patches that are merged on the way, and of images of another size than the backbone's;
+    # patch_embed.grid_size doesn't.
+    try:
+        reduction = backbone.feature_info[-1]["reduction"]  # type: ignore[index]
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ValueError(
+            f"forward_features of {type(backbone).__name__} gives tokens, and without a feature_info such as timm's "
+            "(a list whose last item has 'reduction', the pixels per patch) their grid is unknown"
+        ) from None
+    height, width = (math.ceil(side / reduction) for side in images.shape[-2:])
     prefix = getattr(backbone, "num_prefix_tokens", None)
-    if prefix is None:
+    if prefix is None:  # coat and volo have a class token in front, and don't say so
         prefix = max(tokens.shape[1] - height * width, 0)
     patches = tokens[:, prefix:]
     if patches.shape[1] != height * width:
@@ -231,17 +221,3 @@ def _fold_tokens(backbone: nn.Module, tokens: Tensor, images: Tensor) -> Tensor:
             f"{prefix} of them prefix tokens: the others are no grid of {height} x {width} patches"
         )
     return patches.transpose(1, 2).reshape(len(patches), -1, height, width)
-
-
-def _grid(backbone: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Height and width of the grid of tokens that the backbone makes of the images."""
-    # feature_info has it also for architectures that merge patches on the way, which patch_embed.grid_size leaves out;
-    # and it goes by the images, which need not have the size that the backbone was made for.
-    try:
-        reduction = backbone.feature_info[-1]["reduction"]  # type: ignore[index]
-    except (AttributeError, IndexError, KeyError, TypeError):
-        raise ValueError(
-            f"forward_features of {type(backbone).__name__} gives tokens, and without a feature_info such as timm's "
-            "(a list whose last item has 'reduction', the pixels per patch) their grid is unknown"
-        ) from None
-    return math.ceil(images.shape[-2] / reduction), math.ceil(images.shape[-1] / reduction)

@@ -4,6 +4,7 @@ Needs `pip install pytorch-metric-learning`; nothing else in the package imports
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +23,6 @@ else:
             "apinet_head.metric_learning needs pytorch-metric-learning: pip install pytorch-metric-learning"
         ) from error
 
-PAIRS, TRIPLETS = ("anchor", "positive", "anchor", "negative"), ("anchor", "positive", "negative")
-
 
 def pairs_from_tuple(indices: Sequence[Tensor]) -> Pairs:
     """Converts the output of a miner of pytorch-metric-learning to `pairs=` for `APIHead`.
@@ -32,15 +31,14 @@ def pairs_from_tuple(indices: Sequence[Tensor]) -> Pairs:
     positive are repeated in each of their triplets. Empty tensors give a loss of 0.
 
     Args:
-        indices: (anchors, positives, anchors, negatives) or (anchors, positives, negatives), each [N] of its own length
-            but for the partners of its anchors, rows of the batch. If the miner was given `ref_emb`, the partners are
-            rows of that: pass it to the head as `keys`.
+        indices: (anchors, positives, anchors, negatives) or (anchors, positives, negatives), rows of the batch. If the
+            miner was given `ref_emb`, partners are rows of that: pass it to the head as `keys`.
 
     Returns:
         Pairs with first all positive and then all negative pairs, all of them valid.
 
     Raises:
-        ValueError: there are not three or four vectors of integers, or an anchor's partner is missing.
+        ValueError: there are not three or four integer vectors, or an anchor's partner is missing.
 
     Examples:
         >>> from pytorch_metric_learning.miners import MultiSimilarityMiner
@@ -49,39 +47,42 @@ def pairs_from_tuple(indices: Sequence[Tensor]) -> Pairs:
         >>> mined = MultiSimilarityMiner()(features, labels)
         >>> loss = api_loss(APIHead(dim=16, num_classes=4)(features, labels, pairs=pairs_from_tuple(mined)))
     """
-    names = {len(names): names for names in (PAIRS, TRIPLETS)}.get(len(indices))
-    if names is None:
-        raise ValueError(f"a miner finds ({', '.join(PAIRS)}) or ({', '.join(TRIPLETS)}), got {len(indices)} items")
-    for name, rows in zip(names, indices, strict=True):
+    if len(indices) not in (3, 4):
+        raise ValueError(
+            "a miner finds (anchor, positive, anchor, negative) or (anchor, positive, negative), "
+            f"got {len(indices)} items"
+        )
+    a1, positive, *rest = indices
+    a2, negative = rest if len(rest) == 2 else (a1, *rest)
+    for name, rows in (("anchor", a1), ("positive", positive), ("anchor", a2), ("negative", negative)):
         check_integer(rows, f"the miner's {name}")
-        check_device(rows, f"the miner's {name}", indices[0], "its first anchor")
-    positive, negative = indices[:2], indices[2:] if names is PAIRS else indices[::2]
-    for kind, (anchor, partner) in (("positive", positive), ("negative", negative)):
+        check_device(rows, f"the miner's {name}", a1, "its first anchor")
+    for kind, anchor, partner in (("positive", a1, positive), ("negative", a2, negative)):
         if anchor.shape != partner.shape:
             raise ValueError(f"each {kind} needs its anchor, got {len(anchor)} anchors and {len(partner)} {kind}s")
-    anchor, partner = (torch.cat([rows, others]).long() for rows, others in zip(positive, negative, strict=True))
-    place = torch.arange(len(anchor), device=anchor.device)
-    return Pairs(anchor, partner, same_class=place < len(positive[0]), valid=torch.ones_like(place, dtype=torch.bool))
+    anchor, partner = torch.cat([a1, a2]).long(), torch.cat([positive, negative]).long()
+    same_class = torch.arange(len(anchor), device=anchor.device) < len(a1)
+    return Pairs(anchor, partner, same_class, valid=torch.ones_like(same_class))
 
 
 class APIMiner(BaseMiner):
     """`mine_pairs` as a miner of pytorch-metric-learning, for any of its losses.
 
-    It uses Euclidean distances of the embeddings as they are, while that library's distances and losses normalise them
-    to unit length by default: pass `F.normalize(embeddings)` to find the same partners as they do. Dropping the invalid
-    pairs synchronises with the device, as all miners of that library do.
+    It uses Euclidean distances of the embeddings as they are, while that library normalises them to unit length by
+    default: pass `F.normalize(embeddings)` to find the same partners. Dropping the invalid pairs synchronises with the
+    device, as all miners of that library do.
 
-    With `ref_emb`, partners are searched there. Where those hold the whole batch in its order, as the memory of
-    `CrossBatchMemory` does and the rows of all ranks in `DistributedMinerWrapper(efficient=True)`, no embedding is
-    paired with its own copy.
+    With `ref_emb`, partners are searched there. Where it holds the whole batch in its order, as the memory of
+    `CrossBatchMemory` and the rows of all ranks in `DistributedMinerWrapper(efficient=True)` do, no embedding is paired
+    with its own copy.
 
     Args:
         intra: partner of the same class: "similar", "dissimilar", "random" or None, see `mine_pairs`.
         inter: partner of another class, likewise.
 
     Raises:
-        ValueError: intra or inter is unknown, or both are None; when mining, each embedding's nearest of its class is a
-            copy of itself, because `ref_emb` holds the embeddings in another order.
+        ValueError: intra or inter is unknown, or both are None; when mining, `ref_emb` holds the embeddings in another
+            order, so that each would be its own partner.
 
     Examples:
         >>> from pytorch_metric_learning.losses import ContrastiveLoss
@@ -100,19 +101,16 @@ class APIMiner(BaseMiner):
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four tensors of anchors, positives, anchors and negatives."""
-        place: int | None = 0
+        mine = partial(mine_pairs, embeddings, labels, intra=self.intra, inter=self.inter)
+        place = 0 if ref_emb is embeddings else _place_in(ref_emb, ref_labels, embeddings, labels)
         if ref_emb is embeddings:
-            pairs = mine_pairs(embeddings, labels, intra=self.intra, inter=self.inter)
+            pairs = mine()
+        elif place is None:
+            pairs = mine(keys=ref_emb, key_labels=ref_labels)
         else:
-            place = _place_in(ref_emb, ref_labels, embeddings, labels)
-            # In a ring buffer the batch may wrap around the end; rolled by that much, the buffer begins with it.
-            turn = place if place is not None and place + len(embeddings) > len(ref_emb) else 0
-            keys, key_labels = (ref_emb.roll(-turn, 0), ref_labels.roll(-turn)) if turn else (ref_emb, ref_labels)
-            pairs = mine_pairs(
-                embeddings, labels, intra=self.intra, inter=self.inter,
-                keys=keys, key_labels=key_labels, key_offset=None if place is None else place - turn,
-            )  # fmt: skip
-            pairs = pairs._replace(partner=(pairs.partner + turn) % len(ref_emb))
+            # A batch in a ring buffer may wrap around its end: turn the buffer until the batch comes first.
+            pairs = mine(keys=ref_emb.roll(-place, 0), key_labels=ref_labels.roll(-place), key_offset=0)
+            pairs = pairs._replace(partner=(pairs.partner + place) % len(ref_emb))
         positive, negative = pairs.valid & pairs.same_class, pairs.valid & ~pairs.same_class
         if place is None and positive.any():
             copies = ref_emb[pairs.partner[positive]] == embeddings[pairs.anchor[positive]]
@@ -128,9 +126,9 @@ class APIMiner(BaseMiner):
 
 
 def _place_in(ref_emb: Tensor, ref_labels: Tensor, embeddings: Tensor, labels: Tensor) -> int | None:
-    """The row of ref_emb from which it holds the batch, in its order and going on at row 0 after the last; or None.
+    """The row where the batch begins in ref_emb, going on at row 0 after the last; None if it isn't there.
 
-    The library tells its losses and wrappers where that is, but not its miners.
+    The library tells this its losses and wrappers, but not its miners.
     """
     if embeddings.dtype != ref_emb.dtype or not 0 < len(embeddings) <= len(ref_emb):
         return None
