@@ -1,5 +1,6 @@
 """What the documents say can be done: every Python snippet runs, every command exists."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from settings import parse
 from torch.distributed.run import get_args_parser as torchrun_flags
+
+import apinet_head
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -75,6 +79,19 @@ def test_links_and_pictures_are_there(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_api_page_shows_every_public_name_and_members_that_exist():
+    page = (ROOT / "docs/api.md").read_text() + "\n"
+    shown = {}
+    for path, options in re.findall(r"^::: ([\w.]+)\n((?:    .*\n)*)", page, re.MULTILINE):
+        module, _, name = path.rpartition(".")
+        members = yaml.safe_load(options or "options: {}")["options"].get("members", [])
+        assert {*members} <= {*dir(getattr(importlib.import_module(module), name))}, path
+        shown[path] = {*members}
+    assert {f"apinet_head.{name}" for name in apinet_head.__all__} <= {*shown}
+    of_the_net = {name for name in vars(apinet_head.APINet) if not name.startswith("_")}
+    assert of_the_net - shown["apinet_head.APINet"] == {"train"}
 
 
 def test_wheel_holds_the_package_alone_and_works(tmp_path):
