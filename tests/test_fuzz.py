@@ -211,7 +211,8 @@ def test_head_and_loss(data):
         learning = [value for value in (features, *head.parameters()) if value.requires_grad]
         check_loss(output, kind, is_ordinary(features), learning)
         if is_ordinary(features) and dtype in DTYPES[2:] and not (autocast or head.drop.p):
-            terms = head(**given, criterion=APILoss(rows=data.draw(st.none() | st.integers(1, 9))))
+            criterion = APILoss(rows=data.draw(st.none() | st.integers(1, 9)))
+            terms = head(**given, pairs=pairs, criterion=criterion)
             torch.testing.assert_close([*terms], [*api_loss_terms(output)])
 
 
