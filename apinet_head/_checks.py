@@ -77,16 +77,6 @@ def check_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> N
         )
 
 
-def check_not_inference(tensor: Tensor, name: str) -> None:
-    """Raise ValueError if the tensor is one of inference mode, and this is not: autograd could not use it."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
-        return
-    raise ValueError(
-        f"{name} was made in inference mode and can be used there alone, got {describe(tensor)}: make it under "
-        "no_grad, or take its .clone()"
-    )
-
-
 def check_generator(generator: torch.Generator | None, tensor: Tensor, owner: str) -> None:
     """Raise unless `generator` is None or one on the device of `tensor`, which is the `owner`'s."""
     if generator is not None and not isinstance(generator, torch.Generator):

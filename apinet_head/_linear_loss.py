@@ -1,14 +1,13 @@
 """The loss of a linear classifier, some rows of logits at a time, as in fused linear cross-entropy.
 
-Gradients are made in the forward pass, while the logits of a part exist; the weight's is summed up in one buffer, and
-the backward pass only scales (Liger-Kernel, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009). With z the logits
-of a row, p their softmax, y the label, w the class weights and s the label smoothing:
+Gradients are computed in the forward pass, while the logits of a part exist; the weight's is summed up in one buffer,
+and the backward pass only scales (Liger-Kernel, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009). With z the
+logits of a row, p their softmax, y the label, w the class weights and s the label smoothing:
 
     d cross_entropy / d z_k = p_k ((1-s) w_y + s/C sum(w)) - [k=y] (1-s) w_y - s/C w_k
     d p_y / d z_k = p_y ([k=y] - p_k),  which the ranking takes where p_other_y - p_self_y + margin > 0
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,67 +21,72 @@ _BLOCK = 4096  # classes at a time, where a product is added to a buffer of anot
 
 
 class Settings(NamedTuple):
-    """What a loss is told when it is made, see `api_loss_terms`."""
+    """The numbers a loss is made with, see `api_loss_terms`."""
 
     margin: float
     rank_weight: float
     label_smoothing: float
-    class_weight: Tensor | None
 
 
 class Targets(NamedTuple):
-    """Labels [N] in [0,C), valid [N], and what sums over rows are divided by: infinity where no row counts."""
+    """Labels [N] in [0,C), valid [N], class weights [C], and what sums over rows are divided by: inf without rows."""
 
     labels: Tensor
     valid: Tensor
+    class_weight: Tensor | None
     num_rows: Tensor
     weight_sum: Tensor
 
 
 def linear_loss(
-    features: tuple[Tensor, ...], classifier: nn.Linear, targets: Targets, settings: Settings, rows: int
+    gated: Tensor, classifier: nn.Linear, targets: Targets, settings: Settings, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, cross-entropy and ranking of features [N,D], own and other, or one that is both.
+    """Total, cross-entropy and ranking of gated features [G,N,D], with logits [G,rows,C] at a time.
 
-    Only the total has a gradient. Logits exist of `rows` rows of each of the features at a time.
+    Only the total has a gradient.
     """
-    weight, bias, device, dtype = classifier.weight, classifier.bias, features[0].device.type, features[0].dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    learns = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (weight, bias, *features)]
-    found: tuple[Tensor, Tensor, Tensor] = _LinearLoss.apply(
-        weight, bias, *targets, *settings, rows, dtype, learns, *features
+    weight, bias, dtype = classifier.weight, classifier.bias, gated.dtype
+    if torch.is_autocast_enabled(gated.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(gated.device.type)
+    learns = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (gated, weight, bias)]
+    terms: tuple[Tensor, Tensor, Tensor] = _LinearLoss.apply(
+        gated, weight, bias, targets, settings, rows, dtype, learns
     )
-    return found
+    return terms
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: Tensor,
-        num_rows: Tensor, weight_sum: Tensor, margin: float, rank_weight: float, label_smoothing: float,
-        class_weight: Tensor | None, rows: int, dtype: torch.dtype, learns: Sequence[bool],
-        *features: Tensor,
+        ctx: Any, gated: Tensor, weight: Tensor, bias: Tensor | None,
+        targets: Targets, settings: Settings, rows: int, dtype: torch.dtype, learns: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        settings = Settings(margin, rank_weight, label_smoothing, class_weight)
-        tensors = (weight, bias, *features)
-        gradients = [
-            torch.zeros_like(t) if t is not None and on else None for t, on in zip(tensors, learns, strict=True)
-        ]
-        sums = torch.zeros(2, dtype=torch.promote_types(dtype, torch.float32), device=weight.device)
-        with torch.autocast(weight.device.type, enabled=False):
-            linear = weight.to(dtype), None if bias is None else bias.to(dtype)
-            for first in range(0, len(labels), rows):
+        of_gated, of_weight, of_bias = (
+            torch.zeros_like(t) if t is not None and on else None
+            for t, on in zip((gated, weight, bias), learns, strict=True)
+        )
+        groups, size, dim = gated.shape
+        sums = gated.new_zeros(2, dtype=torch.promote_types(dtype, torch.float32))
+        with torch.autocast(gated.device.type, enabled=False):
+            w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for first in range(0, size, rows):
                 part = slice(first, first + rows)
-                targets = Targets(labels[part], valid[part], num_rows, weight_sum)
-                x = torch.stack([tensor[part].to(dtype) for tensor in features])
-                of_part = [None if gradient is None else gradient[part] for gradient in gradients[2:]]
-                sums += _add_part(x, *linear, targets, settings, gradients[0], gradients[1], of_part)
-        cross_entropy, ranking = sums[0] / (len(features) * weight_sum), sums[1] / num_rows
+                x = gated[:, part].flatten(0, 1).to(dtype)
+                logits = F.linear(x, w, b).to(sums.dtype)
+                of_part = targets._replace(labels=targets.labels[part], valid=targets.valid[part])
+                sums += _to_gradient(logits.view(groups, -1, logits.shape[1]), of_part, settings)
+                gradient = logits.to(dtype)
+                if of_gated is not None:
+                    of_gated[:, part] = (gradient @ w).view(groups, -1, dim)
+                if of_weight is not None:
+                    _add_product(of_weight, gradient.T, x)
+                if of_bias is not None:
+                    of_bias += logits.sum(0)
+        cross_entropy, ranking = sums[0] / (groups * targets.weight_sum), sums[1] / targets.num_rows
         ctx.is_used = False
-        ctx.save_for_backward(num_rows, *gradients)
+        ctx.save_for_backward(targets.num_rows, of_gated, of_weight, of_bias)
         ctx.mark_non_differentiable(cross_entropy, ranking)
-        return cross_entropy + rank_weight * ranking, cross_entropy, ranking
+        return cross_entropy + settings.rank_weight * ranking, cross_entropy, ranking
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,34 +99,13 @@ class _LinearLoss(torch.autograd.Function):
             ctx.is_used = True
         num_rows, *gradients = ctx.saved_tensors
         scale = gradient / (_LIFT * num_rows)
-        # In place, for there is to be one buffer.
-        of_weight, of_bias, *of_features = (None if kept is None else kept.mul_(scale) for kept in gradients)
-        return of_weight, of_bias, *[None] * 11, *of_features
-
-
-def _add_part(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets, settings: Settings,
-    of_weight: Tensor | None, of_bias: Tensor | None, of_features: Sequence[Tensor | None],
-) -> Tensor:  # fmt: skip
-    """Sums [2] of cross-entropy and ranking over a part of the rows, whose gradients are added to those of all."""
-    logits = F.linear(x, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    sums = _to_gradient(logits, targets, settings)
-    gradient = logits.to(x.dtype).flatten(0, 1)
-    if any(rows is not None for rows in of_features):
-        for rows, found in zip(of_features, (gradient @ weight).view_as(x), strict=True):
-            if rows is not None:
-                rows.copy_(found)
-    if of_weight is not None:
-        _add_product(of_weight, gradient.T, x.flatten(0, 1))
-    if of_bias is not None:
-        of_bias += logits.sum((0, 1))
-    return sums
+        # In place: a second buffer of the weight's size would be half of the step's memory.
+        return *(None if kept is None else kept.mul_(scale) for kept in gradients), *[None] * 5
 
 
 def _to_gradient(logits: Tensor, targets: Targets, settings: Settings) -> Tensor:
     """Sums [2] of the losses of logits [G,n,C], which become their own gradient: one buffer serves all."""
-    (margin, rank_weight, smoothing, class_weight), (labels, valid, num_rows, weight_sum) = settings, targets
+    (margin, rank_weight, smoothing), (labels, valid, class_weight, num_rows, weight_sum) = settings, targets
     w = logits.new_ones(logits.shape[2]) if class_weight is None else class_weight
     at_label, counts = labels.expand(len(logits), -1)[..., None], valid[:, None]
     logits.masked_fill_(~counts, 0)

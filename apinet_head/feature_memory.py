@@ -14,7 +14,6 @@ from apinet_head._checks import (
     check_features,
     check_int,
     check_labels,
-    check_not_inference,
     describe,
 )
 
@@ -111,7 +110,6 @@ class FeatureMemory(nn.Module):
 
     def push_unchecked(self, features: Tensor, labels: Tensor) -> None:
         """`push` of what was checked before."""
-        check_not_inference(self.features, "the memory")
         pushed = features.shape[0]
         features, labels = features.detach()[-self.size :], labels[-self.size :]
         # No slot comes twice among them, so that the copy has one possible result.

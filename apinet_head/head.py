@@ -1,7 +1,7 @@
 """The API-Net head: a classifier that learns from pairs of images and at test time is one linear layer."""
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,37 +14,34 @@ from apinet_head._checks import (
     check_features,
     check_int,
     check_labels,
-    check_not_inference,
     check_number,
     describe,
 )
-from apinet_head._pair_images import Images, Keys, images_of
+from apinet_head._modules import classify_groups, is_plain_linear
 from apinet_head.distributed import gather_checked, mean_over_ranks, world_size
 from apinet_head.feature_memory import FeatureMemory
-from apinet_head.mutual import entrance, is_plain_linear, is_plain_mlp, make_mutual
-from apinet_head.pairs import Pairs, check_keys, check_pairs, find_pairs, searches_of
-
-if TYPE_CHECKING:
-    from apinet_head.loss import APILoss, LossTerms
+from apinet_head.loss import APILoss, LossTerms
+from apinet_head.mutual import MutualMLP, is_plain_mlp, make_mutual
+from apinet_head.pairs import Keys, Pairs, check_pairs, checked_keys, find_pairs, searches_of
 
 FEW = 0.75  # A head warns if fewer of the pairs of its first batch than this share are valid.
 
 
 class APIOutput(NamedTuple):
-    """What the head makes of P pairs: rows [0,P) belong to the anchors, rows [P,2P) to the partners.
+    """Logits of the images of P pairs: rows [0,P) belong to the anchors, rows [P,2P) to the partners.
 
     Attributes:
         logits_self: [2P,C], of features under their own gate; without a classifier those features [2P,D].
         logits_other: [2P,C], of features under the gate of the other image of the pair; likewise.
         labels: [2P], class indices.
-        valid: [2P] bool, False where the pair doesn't exist, or one of its images has no class, and the row is to
-            count for nothing. A row that isn't finite counts all the same, if its image has a class: as its gradient
-            would not be finite either, the loss has to tell.
+        valid: [2P] bool, False for rows that are masked out of the loss: the pair doesn't exist, or one of its images
+            has no class. A row that isn't finite stays valid if its image has a class, so that the loss turns
+            non-finite as the gradients do.
         pairs: the P pairs. Partners found in the head's memory have rows behind those of the batch (of all ranks).
-        num_rows: scalar that the loss divides its sums over rows by, None for the number of valid rows. Where one
-            batch spans many ranks, it is their mean number of valid rows, so that the mean of the ranks' losses is
-            the loss of the whole batch.
-        unclassified: True if the logits fields hold gated features, for want of a classifier, else None.
+        num_rows: scalar by which the loss divides its sums over rows; None for the number of valid rows. With
+            gather=True the mean number of valid rows of all ranks, so that the mean of the ranks' losses is the loss
+            of the whole batch.
+        unclassified: True if the logits fields hold gated features, as there is no classifier, else None.
     """
 
     logits_self: Tensor
@@ -64,8 +61,8 @@ class APIHead(nn.Module):
     under an image's own gate and under the other one's. `api_loss` turns the result into a loss. Without labels, in
     deployment, only the classifier runs.
 
-    On the first batch that it trains on, a head warns if more than a quarter of the pairs are not valid. On a GPU
-    that waits for the device, this once; compiled heads, and those with a memory, don't look.
+    On the first batch that it trains on, a head warns if more than a quarter of the pairs are not valid. On a GPU this
+    synchronises once; compiled heads, and those with a memory, skip it.
 
     Args:
         dim: channels D of the features.
@@ -79,21 +76,20 @@ class APIHead(nn.Module):
             logits_other is logits_self: train that with rank_weight=0.
         intra: partner of the same class: "similar", "dissimilar", "random" or None, see `mine_pairs`.
         inter: partner of another class, likewise.
-        gather: take the batches of all ranks of torch.distributed for one: each rank searches the partners of its own
-            images among the features of all. After DDP's averaging, loss and gradients are those of one process with
-            the whole batch. Every rank must then call the head with labels, and with as many images as the others.
-            Without a process group it changes nothing.
+        gather: search the partners of a rank's images among the features of all ranks of torch.distributed. After
+            DDP's averaging, loss and gradients are those of one process with the whole batch. Every rank must then
+            call the head with labels, and with as many images as the others.
         memory: N > 0 keeps the features of the last N images that the head was trained on in `head.memory`, a
             `FeatureMemory`, and searches partners there too, in train mode with gradients enabled. Partners from the
-            memory get no gradient. Searching copies batch and memory into one table, which is freed after it. All
-            ranks remember the images of all, so each must call the head with as many. To begin after a warm-up, set
+            memory get no gradient. Each step copies batch and memory into one temporary table. All ranks remember the
+            images of all, so each must call the head with as many. To begin after a warm-up, set
             `head.memory = FeatureMemory(N, dim)` then.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
         ValueError: an argument is out of its range; the message shows it.
-        TypeError: it is no number where one is due.
+        TypeError: an argument that should be a number is none.
 
     Examples:
         >>> from apinet_head import APIHead, api_loss
@@ -128,12 +124,12 @@ class APIHead(nn.Module):
         self.num_classes: int = check_int(num_classes, "num_classes", 0)
         hidden_dim, dropout = check_int(hidden_dim, "hidden_dim", 1), check_number(dropout, "dropout", 0, 1)
         memory = check_int(memory, "memory", 0)
+        check_dtype(dtype)
         if gate not in ("pair", "single"):
             raise ValueError(f"gate must be 'pair' or 'single', got {gate!r}")
-        check_dtype(dtype)
         if gate == "single" and mutual == "individual":
             raise ValueError("gate='single' is a function of the mutual vector, and mutual='individual' has none")
-        searches_of(intra, inter)
+        searches_of(intra, inter)  # raises if one is unknown
         self.gate: str = gate
         self.intra: str | None = intra
         self.inter: str | None = inter
@@ -154,23 +150,24 @@ class APIHead(nn.Module):
         *,
         pairs: Pairs | None = None,
         classifier: nn.Module | None = None,
-        criterion: "APILoss | None" = None,
+        criterion: APILoss | None = None,
         keys: Tensor | None = None,
         key_labels: Tensor | None = None,
         key_offset: int | None = None,
-    ) -> "Tensor | APIOutput | LossTerms":
+    ) -> Tensor | APIOutput | LossTerms:
         """Class logits without labels, all that the loss needs with them; in train and eval mode alike.
 
         Args:
             features: [B,D], floating point.
             labels: [B], class indices of an integer dtype. A negative one means "no class": such an image is nobody's
-                partner, and its rows don't count.
-            pairs: take these instead of mining; their partners are rows of `keys`, or of `features` (of all ranks',
-                with gather=True). A memory is left alone then.
+                partner, and its rows are masked out of the loss.
+            pairs: used instead of mining; their partners are rows of `keys`, or of `features` (of all ranks', with
+                gather=True). A memory is then neither searched nor filled.
             classifier: your own, mapping [N,D] to [N,C], in place of the head's. It is called once, for all rows.
             criterion: an `APILoss`, which then computes the loss from the gated features: with `APILoss(rows=64)`
                 logits exist for 64 rows at a time.
-            keys: [M,D], where partners are searched instead of in `features`, see `mine_pairs`.
+            keys: [M,D], where partners are searched instead of in `features`, see `mine_pairs`. Those found are
+                converted to the features' dtype.
             key_labels: [M], their classes.
             key_offset: the row of `keys` that holds query 0, if they hold the queries.
 
@@ -180,7 +177,7 @@ class APIHead(nn.Module):
 
         Raises:
             ValueError: shapes, dtypes or devices don't fit; the message shows what came.
-            TypeError: it is no tensor, pairs are no Pairs, or criterion is no APILoss.
+            TypeError: features, labels or keys are no tensor, pairs no Pairs, or criterion no APILoss.
         """
         classify = self.classifier if classifier is None else classifier
         has_classes = not isinstance(classify, nn.Identity)
@@ -190,42 +187,45 @@ class APIHead(nn.Module):
                 raise ValueError("pairs, keys and criterion are for training and need labels, got labels=None")
             return classify(self.drop(features)) if has_classes else features
         check_labels(labels, features)
-        self._check_keys(features, labels, keys, key_labels, key_offset)
-        if pairs is not None:
-            self._check_pairs(features, pairs, keys)
+        given = checked_keys(features, labels, keys, key_labels, key_offset)
+        if keys is not None and self.memory is not None:
+            raise ValueError(
+                f"a head with a memory searches partners there, got keys {describe(keys)} as well: use memory=0"
+            )
         if criterion is not None:
             _check_criterion(criterion, has_classes)
-
         labels = labels.long()  # torch before 2.6 selects from few other dtypes
         trains = self.training and torch.is_grad_enabled()
         memory = self.memory if trains and pairs is None else None
 
         # Keys: where partners are searched; None is this batch alone.
-        given = Keys(keys, key_labels.long(), key_offset) if keys is not None and key_labels is not None else None
-        table = given or self._keys(features, labels, memory)
-        # Pairs, and their images.
-        if pairs is None:
-            pairs = find_pairs(features, labels, searches_of(self.intra, self.inter), *(table.all() if table else ()))
-            if trains and not (given or memory or torch.compiler.is_compiling() or self._has_looked):
-                self._has_looked = _look(labels, pairs)
-        images = images_of(features, pairs, table.take(pairs.partner) if table else None)
-        key_labels = table.labels if table else labels
-        row_labels = torch.cat([labels.index_select(0, pairs.anchor), key_labels.index_select(0, pairs.partner)])
+        table = self._keys(features, labels, memory) if given is None else given
+
+        # Pairs, and of each the two images and their labels.
+        if pairs is not None:
+            check_pairs(pairs, features, features if table is None else table.features)
+        else:
+            pairs = find_pairs(features, labels, searches_of(self.intra, self.inter), table)
+            if trains and given is None and memory is None and not (self._has_looked or torch.compiler.is_compiling()):
+                self._has_looked = _warn_if_few(labels, pairs)
+        images = _images(features, pairs, None if table is None else table.take(pairs.partner))
+        partner_labels = (labels if table is None else table.labels).index_select(0, pairs.partner)
+        row_labels = torch.cat([labels.index_select(0, pairs.anchor), partner_labels])
         if memory is not None:
             self._remember(memory, features, labels, table)
-        # Mutual vectors, gates, and what these make of the images.
+
+        # The mutual vector of each pair, and the images under the gates that it gives.
         gated = self._gated(images, self._mutual_vector(images))
-        valid = _valid(pairs, row_labels, gated[: row_labels.shape[0]])
+        valid = _valid(pairs, row_labels, gated[0])
         num_rows = mean_over_ranks(valid.sum()) if self.gather and world_size() > 1 else None
+
         # Classes: of all rows in one call, which is quicker than two and takes less memory.
-        gated = self.drop(gated) if has_classes else gated
+        rows = self.drop(gated) if has_classes else gated
         if criterion is not None:
-            return criterion.of_features(*self._own_and_other(gated), row_labels, valid, num_rows, classify)
-        logits = classify(gated) if has_classes else gated
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != gated.shape[0]:
-            raise ValueError(f"the classifier must map [N, D] to [N, C], got {describe(logits)} for N={gated.shape[0]}")
+            return criterion.of_features(rows, row_labels, valid, num_rows, classify)
+        by_gate = classify_groups(rows, classify).unbind()  # own and other; one with gate="single", which is both
         unclassified = None if has_classes else True
-        return APIOutput(*self._own_and_other(logits), row_labels, valid, pairs, num_rows, unclassified)
+        return APIOutput(by_gate[0], by_gate[-1], row_labels, valid, pairs, num_rows, unclassified)
 
     def gates(self, features: Tensor, pairs: Pairs, *, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gates of pairs of rows of features [B,D], or of features and keys [M,D] (paper, equation 2).
@@ -238,9 +238,8 @@ class APIHead(nn.Module):
         if keys is not None:
             check_features(keys, "keys", self.dim)
             check_device(keys, "keys", features, "features")
-            self._check_key_dtype(features, keys)
-        self._check_pairs(features, pairs, keys)
-        images = images_of(features, pairs, None if keys is None else keys.index_select(0, pairs.partner))
+        check_pairs(pairs, features, features if keys is None else keys)
+        images = _images(features, pairs, None if keys is None else keys.index_select(0, pairs.partner))
         anchor, partner = self._gates(images.take(), self._mutual_vector(images))
         return anchor, partner
 
@@ -255,14 +254,14 @@ class APIHead(nn.Module):
         return batch._replace(labels=torch.cat([batch.labels, memory.labels]), past=memory.features)
 
     def _remember(self, memory: FeatureMemory, features: Tensor, labels: Tensor, table: Keys | None) -> None:
-        """Keep the images of all ranks: where all remember the same, DDP may copy one rank's buffers to the others."""
+        """Push the images of all ranks, so that all memories are equal: DDP copies one rank's buffers to the others."""
         if self.gather and table is not None:
             features, labels = table.features, table.labels[: table.features.shape[0]]
         else:
             features, labels, _ = gather_checked(features.detach(), labels)
         memory.push_unchecked(features, labels)
 
-    def _mutual_vector(self, images: Images) -> Tensor:
+    def _mutual_vector(self, images: "_Images") -> Tensor:
         """The mutual vectors m [P,D] of pairs of images."""
         if images.shared and is_plain_mlp(self.mutual):
             return self.mutual.of_rows(images.table, images.rows)
@@ -276,82 +275,43 @@ class APIHead(nn.Module):
         """Gates of images [2,P,D], the anchors and the partners."""
         return torch.sigmoid(mutual.expand_as(images) if self.gate == "single" else mutual * images)
 
-    def _gated(self, images: Images, mutual: Tensor) -> Tensor:
-        """Gated features [4P,D]: all images under their own gates, then all under each other's; [2P,D] of one gate."""
+    def _gated(self, images: "_Images", mutual: Tensor) -> Tensor:
+        """Gated features [G,2P,D]: of all images under their own gates and, with gate="pair", under each other's."""
 
         def gated(table: Tensor, rows: Tensor, mutual: Tensor) -> Tensor:
-            images = Images(table, rows).take()
+            images = _Images(table, rows).take()
             gates = self._gates(images, mutual)
+            # Flipped, the anchors meet the partners' gates and the partners the anchors'.
             of_each = [gates, gates.flip(0)] if self.gate == "pair" else [gates]
-            # x + x * g; not all at once, where the backward pass would have to add up what was broadcast.
-            return torch.cat([torch.addcmul(images, images, gate).flatten(0, 1) for gate in of_each])
+            # x + x * g; not by broadcasting, which the backward pass would have to sum over.
+            return torch.stack([torch.addcmul(images, images, gate).flatten(0, 1) for gate in of_each])
 
         if torch._C._are_functorch_transforms_active():  # torch.func.grad refuses the hooks that checkpoint is made of
             return gated(images.table, images.rows, mutual)
-        # What the gates make of the features takes more memory to keep for the backward pass than time to make again.
-        made: Tensor = checkpoint(
+        # Recomputed in the backward pass: gates and images take more memory to keep than time to compute.
+        recomputed: Tensor = checkpoint(
             gated, images.table, images.rows, mutual, use_reentrant=False, preserve_rng_state=False
         )  # fmt: skip
-        return made
+        return recomputed
 
-    def _own_and_other(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows under their own gates [2P,...], and those under each other's; the same where there is one gate."""
-        own, other = rows.chunk(2) if self.gate == "pair" else (rows, rows)
-        return own, other
-
-    def _check_features(self, features: Tensor, name: str = "features") -> None:
-        """Raise unless these are features that the head's first layer takes, if that is one that can be asked."""
-        check_features(features, name, self.dim)
-        weights = [layer.weight for layer in (entrance(self.mutual), self.classifier) if is_plain_linear(layer)]
-        if not weights:
+    def _check_features(self, features: Tensor) -> None:
+        """Raise unless these are features that the head's first layer takes, if that is a plain Linear."""
+        check_features(features, dim=self.dim)
+        first = self.mutual.fc1 if isinstance(self.mutual, MutualMLP) else None
+        weight = next((layer.weight for layer in (first, self.classifier) if is_plain_linear(layer)), None)
+        if weight is None:
             return
-        weight = weights[0]
-        check_device(features, name, weight, "the head's weights")
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
-            check_not_inference(features, name)
+        check_device(features, "features", weight, "the head's weights")
         if features.dtype == weight.dtype:
             return
         # Autocast leaves float64 alone, and knows but one dtype of half precision at a time.
         device = features.device.type
-        cast = weight.dtype != torch.float64 and torch.is_autocast_enabled(device)
-        if not cast or features.dtype not in (torch.float32, torch.get_autocast_dtype(device)):
+        casts = weight.dtype != torch.float64 and torch.is_autocast_enabled(device)
+        if not casts or features.dtype not in (torch.float32, torch.get_autocast_dtype(device)):
             raise ValueError(
-                f"{name} and the head's weights must be of one dtype outside autocast, and within it {name} float32 or "
-                f"of autocast's dtype, got {describe(features)} and {describe(weight)}: convert the {name}, or the "
-                "head with .to()"
+                "features and the head's weights must be of one dtype outside autocast, and within it features float32 "
+                f"or of autocast's dtype, got {describe(features)} and {describe(weight)}: convert one with .to()"
             )
-
-    def _check_keys(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        keys: Tensor | None,
-        key_labels: Tensor | None,
-        key_offset: int | None,
-    ) -> None:
-        if keys is None and key_labels is None and key_offset is None:
-            return
-        if keys is None or key_labels is None:
-            name = "keys" if keys is not None else "key_labels" if key_labels is not None else "key_offset"
-            raise ValueError(f"keys and key_labels need each other, and key_offset needs both, got only {name}")
-        if self.memory is not None:
-            raise ValueError(
-                f"a head with a memory searches partners there, got keys {describe(keys)} as well: leave them out, or "
-                "make the head with memory=0"
-            )
-        check_keys(features, labels, keys, key_labels, key_offset)
-        self._check_key_dtype(features, keys)
-
-    def _check_key_dtype(self, features: Tensor, keys: Tensor) -> None:
-        if torch.promote_types(keys.dtype, features.dtype) != features.dtype:
-            self._check_features(keys, "keys")
-
-    def _check_pairs(self, features: Tensor, pairs: Pairs, keys: Tensor | None) -> None:
-        size = features.shape[0]
-        check_pairs(pairs, features, size * world_size() if self.gather else size, keys)
-        if keys is not None and (features.requires_grad or keys.requires_grad) and torch.is_grad_enabled():
-            for rows in (pairs.anchor, pairs.partner, pairs.valid):
-                check_not_inference(rows, "pairs")
 
     def extra_repr(self) -> str:
         names = ("dim", "num_classes", "gate", "intra", "inter", "gather")
@@ -359,21 +319,43 @@ class APIHead(nn.Module):
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in names), f"memory={memory}"])
 
 
+class _Images(NamedTuple):
+    """The images of P pairs, as rows of a table: those take less memory to keep than the images."""
+
+    table: Tensor  # [N,D]
+    rows: Tensor  # [2,P], of the anchors and of the partners
+    shared: bool = False  # whether most rows of the table are in several pairs
+
+    def take(self) -> Tensor:
+        """[2,P,D]; index_select has a quicker backward pass than indexing."""
+        return self.table.index_select(0, self.rows.flatten()).view(*self.rows.shape, self.table.shape[1])
+
+
+def _images(features: Tensor, pairs: Pairs, partner: Tensor | None) -> _Images:
+    """The images of pairs of rows of features [B,D], or of such rows and partners [P,D] from elsewhere."""
+    if partner is None:
+        return _Images(features, torch.stack([pairs.anchor, pairs.partner]), shared=True)
+    # A pair that doesn't exist points at any row of keys. If that one isn't finite, neither are gradients of 0 * x.
+    partner = partner.to(features.dtype).where(pairs.valid[:, None], features.index_select(0, pairs.anchor))
+    rows = torch.arange(partner.shape[0], device=features.device) + features.shape[0]
+    return _Images(torch.cat([features, partner]), torch.stack([pairs.anchor, rows]))
+
+
 def _valid(pairs: Pairs, labels: Tensor, own: Tensor) -> Tensor:
-    """Which rows [2P] count, of pairs with these labels [2P] and features [2P,D] under their own gates."""
+    """Which rows [2P] are valid, of pairs with these labels [2P] and features [2P,D] under their own gates."""
     has_class = labels >= 0
     exists = pairs.valid & has_class.view(2, -1).all(0)
-    # A pair that doesn't exist is left out, but not the loss's only sign that an image of the batch isn't finite.
+    # The images of a pair that doesn't exist stay if they aren't finite: they may be the loss's only sign of that.
     return exists.repeat(2) | (has_class & ~own.detach().isfinite().all(1))
 
 
-def _look(labels: Tensor, pairs: Pairs) -> bool:
-    """Warn if few of the pairs of a head's first batch are valid; False if now is no time to look."""
+def _warn_if_few(labels: Tensor, pairs: Pairs) -> bool:
+    """Warn if few of the pairs of a head's first batch are valid; False if the values can't be read."""
     if type(labels) is not Tensor or labels.is_meta or _get_current_dispatch_mode():
         return False
     if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    # One copy to the host, and so one wait for the device. Images without a class are to have no pair.
+    # One copy to the host, so one synchronisation. Images without a class are meant to have no pair.
     found = torch.stack([labels.index_select(0, pairs.anchor), pairs.valid]).cpu()
     label, valid = found[:, found[0] >= 0]
     if valid.sum() < FEW * len(valid):
@@ -382,16 +364,13 @@ def _look(labels: Tensor, pairs: Pairs) -> bool:
             f"it has {len(labels)} images, of {len(label.unique())} different classes, and not each finds a partner of "
             "its own class and one of another. Draw several images of each class: DataLoader(dataset, batch_sampler="
             "BalancedBatchSampler(labels)), where sampler= or shuffle=True would mix them.",
-            stacklevel=5,  # whoever called the head: between are forward and two of nn.Module's own
+            stacklevel=5,  # the caller of the head: between are forward and two functions of nn.Module
         )
     return True
 
 
 def _check_criterion(criterion: object, has_classes: bool) -> None:
-    if not hasattr(criterion, "of_features"):
+    if not isinstance(criterion, APILoss):
         raise TypeError(f"criterion must be an APILoss, got {type(criterion).__name__}")
     if not has_classes:
-        raise ValueError(
-            "criterion= is a loss over classes, and this head has no classifier: make it with num_classes=, or pass "
-            "classifier="
-        )
+        raise ValueError("criterion= needs classes, and this head has no classifier: pass num_classes= or classifier=")

@@ -1,18 +1,15 @@
-"""Mutual vectors: what the two images of a pair have to say to each other (paper, section 3.1, and the ablation).
+"""Mutual vectors: what the two images of a pair have in common, and what not (paper, section 3.1, and the ablation).
 
-Each is a module that takes the two images' features [P,D] and gives the mutual vectors m [P,D] of the pairs.
+Each is a module that maps the two images' features [P,D] to the mutual vectors m [P,D] of the pairs.
 """
 
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules.module import _has_any_global_hook
 
-M = TypeVar("M", bound=nn.Module)
+from apinet_head._modules import is_plain, is_plain_linear
 
 
 class MutualMLP(nn.Module):
@@ -42,7 +39,7 @@ class MutualMLP(nn.Module):
         and gathering the short results costs less than gathering the pairs and projecting those.
         """
         weight, bias = self.fc1.weight, self.fc1.bias
-        # A row of the weight is [W_left, W_right] of one hidden channel: seen as two rows, all takes one product.
+        # A row of the weight is [W_left, W_right] of one hidden channel; viewed as two rows, both take one product.
         projected = F.linear(features, weight.reshape(-1, features.shape[1]))
         left, right = projected.view(-1, weight.shape[0], 2).unbind(2)
         hidden = left.index_select(0, rows[0]) + right.index_select(0, rows[1])
@@ -52,30 +49,7 @@ class MutualMLP(nn.Module):
 
 def is_plain_mlp(mutual: nn.Module) -> TypeGuard[MutualMLP]:
     """Whether `MutualMLP.of_rows` computes what calling the module would, side effects included."""
-    return _is_untouched(mutual, MutualMLP) and is_plain_linear(mutual.fc1)
-
-
-def is_plain_linear(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether calling the layer is `F.linear` with its weight and bias and nothing else, so that these may be read.
-
-    Not so for an adapter or a quantised layer in its place, a parametrisation, a hook (pruning and the older
-    weight_norm are hooks), a replaced `forward`, or a weight that is a DTensor or of another subclass of Tensor.
-    """
-    return _is_untouched(layer, nn.Linear) and all(
-        type(weight) in (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
-        for weight in (layer.weight, layer.bias)
-        if weight is not None
-    )
-
-
-def _is_untouched(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
+    return is_plain(mutual, MutualMLP) and is_plain_linear(mutual.fc1)
 
 
 class MutualIndividual(nn.Module):
@@ -106,23 +80,22 @@ class MutualSquareDiff(nn.Module):
         return (anchor - partner).square()
 
 
-class MutualWeighted(nn.Module):
+class MutualWeighted(MutualMLP):
     """m = w_a x_a + w_b x_b, the weights a softmax over the two outputs of an MLP on [x_a, x_b]."""
 
     def __init__(self, dim: int, hidden_dim: int = 512, dropout: float = 0.5, **factory: Any) -> None:
-        super().__init__()
-        self.mlp: MutualMLP = MutualMLP(dim, hidden_dim, dropout, out_dim=2, **factory)
+        super().__init__(dim, hidden_dim, dropout, out_dim=2, **factory)
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        weights: Tensor = self.mlp(anchor, partner).softmax(1)
+        weights = super().forward(anchor, partner).softmax(1)
         return weights[:, :1] * anchor + weights[:, 1:] * partner
 
 
 class MutualBilinear(nn.Module):
     """m = compact bilinear pooling of x_a and x_b: a sketch of their outer product, in D numbers.
 
-    Each vector is count-sketched (channel i is added to, or taken from, slot hash[i]); the circular convolution of
-    the two sketches, a product of their Fourier transforms, is a count sketch of the outer product. Gao, Beijbom,
+    Each vector is count-sketched (channel i is added to, or subtracted from, slot hash[i]); the circular convolution
+    of the two sketches, a product of their Fourier transforms, is a count sketch of the outer product. Gao, Beijbom,
     Zhang, Darrell: "Compact Bilinear Pooling", CVPR 2016, algorithm 2. Hashes and signs are drawn from a fixed seed
     and stored as buffers.
     """
@@ -140,13 +113,11 @@ class MutualBilinear(nn.Module):
         self.register_buffer("signs", signs.to(device=device, dtype=dtype or torch.get_default_dtype()))
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        if anchor.shape[0] == 0:  # not every library has a Fourier transform of nothing
+        if anchor.shape[0] == 0:  # not every FFT library transforms an empty batch
             return anchor * partner
-        spectra = [
-            # There is no Fourier transform of bfloat16, nor of float16 in every length.
-            torch.fft.rfft(self._sketch(x.to(torch.promote_types(x.dtype, torch.float32)), side))
-            for side, x in enumerate((anchor, partner))
-        ]
+        # There is no Fourier transform of bfloat16, nor of float16 in every length.
+        dtype = torch.promote_types(anchor.dtype, torch.float32)
+        spectra = [torch.fft.rfft(self._sketch(x.to(dtype), side)) for side, x in enumerate((anchor, partner))]
         mutual: Tensor = torch.fft.irfft(spectra[0] * spectra[1], n=anchor.shape[1])
         return mutual.to(anchor.dtype)
 
@@ -154,34 +125,23 @@ class MutualBilinear(nn.Module):
         return torch.zeros_like(x).index_add(1, self.slots[side], x * self.signs[side].to(x.dtype))
 
 
-def entrance(mutual: nn.Module) -> nn.Module | None:
-    """The layer of a mutual vector that features enter first, if it is an MLP."""
-    if isinstance(mutual, MutualWeighted):
-        mutual = mutual.mlp
-    return mutual.fc1 if isinstance(mutual, MutualMLP) else None
-
-
-MUTUALS = ("mlp", "individual", "bilinear", "square_diff", "sum", "product", "weighted")
+_KINDS: dict[str, type[nn.Module]] = {
+    "mlp": MutualMLP,
+    "individual": MutualIndividual,
+    "bilinear": MutualBilinear,
+    "square_diff": MutualSquareDiff,
+    "sum": MutualSum,
+    "product": MutualProduct,
+    "weighted": MutualWeighted,
+}
+MUTUALS = tuple(_KINDS)
 
 
 def make_mutual(name: str, dim: int, hidden_dim: int, dropout: float, **factory: Any) -> nn.Module:
-    """The mutual vector of that name.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if name == "mlp":
-        return MutualMLP(dim, hidden_dim, dropout, **factory)
-    if name == "weighted":
-        return MutualWeighted(dim, hidden_dim, dropout, **factory)
-    if name == "bilinear":
-        return MutualBilinear(dim, **factory)
-    plain = {
-        "individual": MutualIndividual,
-        "square_diff": MutualSquareDiff,
-        "sum": MutualSum,
-        "product": MutualProduct,
-    }
-    if not isinstance(name, str) or name not in plain:
+    """The mutual vector of that name; ValueError if there is none."""
+    if not isinstance(name, str) or name not in MUTUALS:
         raise ValueError(f"mutual must be a module or one of {', '.join(map(repr, MUTUALS))}, got {name!r}")
-    return plain[name]()
+    kind = _KINDS[name]
+    if issubclass(kind, MutualMLP):
+        return kind(dim, hidden_dim, dropout, **factory)
+    return MutualBilinear(dim, **factory) if kind is MutualBilinear else kind()

@@ -39,6 +39,24 @@ class Pairs(NamedTuple):
     valid: Tensor
 
 
+class Keys(NamedTuple):
+    """Where partners are searched, if not in the batch alone: K rows of features, then those of a memory."""
+
+    features: Tensor  # [K,D]
+    labels: Tensor  # [K+N] int64
+    offset: int | None  # the row of query 0
+    past: Tensor | None = None  # [N,D]
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Rows of all keys; the past, which may be much larger than the batch, needs no buffer for a gradient."""
+        if self.past is None:
+            return self.features.index_select(0, rows)
+        size = self.features.shape[0]
+        recent = self.features.index_select(0, rows.clamp(max=size - 1))
+        past = self.past.index_select(0, (rows - size).clamp(min=0))
+        return recent.where((rows < size)[:, None], past.to(recent.dtype))
+
+
 def mine_pairs(
     features: Tensor,
     labels: Tensor,
@@ -56,13 +74,14 @@ def mine_pairs(
     Distances are Euclidean, of detached features, in float32 at least, whatever autocast or
     `torch.set_float32_matmul_precision` allow. Partners are exact: near neighbours, which a matrix product cannot tell
     apart, are compared by subtraction, and rows far from the others don't affect the partners of these. Ties go to the
-    lowest index. Nothing is paired with itself. An image with a negative label has no class: it is never a partner, and
-    its own pairs are not valid. A row that is not finite is never chosen; its own pairs stay valid, so that the loss
-    turns non-finite where a training loop looks for it. Nothing waits for a GPU, and no shape depends on the data.
+    lowest index. Nothing is paired with itself. A row that is not finite is never chosen; its own pairs stay valid, so
+    that the loss turns non-finite, where a training loop can see it. Nothing synchronises with a GPU, and no shape
+    depends on the data.
 
     Args:
         features: [B,D], float16, bfloat16, float32 or float64.
-        labels: [B], class indices of any integer dtype; negative for no class.
+        labels: [B], class indices of any integer dtype. A negative one means "no class": such an image is nobody's
+            partner, and its own pairs are not valid.
         intra: the partner of the same class: "similar" (nearest), "dissimilar" (farthest), "random", or None for no
             such pairs.
         inter: likewise, the partner of another class.
@@ -96,48 +115,39 @@ def mine_pairs(
     check_features(features)
     check_labels(labels, features)
     searches = searches_of(intra, inter)
-    _check_backend(backend)
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     check_generator(generator, features, "features'")
-
-    if keys is not None:
-        check_keys(features, labels, keys, key_labels, key_offset)
-    elif key_labels is not None or key_offset is not None:
-        raise ValueError("key_labels and key_offset need keys, got keys=None")
-    return find_pairs(features, labels, searches, keys, key_labels, key_offset, generator, backend)
+    table = checked_keys(features, labels, keys, key_labels, key_offset)
+    return find_pairs(features, labels.long(), searches, table, generator, backend)
 
 
 def find_pairs(
     features: Tensor,
     labels: Tensor,
     searches: tuple[Search, ...],
-    keys: Tensor | None = None,
-    key_labels: Tensor | None = None,
-    key_offset: int | None = None,
+    table: Keys | None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> Pairs:
-    """`mine_pairs` without its checks, for arguments that were checked; `searches` by `searches_of`."""
+    """`mine_pairs` of checked arguments, int64 labels and the `searches_of` intra and inter."""
     size = features.shape[0]  # not len(): export would take that for a constant
     # All pairs at once, not one kind after the other: small batches cost a GPU as much as there are operations.
     pair = torch.arange(len(searches) * size, device=features.device)
     anchor = pair % size
-    labels, offset = labels.long(), key_offset
-    if keys is None:
-        offset, fallback = 0, anchor
-    else:
-        keys = keys.detach()
-        fallback = torch.zeros_like(anchor) if offset is None else anchor + offset
     if size == 0:
         return Pairs(anchor, anchor, anchor.bool(), anchor.bool())
-    key_labels = labels if key_labels is None else key_labels.long()
-    found = find(backend, Query(features.detach(), labels, keys, key_labels, offset, searches), generator)
+    if table is None:
+        query, fallback = Query(features.detach(), labels, None, labels, 0, searches), anchor
+    else:
+        keys = table.features.detach()
+        keys = keys if table.past is None else torch.cat([keys, table.past])
+        query = Query(features.detach(), labels, keys, table.labels, table.offset, searches)
+        fallback = torch.zeros_like(anchor) if table.offset is None else anchor + table.offset
+    found = find(backend, query, generator)
     valid = found.valid.flatten()
-    return Pairs(
-        anchor=anchor,
-        partner=found.partner.flatten().where(valid, fallback),
-        same_class=pair < (size if searches[0].same_class else 0),
-        valid=valid,
-    )
+    partner = found.partner.flatten().where(valid, fallback)
+    return Pairs(anchor, partner, pair < (size if searches[0].same_class else 0), valid)
 
 
 def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator | None = None) -> Pairs:
@@ -154,7 +164,7 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
         Pairs with P = `num_pairs`. None is valid if B = 1, nor those of images with a negative label, of no class.
 
     Raises:
-        ValueError: labels are no integer vector, there are none, num_pairs is negative, or generator on another device.
+        ValueError: labels are no integer vector, or none; num_pairs is negative; generator is on another device.
         TypeError: labels are no tensor, num_pairs no int or generator no generator.
 
     Examples:
@@ -177,40 +187,21 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
     return Pairs(anchor, partner, (of_anchor == of_partner) & (of_anchor >= 0), valid)
 
 
-def check_pairs(pairs: Pairs, features: Tensor, size: int, keys: Tensor | None = None) -> None:
-    """Raise unless `pairs` are tensors [P] of their dtypes on the device of `features`, and rows where one may look.
-
-    Anchors are rows of `features`; partners of `keys`, or without keys of `size` images.
-    """
+def check_pairs(pairs: Pairs, features: Tensor, keys: Tensor) -> None:
+    """Raise unless `pairs` are tensors [P], of anchors that are rows of `features` and partners that are of `keys`."""
     if not isinstance(pairs, Pairs):
         raise TypeError(f"pairs must be a Pairs, got {type(pairs).__name__}")
-    for name, rows in (("pairs.anchor", pairs.anchor), ("pairs.partner", pairs.partner)):
+    for name, rows, table in (("pairs.anchor", pairs.anchor, features), ("pairs.partner", pairs.partner, keys)):
         check_integer(rows, name)
         check_device(rows, name, features, "features")
-    if not isinstance(pairs.valid, Tensor):
-        raise TypeError(f"pairs.valid must be a tensor [P], got {describe(pairs.valid)}")
-    check_device(pairs.valid, "pairs.valid", features, "features")
-    if pairs.anchor.shape != pairs.partner.shape or pairs.valid.shape != pairs.anchor.shape:
+        if is_eager_cpu(rows) and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < table.shape[0]:
+            wrong = int(rows.max()) if int(rows.min()) >= 0 else int(rows.min())
+            raise ValueError(f"{name} must be rows of {describe(table)}, got {wrong}")
+    if not pairs.anchor.shape == pairs.partner.shape == pairs.valid.shape or pairs.valid.dtype != torch.bool:
         raise ValueError(
-            f"anchor, partner and valid of pairs must be [P], got {describe(pairs.anchor)}, {describe(pairs.partner)} "
-            f"and {describe(pairs.valid)}"
-        )
-    if pairs.valid.dtype != torch.bool or {pairs.anchor.dtype, pairs.partner.dtype} - {torch.int64, torch.int32}:
-        raise ValueError(
-            f"anchor and partner of pairs must be int64 and valid bool, got {describe(pairs.anchor)}, "
+            f"anchor, partner and valid of pairs must be [P], and valid bool, got {describe(pairs.anchor)}, "
             f"{describe(pairs.partner)} and {describe(pairs.valid)}"
         )
-    if keys is not None:
-        size, of_partners = keys.shape[0], f"keys {describe(keys)}"
-    else:
-        of_partners = f"features {describe(features)}" + (" of all ranks" if size != features.shape[0] else "")
-    for name, rows, count, of_what in (
-        ("pairs.anchor", pairs.anchor, features.shape[0], f"features {describe(features)}"),
-        ("pairs.partner", pairs.partner, size, of_partners),
-    ):
-        if is_eager_cpu(rows) and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
-            wrong = int(rows.max()) if int(rows.min()) >= 0 else int(rows.min())
-            raise ValueError(f"{name} must be rows of {of_what}, got {describe(rows)} with {wrong}")
 
 
 def searches_of(intra: str | None, inter: str | None) -> tuple[Search, ...]:
@@ -224,40 +215,35 @@ def searches_of(intra: str | None, inter: str | None) -> tuple[Search, ...]:
     return searches
 
 
-def _check_backend(name: str) -> None:
-    known = ("auto", *BACKENDS)
-    if name not in known:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, known))}, got {name!r}")
-
-
-def check_keys(
-    features: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor | None, key_offset: int | None
-) -> None:
-    if key_labels is None:
-        raise ValueError("keys need key_labels, got key_labels=None")
+def checked_keys(
+    features: Tensor, labels: Tensor, keys: Tensor | None, key_labels: Tensor | None, key_offset: int | None
+) -> Keys | None:
+    """The keys that a caller gives, or None; raises unless they fit the features and labels."""
+    if keys is None and key_labels is None and key_offset is None:
+        return None
+    if keys is None or key_labels is None:
+        name = "keys" if keys is not None else "key_labels" if key_labels is not None else "key_offset"
+        raise ValueError(f"keys and key_labels need each other, and key_offset needs both, got only {name}")
     check_features(keys, "keys", features.shape[1])
     check_device(keys, "keys", features, "features")
     check_labels(key_labels, keys, "key_labels", "keys")
+    size, room = features.shape[0], keys.shape[0] - features.shape[0]
     if keys.shape[0] == 0:
         raise ValueError("keys must have at least one row to find partners in, got none")
-    room = keys.shape[0] - features.shape[0]
     if key_offset is not None:
         check_int(key_offset, "key_offset")
         if not 0 <= key_offset <= room:
             raise ValueError(
-                f"key_offset says where the {features.shape[0]} queries sit among the {keys.shape[0]} keys and must be "
-                f"in [0, {room}], got {key_offset}; use None if they are not there"
+                f"key_offset, the row of the {keys.shape[0]} keys that is the first of the {size} queries, must be in "
+                f"[0, {room}], got {key_offset}; use None if keys don't hold the queries"
             )
-        if is_eager_cpu(labels) and is_eager_cpu(key_labels):
-            _check_offset(labels.long(), key_labels.long(), key_offset)
-
-
-def _check_offset(labels: Tensor, key_labels: Tensor, key_offset: int) -> None:
-    """Raise ValueError if other images are where the queries should be: one would be paired with itself, unnoticed."""
-    there = key_labels[key_offset : key_offset + labels.shape[0]]
-    if not torch.equal(there, labels):
-        row = int((there != labels).nonzero()[0])
-        raise ValueError(
-            f"key_offset={key_offset} says that row {key_offset + row} of keys is query {row}, but key_labels has "
-            f"{int(there[row])} there, and labels {int(labels[row])}; use None if the queries are not in keys"
-        )
+    # With other images where the queries should be, one would be paired with itself, unnoticed.
+    if key_offset is not None and is_eager_cpu(labels) and is_eager_cpu(key_labels):
+        there = key_labels[key_offset : key_offset + size]
+        if not torch.equal(there.long(), labels.long()):
+            row = int((there != labels).nonzero()[0])
+            raise ValueError(
+                f"key_offset={key_offset} says that row {key_offset + row} of keys is query {row}, but key_labels has "
+                f"{int(there[row])} there, and labels {int(labels[row])}; use None if the queries are not in keys"
+            )
+    return Keys(keys, key_labels.long(), key_offset)

@@ -32,7 +32,10 @@ class Case:
         self.class_weight = torch.rand(CLASSES, generator=generator, dtype=dtype)
 
     def rows(self, loss, classifier, num_rows=None):
-        return loss.of_features(self.own, self.other, self.labels, self.valid, num_rows, classifier)
+        return loss.of_features(self.gated(), self.labels, self.valid, num_rows, classifier)
+
+    def gated(self):
+        return torch.stack([self.own] if self.own is self.other else [self.own, self.other])
 
     def at_once(self, loss, classifier, num_rows=None):
         output = APIOutput(
@@ -246,12 +249,12 @@ def test_autocast_does_not_keep_a_weight_that_lacks_its_graph():
 def test_float16_keeps_gradients_of_unlikely_classes():
     torch.manual_seed(0)
     classifier = nn.Linear(DIM, 20_000)
-    own, other = torch.randn(2, 40, DIM).unbind()
+    gated = torch.randn(2, 40, DIM)
     labels, valid = torch.arange(40) * 7, torch.ones(40, dtype=torch.bool)
     found = []
     for dtype in (torch.float16, torch.float32):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.float16):
-            total = APILoss(rows=16).of_features(own, other, labels, valid, None, classifier).total
+            total = APILoss(rows=16).of_features(gated, labels, valid, None, classifier).total
         found += gradients(total, [classifier.bias, classifier.weight])
     for half, full in (found[::2], found[1::2]):
         assert (half - full).norm() / full.norm() < 2e-3
@@ -291,7 +294,7 @@ def test_compiled(kind, rows, backend):
     compiled = torch.compile(loss.of_features, fullgraph=True, backend=backend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler about itself
-        found = compiled(case.own, case.other, case.labels, case.valid, None, classifier)
+        found = compiled(case.gated(), case.labels, case.valid, None, classifier)
     expected = case.at_once(loss, classifier)
     assert_same(found, expected)
     learning = case.learning(classifier)
@@ -303,7 +306,7 @@ def test_func_grad(kind):
     case, classifier = Case(), make_classifier(kind)
     loss = APILoss(rows=4)
     found = torch.func.grad(
-        lambda own: loss.of_features(own, case.other, case.labels, case.valid, None, classifier).total
+        lambda own: loss.of_features(torch.stack([own, case.other]), case.labels, case.valid, None, classifier).total
     )(case.own.detach())
     (expected,) = gradients(case.at_once(loss, classifier).total, [case.own])
     assert_same([found], [expected])
@@ -347,7 +350,7 @@ def test_weight_gradient_is_one_buffer():
     """Autograd takes it for .grad as it is, without a copy."""
     torch.manual_seed(0)
     classifier = nn.Linear(64, 4096)
-    own, other = torch.randn(2, 64, 64).unbind()
+    gated = torch.randn(2, 64, 64)
     labels, valid = torch.arange(64), torch.ones(64, dtype=torch.bool)
     big = []
 
@@ -360,7 +363,7 @@ def test_weight_gradient_is_one_buffer():
             return result
 
     with Big():
-        APILoss(rows=8).of_features(own, other, labels, valid, None, classifier).total.backward()
+        APILoss(rows=8).of_features(gated, labels, valid, None, classifier).total.backward()
     assert len(set(big) - {classifier.weight.data_ptr()}) == 1
     assert classifier.weight.grad.data_ptr() in big
 

@@ -102,6 +102,20 @@ def test_a_key_far_away_changes_nobodys_partner(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("empty", [200, 5000])
+@pytest.mark.parametrize(("offset", "factor"), [(1000, 1), (100, 1e30)])
+def test_keys_without_a_class_do_not_move_the_centre(backend, empty, offset, factor):
+    # As in a memory that is not full yet.
+    features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0)) + offset
+    features[5] *= factor
+    keys = torch.cat([features, torch.zeros(empty, 64)])
+    key_labels = torch.cat([LABELS, torch.full((empty,), -1)])
+    found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=backend)
+    others = torch.arange(120) != 5
+    assert torch.equal(found.partner.view(2, -1)[:, others], brute_force(features, LABELS)[:, others])
+
+
+@each_backend
 @pytest.mark.parametrize("cosine", [0.999, 0.9999, 0.99999, 0.999999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_near_neighbours_are_told_apart(backend, cosine, dtype):
@@ -384,8 +398,8 @@ X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
             lambda: mine_pairs(X, Y, backend="triton"),
             r"'triton' needs (features on a CUDA device.*on cpu|Triton).*'auto'",
         ),
-        (lambda: mine_pairs(X, Y, key_labels=Y), r"need keys"),
-        (lambda: mine_pairs(X, Y, keys=X), r"need key_labels"),
+        (lambda: mine_pairs(X, Y, key_labels=Y), "only key_labels"),
+        (lambda: mine_pairs(X, Y, keys=X), "only keys"),
         (lambda: mine_pairs(X, Y, keys=X[:, :2], key_labels=Y), r"keys must be \[B, 3\].*\[4, 2\]"),
         (lambda: mine_pairs(X, Y, keys=X[:0], key_labels=Y[:0]), r"at least one row"),
         (lambda: mine_pairs(X, Y, keys=X, key_labels=Y, key_offset=1), r"\[0, 0\], got 1"),

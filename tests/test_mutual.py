@@ -30,8 +30,8 @@ def reference(module, name, a, b):
         hidden = parameters["fc1.weight"] @ np.concatenate([a, b]) + parameters["fc1.bias"]
         return parameters["fc2.weight"] @ hidden + parameters["fc2.bias"]
     if name == "weighted":
-        hidden = parameters["mlp.fc1.weight"] @ np.concatenate([a, b]) + parameters["mlp.fc1.bias"]
-        scores = np.exp(parameters["mlp.fc2.weight"] @ hidden + parameters["mlp.fc2.bias"])
+        hidden = parameters["fc1.weight"] @ np.concatenate([a, b]) + parameters["fc1.bias"]
+        scores = np.exp(parameters["fc2.weight"] @ hidden + parameters["fc2.bias"])
         return (scores[0] * a + scores[1] * b) / scores.sum()
     if name == "bilinear":  # the sketch of the outer product, entry by entry
         (slot_a, slot_b), (sign_a, sign_b) = parameters["slots"], parameters["signs"]
