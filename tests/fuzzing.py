@@ -122,7 +122,8 @@ def check_refused(call, *spoiled):
 
 def _looks(value):
     if isinstance(value, (Tensor, np.ndarray)):
-        return [str(list(value.shape))]
+        numbers = value.ravel()[:1] if str(getattr(value, "device", "")) == "cpu" and not value.is_sparse else []
+        return [str(list(value.shape)), *(f"got {number}" for number in numbers)]
     if isinstance(value, list):  # of which the package has made a tensor
         return [reprlib.repr(value), "list", f"[{len(value)}"]
     return [repr(value), str(value), type(value).__name__]
