@@ -1,13 +1,10 @@
-"""How much memory a training step takes, and which chunk size fits a GPU: told in advance, without that GPU.
-
-The estimates add up tensors; nothing is run on a device. `examples/cub/train.py --chunk-size auto` uses them.
-"""
+"""How much memory a training step takes, and which chunk size fits a GPU: estimated without that GPU."""
 
 from bisect import bisect_right
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apinet_head._checks import check_int, check_module, check_number
@@ -19,9 +16,9 @@ class StepMemory(NamedTuple):
     """Bytes at the peak of a training step.
 
     Attributes:
-        total: the sum of all that follows.
+        total: the sum of the others.
         parameters: parameters and buffers.
-        gradients: of the parameters that learn; those of the step before until `zero_grad()`, then this step's.
+        gradients: of the parameters that learn.
         optimizer: what the optimiser keeps from step to step.
         activations: the rest: images, features, what forward keeps for backward, and what comes and goes.
     """
@@ -43,8 +40,8 @@ class ChunkChoice(NamedTuple):
     Attributes:
         chunk_size: for `APINet(chunk_size=...)`; None for the whole batch.
         batch_size: images in a step.
-        needed: bytes that a step takes, for each chunk size that was looked at.
-        budget: bytes that it may take: `memory` less the margin.
+        needed: bytes that a step takes, for each chunk size that was estimated.
+        budget: `memory` less the margin.
         memory: bytes that there are.
     """
 
@@ -79,21 +76,18 @@ def step_memory(
 ) -> StepMemory:
     """Estimate the peak of memory of a training step: forward, loss, `zero_grad()`, backward.
 
-    The step runs on fake tensors, which have shapes but no data, while torch's own `MemTracker`
-    adds up those that are alive. Parameters, gradients and the optimiser's state count. What is no tensor doesn't: the
-    CUDA context, workspaces of cuDNN and cuBLAS, fragmentation of the allocator. Nor do tensors that a step doesn't
-    make itself: DDP's buckets (the gradients once more), images loaded ahead, the optimiser's passing copies.
+    The step runs on fake tensors, which have shapes but no data, under torch's `MemTracker`. Parameters, gradients and
+    the optimiser's state count. Not counted: the CUDA context, workspaces of cuDNN and cuBLAS, fragmentation, DDP's
+    buckets (the gradients once more), images loaded ahead, temporary copies of the optimiser.
 
     Args:
-        net: an `APINet`, or any module together with `loss`; on any device, "meta" included. It stays as it is.
-            Parameters that don't learn, and BatchNorm that `freeze_backbone` fixed, count as such.
+        net: an `APINet`, or any module together with `loss`; on any device, "meta" included. It is not changed.
         batch_size: images in a step on one device.
         image_size: S of images [3,S,S]; or the shape of an image.
-        chunk_size: in place of that of the `APINet`, or of the `ChunkedBackbone` in the net; None for the whole batch.
-        amp: the dtype of autocast, torch.bfloat16 or torch.float16; None for none. Of the operations that stay in
-            float32 on CUDA, the modules LayerNorm, GroupNorm and Softmax are known; where softmax is called as a
-            function, the estimate comes out too low.
-        moments: tensors of a parameter's size that the optimiser keeps for it: 1 for SGD with momentum, 2 for Adam.
+        chunk_size: in place of that of the `APINet` or `ChunkedBackbone` in the net; None for the whole batch.
+        amp: dtype of autocast, torch.bfloat16 or torch.float16; None for none. Modules LayerNorm, GroupNorm and Softmax
+            stay in float32 as on CUDA; where softmax is called as a function, the estimate is too low.
+        moments: tensors that the optimiser keeps per parameter: 1 for SGD with momentum, 2 for Adam.
         loss: a function of net, images and labels; None for `api_loss(net(images, labels))`.
 
     Raises:
@@ -117,7 +111,8 @@ def step_memory(
         check_int(chunk_size, "chunk_size", 1)
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp must be torch.bfloat16, torch.float16 or None, got {amp!r}")
-    peak, fixed, gradients = peak_of_step(net, (batch_size, *shape), chunk_size, amp, loss or _api_loss)
+    loss = loss or (lambda net, images, labels: api_loss(net(images, labels)))
+    peak, fixed, gradients = peak_of_step(net, (batch_size, *shape), chunk_size, amp, loss)
     optimizer = moments * gradients
     return StepMemory(peak + optimizer, fixed, gradients, optimizer, peak - fixed - gradients)
 
@@ -133,22 +128,22 @@ def pick_chunk_size(
     moments: int = 1,
     loss: Loss | None = None,
 ) -> ChunkChoice:
-    """The chunk size with which a training step fits into `memory`, without trying on the device.
+    """The chunk size with which a training step fits into `memory`, by `step_memory`.
 
-    The whole batch if that fits; else the fewest chunks that do, as even as can be. A size that leaves one image to a
-    chunk is passed over where BatchNorm would have to normalise that image by itself.
+    The whole batch if that fits; else the fewest chunks that do, as even as can be. Sizes that leave one image to a
+    chunk are passed over where BatchNorm would normalise that image by itself.
 
     Args:
-        net: as the arguments below, for `step_memory`, which is asked for a few chunk sizes.
-        batch_size: see there.
-        image_size: see there.
-        memory: bytes for the step, parameters included; None for what the current CUDA device has left for this
-            process, which is to be asked before the net is there.
-        margin: share of `memory` to leave alone, for what `step_memory` doesn't count. 15 % is a guess, not yet
-            measured on a GPU: a chunk that is a little too small costs hardly any time, one that is too large the run.
-        amp: see there.
-        moments: see there.
-        loss: see there.
+        net: see `step_memory`.
+        batch_size: see `step_memory`.
+        image_size: see `step_memory`.
+        memory: bytes for the step, parameters included; None for what is free on the current CUDA device (ask before
+            the net is moved there).
+        margin: share of `memory` to leave alone for what `step_memory` doesn't count. 15 % is a guess, not yet measured
+            on a GPU.
+        amp: see `step_memory`.
+        moments: see `step_memory`.
+        loss: see `step_memory`.
 
     Raises:
         ValueError: no chunk size fits, or memory is None without a CUDA device; or as in `step_memory`.
@@ -158,45 +153,31 @@ def pick_chunk_size(
     Examples:
         >>> from apinet_head import APINet
         >>> net = APINet("resnet18", num_classes=10)
-        >>> pick_chunk_size(net, batch_size=32, image_size=64, memory=200 * 2**20).chunk_size
-        7
+        >>> pick_chunk_size(net, batch_size=32, image_size=64, memory=205 * 2**20).chunk_size
+        8
     """
-    check_number(margin, "margin")
-    if not 0 <= margin < 1:
+    if not 0 <= check_number(margin, "margin") < 1:
         raise ValueError(f"margin must be a share in [0, 1), got {margin}")
     memory = _free_memory() if memory is None else memory
-    check_number(memory, "memory", 0)
-    budget = int(memory * (1 - margin))
+    budget = int(check_number(memory, "memory", 0) * (1 - margin))
     needed: dict[int | None, int] = {}
 
-    def need(chunk_size: int | None) -> StepMemory:
+    def need(chunk_size: int | None) -> int:
         step = step_memory(net, batch_size, image_size, chunk_size=chunk_size, amp=amp, moments=moments, loss=loss)
         needed[chunk_size] = step.total
-        return step
+        return step.total
 
-    whole = need(None)
-    if whole.total <= budget:
+    if need(None) <= budget:
         return ChunkChoice(None, batch_size, needed, budget, memory)
-    sizes = _sizes(batch_size, _has_batch_norm(net))
-    # Memory grows with the chunk, nearly on a straight line: look where the line between the largest size known to
-    # fit and the smallest known not to meets the budget.
-    low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] don't
-    fits, fails = (0, whole.total - whole.activations), (batch_size, whole.total)
-    while low < high:
-        slope = (fails[0] - fits[0]) / (fails[1] - fits[1])
-        guess = bisect_right(sizes, fits[0] + slope * (budget - fits[1])) - 1
-        middle = min(max(guess, low), high - 1)
-        point = sizes[middle], need(sizes[middle]).total
-        if point[1] <= budget:
-            low, fits = middle + 1, point
-        else:
-            high, fails = middle, point
-    if low == 0:
+    batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in fake_copy(net).train().modules())
+    sizes = _sizes(batch_size, batch_norm)
+    fitting = bisect_right(sizes, budget, key=need)  # memory grows with the chunk
+    if fitting == 0:
         raise ValueError(
-            f"no chunk size brings a batch of {batch_size} into {gib(budget)} ({gib(memory)} less the margin). By "
-            f"estimate, {', '.join(_lines(needed))}. Take mixed precision (amp), smaller images, net or batch"
+            f"no chunk size brings a batch of {batch_size} into {gib(budget)} ({gib(memory)} less the margin): "
+            f"{', '.join(_lines(needed))}. Take mixed precision (amp), or a smaller net, batch or image_size"
         )
-    return ChunkChoice(sizes[low - 1], batch_size, needed, budget, memory)
+    return ChunkChoice(sizes[fitting - 1], batch_size, needed, budget, memory)
 
 
 def gib(amount: int) -> str:
@@ -204,19 +185,10 @@ def gib(amount: int) -> str:
     return f"{amount / 2**30:.2f} GiB" if amount >= 2**30 / 10 else f"{amount / 2**20:.2f} MiB"
 
 
-def _api_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return api_loss(net(images, labels))
-
-
 def _sizes(batch_size: int, batch_norm: bool) -> list[int]:
     """For each number of chunks the smallest size that gives it, ascending, less those that BatchNorm can't take."""
     sizes = sorted({-(-batch_size // chunks) for chunks in range(2, batch_size + 1)})
     return [size for size in sizes if not batch_norm or (batch_size - 1) % size]
-
-
-def _has_batch_norm(net: nn.Module) -> bool:
-    """Whether anything normalises by the images of a chunk while the net trains."""
-    return any(isinstance(module, _BatchNorm) and module.training for module in fake_copy(net).train().modules())
 
 
 def _free_memory() -> int:

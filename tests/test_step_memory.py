@@ -107,8 +107,8 @@ def test_chunks_left_out_would_have_changed_nothing(make, batch, chunk_size, amp
     net = make()
     found = step_memory(net, batch, 160, chunk_size=chunk_size, amp=amp).total
     monkeypatch.setattr(_fake_step, "_LastChunks", lambda backbone, images, chunk_size: backbone)
-    features = 4 * batch * net.dim  # the gradient of all features, which only the first chunks of backward see whole
-    assert 0 <= found - step_memory(net, batch, 160, chunk_size=chunk_size, amp=amp).total <= features
+    features = 4 * batch * net.dim  # their gradient is whole only where all chunks ran
+    assert abs(found - step_memory(net, batch, 160, chunk_size=chunk_size, amp=amp).total) <= features
 
 
 def test_a_frozen_backbone_keeps_nothing():
@@ -269,7 +269,7 @@ def test_errors_show_what_came(monkeypatch):
 
 def test_torch_without_the_tracker_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
-    with pytest.raises(RuntimeError, match=r"torch 2.5 and newer, and torch \d+\.\d+.* has none"):
+    with pytest.raises(RuntimeError, match=r"torch's MemTracker, which torch \d+\.\d+.* does not have"):
         step_memory(APINet("test_resnet", 5), 4, 32)
 
 
