@@ -17,26 +17,30 @@ def describe(value: object) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 
 
+def check_tensor(tensor: Tensor, name: str, shape: str, advice: str = "") -> None:
+    """Raise unless this is a dense tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}, got {type(tensor).__name__}{advice}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}, {describe(tensor)}")
+
+
 def check_features(features: Tensor, name: str = "features", dim: int | None = None) -> None:
     """Raise unless `features` is a floating point [B,D], with D = dim where that is given."""
-    if not isinstance(features, Tensor):
-        raise TypeError(
-            f"{name} must be one tensor [B, D], got {type(features).__name__}: take the pooled features of it"
-        )
+    check_tensor(features, name, "[B, D]", ": take the pooled features of it")
     if features.ndim != 2:
         advice = ": pool it first, for example x.mean((2, 3))" if features.ndim == 4 else ""
         raise ValueError(f"{name} must be [B, D], got {describe(features)}{advice}")
-    if features.dtype not in FLOATS:  # there are more in torch, which can't even be added
+    if features.dtype not in FLOATS:  # float8 among them, which can't even be added
         raise ValueError(
             f"{name} must be of a floating point dtype, float16, bfloat16, float32 or float64, got {describe(features)}"
         )
-    check_dense(features, name)
     if features.shape[1] == 0:
         raise ValueError(f"{name} must have at least one channel, got {describe(features)}")
     if dim is not None and features.shape[1] != dim:
         raise ValueError(
-            f"{name} must be [B, {dim}] for this head, got {describe(features)}; make the head with "
-            f"dim={features.shape[1]}, or check that the backbone gives pooled features (timm: num_classes=0)"
+            f"{name} must be [B, {dim}], got {describe(features)}: set dim={features.shape[1]}, or check that the "
+            "backbone gives pooled features (timm: num_classes=0)"
         )
 
 
@@ -52,20 +56,20 @@ def check_labels(labels: Tensor, features: Tensor, name: str = "labels", feature
 
 def check_integer(labels: Tensor, name: str = "labels") -> None:
     """Raise unless `labels` is an integer vector."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor [B], got {type(labels).__name__}: use torch.tensor({name})")
-    if labels.is_floating_point() or labels.is_complex() or str(labels.dtype) == "torch.bool":
+    check_tensor(labels, name, "[B]", f": use torch.tensor({name})")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{name} must be class indices of an integer dtype, got {describe(labels)}")
     if labels.ndim != 1:
         advice = ": use labels.squeeze(1)" if labels.ndim == 2 and labels.shape[1] == 1 else ""
         raise ValueError(f"{name} must be [B], got {describe(labels)}{advice}")
-    check_dense(labels, name)
 
 
-def check_dense(tensor: Tensor, name: str) -> None:
-    """Raise ValueError if the tensor is sparse, or of another layout that few operations know."""
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}, {describe(tensor)}")
+def check_valid(valid: Tensor, rows: Tensor, name: str) -> None:
+    """Raise unless `valid` is a bool [N] on the device of rows [N,...]."""
+    check_tensor(valid, name, f"[{rows.shape[0]}]")
+    if valid.dtype != torch.bool or valid.shape != rows.shape[:1]:
+        raise ValueError(f"{name} must be bool [{rows.shape[0]}], got {describe(valid)}")
+    check_device(valid, name, rows, "its rows")
 
 
 def check_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:

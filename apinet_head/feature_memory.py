@@ -8,28 +8,21 @@ import math
 import torch
 from torch import Tensor, nn
 
-from apinet_head._checks import (
-    check_device,
-    check_dtype,
-    check_features,
-    check_int,
-    check_labels,
-    describe,
-)
+from apinet_head._checks import check_device, check_dtype, check_features, check_int, check_labels
 
 
 class FeatureMemory(nn.Module):
     """The last `size` features and labels of past batches, as `keys` for `mine_pairs` and `APIHead`.
 
-    A ring buffer on the device: the n-th row ever pushed, counted from 0, goes to slot n % size, over what was there.
-    Shapes are fixed, nothing waits for the device, and the state dict holds all of it. Features are kept without
-    their history, so that no gradient goes through them. Empty slots hold NaN, which is never chosen as a partner:
-    while the memory fills, a pair that finds no partner is not valid.
+    A ring buffer on the device: the n-th row ever pushed, counted from 0, overwrites slot n % size. Shapes are fixed,
+    nothing synchronises, and the state dict holds all of it. Features are detached. Empty slots hold NaN, which is
+    never chosen as a partner: while the memory fills, a pair that finds no partner is not valid. `APIHead(memory=N)`
+    keeps one of these, and pushes and searches by itself.
 
-    Features kept here are those of the weights of their time: the more the net has changed since, the less they say,
-    and a larger memory is an older one, size / B steps back at its oldest. So the paper starts it only after a warm-up
-    of the net. Here that is up to who pushes: as long as nothing was pushed, nothing is found. An image that comes
-    again while it is remembered may be paired with its own past feature, so size should be well below an epoch.
+    The features are those of past weights: the more the net has changed since, the less they say, and the oldest are
+    size / B steps old. So the paper starts the memory only after a warm-up of the net: until something is pushed,
+    nothing is found. An image that comes again while it is remembered may be paired with its own past feature, so
+    size should be well below an epoch.
 
     Args:
         size: M, how many features to keep.
@@ -47,20 +40,7 @@ class FeatureMemory(nn.Module):
         TypeError: size or dim is no int.
 
     Examples:
-        `APIHead(memory=N)` keeps one of these, and does all that needs doing:
-
-        >>> from apinet_head import APIHead, api_loss, mine_pairs
-        >>> head = APIHead(dim=16, num_classes=5, memory=64)
-        >>> for labels in torch.tensor([[0, 1, 2, 3], [3, 4, 0, 1]]):  # batches with one image of a class
-        ...     features = torch.randn(4, 16, requires_grad=True)  # from a backbone
-        ...     output = head(features, labels)
-        ...     api_loss(output).backward()
-        ...     print(output.pairs.valid[:4].tolist())  # who found a partner of the same class
-        [False, False, False, False]
-        [True, False, True, True]
-
-        By itself it is a table of keys:
-
+        >>> from apinet_head import mine_pairs
         >>> memory = FeatureMemory(size=64, dim=16)
         >>> memory.push(torch.randn(4, 16), torch.tensor([0, 1, 2, 3]))
         >>> keys = {"keys": memory.features, "key_labels": memory.labels}
@@ -98,12 +78,7 @@ class FeatureMemory(nn.Module):
         Raises:
             ValueError: shapes, dtypes or devices don't fit; the message shows what came.
         """
-        check_features(features)
-        if features.shape[1] != self.dim:
-            raise ValueError(
-                f"features must be [B, {self.dim}] for this memory, got {describe(features)}; make the memory with "
-                f"dim={features.shape[1]}, or check that the backbone gives pooled features"
-            )
+        check_features(features, dim=self.dim)
         check_labels(labels, features)
         check_device(features, "features", self.features, "the memory")
         self.push_unchecked(features, labels)

@@ -8,7 +8,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from apinet_head._checks import FLOATS, check_device, check_int, check_labels, check_number, describe, shown
+from apinet_head._checks import (
+    FLOATS,
+    check_device,
+    check_features,
+    check_int,
+    check_labels,
+    check_number,
+    check_valid,
+    describe,
+    shown,
+)
 from apinet_head._linear_loss import Settings, Targets, at, linear_loss
 from apinet_head._modules import classify_groups, is_plain_linear
 from apinet_head.distributed import world_size
@@ -146,13 +156,9 @@ class APILoss(nn.Module):
         return _of_logits(*output[:4], output.num_rows, self.class_weight, self.settings)
 
     def of_features(
-        self,
-        gated: Tensor,
-        labels: Tensor,
-        valid: Tensor,
-        num_rows: Tensor | None,
+        self, gated: Tensor, labels: Tensor, valid: Tensor, num_rows: Tensor | None,
         classify: Callable[[Tensor], Tensor],
-    ) -> LossTerms:
+    ) -> LossTerms:  # fmt: skip
         """The loss of gated features [G,2P,D], as the head calls it, of a classifier from [N,D] to logits [N,C].
 
         G is 2, under an image's own gate and under the other one's, or 1 if these are the same.
@@ -212,14 +218,9 @@ def _check_class_weight(class_weight: Tensor | None, classes: int) -> None:
 
 
 def _of_logits(
-    own: Tensor,
-    other: Tensor,
-    labels: Tensor,
-    valid: Tensor,
-    num_rows: Tensor | None,
-    class_weight: Tensor | None,
-    settings: Settings,
-) -> LossTerms:
+    own: Tensor, other: Tensor, labels: Tensor, valid: Tensor, num_rows: Tensor | None,
+    class_weight: Tensor | None, settings: Settings,
+) -> LossTerms:  # fmt: skip
     _check_class_weight(class_weight, own.shape[1])
     targets = _targets(labels, valid, num_rows, class_weight, own)
     return _mean(*_sums(own, other, targets, settings), targets, settings)
@@ -293,14 +294,18 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def _check(output: "APIOutput") -> None:
     if not (isinstance(output, tuple) and hasattr(output, "num_rows")):
         raise TypeError(f"the loss is of an APIOutput, got {type(output).__name__}: call the head with labels")
-    own, other, labels, valid = output[:4]
-    if output.unclassified:
+    own, other, labels, valid, _, num_rows, unclassified = output
+    if unclassified:
         raise ValueError(
             f"the loss needs logits, and the head has no classifier: its output holds the features {describe(own)}; "
             "make the head with num_classes=, or call it with classifier="
         )
-    if own.ndim != 2 or own.shape != other.shape or own.dtype not in FLOATS:
-        raise ValueError(f"logits must be two floating point [2P, C], got {describe(own)} and {describe(other)}")
+    check_features(own, "logits_self")
+    check_features(other, "logits_other")
+    if own.shape != other.shape:
+        raise ValueError(f"logits must be two [2P, C], got {describe(own)} and {describe(other)}")
+    check_device(other, "logits_other", own, "logits_self")
     check_labels(labels, own, features_name="the logits")
-    if valid.shape != labels.shape or valid.dtype != torch.bool:
-        raise ValueError(f"valid must be bool [2P], one per row of the logits {describe(own)}, got {describe(valid)}")
+    check_valid(valid, labels, "valid")
+    if num_rows is not None and not (isinstance(num_rows, Tensor) and num_rows.ndim == 0):
+        raise ValueError(f"num_rows must be a scalar tensor or None, got {describe(num_rows)}")

@@ -12,6 +12,7 @@ from apinet_head._checks import (
     check_int,
     check_integer,
     check_labels,
+    check_valid,
     describe,
 )
 from apinet_head.mining import BACKENDS, Query, Search, find
@@ -197,11 +198,9 @@ def check_pairs(pairs: Pairs, features: Tensor, keys: Tensor) -> None:
         if is_eager_cpu(rows) and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < table.shape[0]:
             wrong = int(rows.max()) if int(rows.min()) >= 0 else int(rows.min())
             raise ValueError(f"{name} must be rows of {describe(table)}, got {wrong}")
-    if not pairs.anchor.shape == pairs.partner.shape == pairs.valid.shape or pairs.valid.dtype != torch.bool:
-        raise ValueError(
-            f"anchor, partner and valid of pairs must be [P], and valid bool, got {describe(pairs.anchor)}, "
-            f"{describe(pairs.partner)} and {describe(pairs.valid)}"
-        )
+    if pairs.anchor.shape != pairs.partner.shape:
+        raise ValueError(f"pairs must be [P], got {describe(pairs.anchor)} and {describe(pairs.partner)}")
+    check_valid(pairs.valid, pairs.anchor, "pairs.valid")
 
 
 def searches_of(intra: str | None, inter: str | None) -> tuple[Search, ...]:

@@ -52,7 +52,7 @@ def test_labels_out_of_range_are_named(label):
     [
         (tuple(mine_pairs(X, Y)), TypeError, "Pairs, got tuple"),
         (pairs(valid=torch.ones(3, dtype=torch.bool)), ValueError, r"bool \[3\]"),
-        (pairs(valid=torch.ones(8, dtype=torch.long)), ValueError, "valid bool"),
+        (pairs(valid=torch.ones(8, dtype=torch.long)), ValueError, "valid must be bool"),
         (pairs(partner=torch.full((8,), 4)), ValueError, r"partner must be rows of float32 \[4, 8\].* got 4"),
         (pairs(anchor=torch.full((8,), -1)), ValueError, r"anchor must be rows of float32 \[4, 8\].* got -1"),
         (pairs(partner=torch.zeros(8)), ValueError, "integer dtype"),

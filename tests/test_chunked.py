@@ -184,5 +184,5 @@ def test_errors_show_what_came():
         ChunkedBackbone(Returning(lambda images: images.mean()), 4)(batch(8))
     with pytest.raises(ValueError, match=r"cannot be joined over chunks: it has 4 and 2, where tensors"):
         ChunkedBackbone(Returning(len), 4)(batch(6))
-    with pytest.raises(TypeError, match=r"features must be one tensor \[B, D\], got tuple"):
+    with pytest.raises(TypeError, match=r"features must be a tensor \[B, D\], got tuple"):
         APINet(Returning(lambda images: (images, images)), 4, dim=3, chunk_size=4)(batch(8))
