@@ -78,6 +78,19 @@ def test_a_key_far_away_changes_nobodys_partner(factor):
     assert torch.equal(found.partner.view(2, -1), expected)
 
 
+@pytest.mark.parametrize("empty", [200, 5000])
+@pytest.mark.parametrize(("offset", "factor"), [(1000, 1), (100, 1e30)])
+def test_keys_without_a_class_do_not_move_the_centre(empty, offset, factor):
+    # As in a memory that is not full yet.
+    features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0)) + offset
+    features[5] *= factor
+    keys = torch.cat([features, torch.zeros(empty, 64)])
+    key_labels = torch.cat([LABELS, torch.full((empty,), -1)])
+    found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=KERNELS)
+    others = torch.arange(120) != 5
+    assert torch.equal(found.partner.view(2, -1)[:, others], brute_force(features, LABELS)[:, others])
+
+
 @pytest.mark.parametrize("factor", [1e3, 1e10, 1e20])
 def test_rows_far_away_find_each_other(factor):
     # They are so far from the others that these have no direction for them.

@@ -44,7 +44,7 @@ def _mine(query: Query, tile: int | None) -> Found:
     with no_autocast(device_type), no_reduced_precision(device_type):
         if is_eager_cpu(query.features):
             return _mine_seen(query, tile)
-        rows = about_the_bulk(query, tile, torch.float64 if _is_small(query) else None)
+        rows = about_the_bulk(query, tile, torch.float64 if is_small(query) else None)
         return _search((_Best if rows.dtype == torch.float64 else _Closest)(query, rows, tile), tile)
 
 
@@ -58,7 +58,7 @@ def _mine_seen(query: Query, tile: int | None) -> Found:
     return _search(_Best(query, about_the_bulk(query, tile, torch.float64), tile), tile)
 
 
-def _is_small(query: Query) -> bool:
+def is_small(query: Query) -> bool:
     """Whether products in float64, slow on most GPUs, take less time than comparing again what float32 leaves open."""
     if is_exporting():  # the program may be for batches of any size
         return False

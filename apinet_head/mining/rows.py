@@ -98,27 +98,25 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Te
 
 def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = None) -> Rows:
     """The rows shifted and scaled, with as many operations whatever their values are, and no wait for the device."""
-    finite = finite_rows(query.rows)
-    centre, scale = bulk(query.rows, finite)
+    usable = finite_rows(query.rows) & (query.key_labels >= 0)
+    centre, scale = bulk(query.rows, usable)
     rows = Rows(query, tile, dtype or torch.promote_types(query.features.dtype, torch.float32), centre, scale)
-    rows.usable = finite & (query.key_labels >= 0)
+    rows.usable = usable
     return rows
 
 
-def bulk(rows: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre [D] and scale (0-d) of the finite rows [N,D], those of a sample."""
+def bulk(rows: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre [D] and scale (0-d) of the usable rows [N,D], those of a sample of them."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     # Scattered by the golden ratio: outliers that come at regular intervals don't fill the sample.
-    place = torch.arange(1, SAMPLE + 1, device=rows.device) * 0.6180339887498949 % 1 * rows.shape[0]
-    place = place.long().clamp(max=rows.shape[0] - 1)
-    sample, there = rows.index_select(0, place).to(dtype), finite.index_select(0, place)
-    middle = (there.sum() - 1).clamp(min=0).div(2, rounding_mode="floor")
-    ordered = sample.where(there[:, None], torch.inf).sort(0).values  # a median, and deterministic on every device
-    centre = ordered.index_select(0, middle[None])[0].nan_to_num(0.0, 0.0, 0.0)
+    count = usable.cumsum(0)
+    rank = (torch.arange(1, SAMPLE + 1, device=rows.device) * 0.6180339887498949 % 1 * count[-1:]).long() + 1
+    place = torch.searchsorted(count, rank).clamp(max=rows.shape[0] - 1)
+    sample, middle = rows.index_select(0, place).to(dtype), (SAMPLE - 1) // 2
+    centre = sample.sort(0).values[middle].nan_to_num(0.0, 0.0, 0.0)  # a median, and deterministic on every device
     # Halved, for the difference of two finite numbers may be infinite.
-    spread = (sample / 2 - centre / 2).abs().amax(1).where(there, torch.inf).sort().values
-    typical = spread.index_select(0, middle[None])[0]
-    peaks = torch.maximum(rows.amax(1), -rows.amin(1)).where(finite, 0).amax().to(dtype)
+    typical = (sample / 2 - centre / 2).abs().amax(1).sort().values[middle]
+    peaks = torch.maximum(rows.amax(1), -rows.amin(1)).where(usable, 0).amax().to(dtype)
     typical = typical.where(typical.isfinite() & (typical > 0), peaks)  # most rows are the same: look at the others
     limit = -math.log2(torch.finfo(dtype).tiny)
     exponent = (BULK - 1 - typical.log2().ceil()).nan_to_num(0.0, 0.0, 0.0).clamp(-limit, limit)

@@ -37,7 +37,7 @@ def mine(query: Query) -> Found:
             f"backend='triton' needs features on a CUDA device, got {describe(features)}: move them there, or take "
             "backend='auto'; to debug on a CPU, set the environment variable TRITON_INTERPRET=1 before Python starts"
         )
-    if plain._is_small(query):
+    if plain.is_small(query):
         return plain.mine_dense(query)
     if features.dtype == torch.float64:  # tensor cores are no place for it
         return plain.mine_tiled(query)
