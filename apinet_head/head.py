@@ -207,7 +207,7 @@ class APIHead(nn.Module):
         else:
             pairs = find_pairs(features, labels, searches_of(self.intra, self.inter), table)
             if trains and given is None and memory is None and not (self._has_looked or torch.compiler.is_compiling()):
-                self._has_looked = _warn_if_few(labels, pairs)
+                self._has_looked = _warn_if_few(features, labels, pairs)
         images = _images(features, pairs, None if table is None else table.take(pairs.partner))
         partner_labels = (labels if table is None else table.labels).index_select(0, pairs.partner)
         row_labels = torch.cat([labels.index_select(0, pairs.anchor), partner_labels])
@@ -349,16 +349,18 @@ def _valid(pairs: Pairs, labels: Tensor, own: Tensor) -> Tensor:
     return exists.repeat(2) | (has_class & ~own.detach().isfinite().all(1))
 
 
-def _warn_if_few(labels: Tensor, pairs: Pairs) -> bool:
+def _warn_if_few(features: Tensor, labels: Tensor, pairs: Pairs) -> bool:
     """Warn if few of the pairs of a head's first batch are valid; False if the values can't be read."""
     if type(labels) is not Tensor or labels.is_meta or _get_current_dispatch_mode():
         return False
     if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    # One copy to the host, so one synchronisation. Images without a class are meant to have no pair.
-    found = torch.stack([labels.index_select(0, pairs.anchor), pairs.valid]).cpu()
-    label, valid = found[:, found[0] >= 0]
-    if valid.sum() < FEW * len(valid):
+    # One copy to the host, so one synchronisation. Images without a class are meant to have no pair, and of features
+    # that are not finite, which nobody is paired with, the loss tells.
+    finite = features.detach().isfinite().all().expand_as(pairs.valid)
+    found = torch.stack([labels.index_select(0, pairs.anchor), pairs.valid, finite]).cpu()
+    label, valid, finite = found[:, found[0] >= 0]
+    if valid.sum() < FEW * len(valid) and finite.all():
         warnings.warn(
             f"{int((valid == 0).sum())} of the {len(valid)} pairs of the first batch are not valid and teach nothing: "
             f"it has {len(labels)} images, of {len(label.unique())} different classes, and not each finds a partner of "

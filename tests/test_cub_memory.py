@@ -23,15 +23,16 @@ def trainer(birds, output, *flags):
 def mined(monkeypatch):
     """What the head mined: (features, labels, keys, key_labels, pairs) of each batch."""
     calls = []
-    mine_pairs = head_module.mine_pairs
+    find_pairs = head_module.find_pairs
 
-    def noted(features, labels, *, keys, key_labels, key_offset, **how):
-        pairs = mine_pairs(features, labels, keys=keys, key_labels=key_labels, key_offset=key_offset, **how)
-        calls.append((features.detach(), labels, None if keys is None else keys.detach(), key_labels, pairs))
-        assert key_offset == (None if keys is None else 0)
+    def noted(features, labels, searches, table):
+        pairs = find_pairs(features, labels, searches, table)
+        keys, key_labels = (None, None) if table is None else (table.features.detach(), table.labels)
+        calls.append((features.detach(), labels, keys, key_labels, pairs))
+        assert table is None or table.offset == 0
         return pairs
 
-    monkeypatch.setattr(head_module, "mine_pairs", noted)
+    monkeypatch.setattr(head_module, "find_pairs", noted)
     return calls
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import reference
@@ -260,3 +261,10 @@ HEAD = APIHead(10, 3)
 def test_errors_show_what_came(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_features_that_are_not_finite_are_no_lack_of_images():
+    labels = torch.arange(12) // 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        APIHead(8, 3)(torch.full((12, 8), torch.nan), labels)
