@@ -128,11 +128,10 @@ class APINet(
         ]
 
     def to_deploy(self) -> nn.Module:
-        """Backbone and classifier as a plain timm model in eval mode, a copy that needs no apinet-head.
+        """A copy of backbone and classifier as a plain timm model in eval mode, which needs no apinet-head.
 
-        It gives the same logits [B,C], and its state dict loads into `timm.create_model(backbone, num_classes=C)`. A
-        backbone that is not a timm model gives a Sequential. `torch.compile` is left out and parametrisations are
-        computed into the weights.
+        It gives the same logits [B,C], and its state dict loads into `timm.create_model(backbone, num_classes=C)`;
+        other backbones give a Sequential. Parametrisations are computed into the weights, `torch.compile` is left out.
 
         Raises:
             ValueError: the classifier is not a plain linear layer (none at all, an adapter, a hook), or the timm model
@@ -146,7 +145,7 @@ class APINet(
             True
         """
         head, classifier = _uncompiled(self.head), _uncompiled(self.head.classifier)
-        # The old weight_norm, spectral_norm and prune are hooks; some tools replace forward itself.
+        # The older weight_norm, spectral_norm and prune are hooks; some tools replace forward itself.
         hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in (head, classifier))
         linear = classifier if hooked else _plain_copy(classifier)
         if hooked or type(head) is not APIHead or type(linear) is not nn.Linear:
@@ -164,12 +163,9 @@ class APINet(
 
         Args:
             frozen: False lets all of the backbone learn again, and ends `batch_norm="eval"`.
-            batch_norm: mode of the frozen backbone's BatchNorm while the net trains. "train", as published: it
+            batch_norm: what the frozen backbone's BatchNorm does while the net trains. "train", as published: it
                 normalises by the batch and updates its running statistics. "eval": it normalises by its running
                 statistics, which stay as they are, under `torch.optim.swa_utils.update_bn` too.
-
-        Returns:
-            The net itself.
         """
         if batch_norm not in ("train", "eval"):
             raise ValueError(f"batch_norm must be 'train' or 'eval', got {batch_norm!r}")
@@ -185,8 +181,8 @@ class APINet(
     def train(self: Self, mode: bool = True) -> Self:
         """As nn.Module's, but BatchNorm fixed by `freeze_backbone` stays in eval mode."""
         super().train(mode)
-        for module in self.backbone.modules() if self._batch_norm_fixed else ():
-            if isinstance(module, _BatchNorm):
+        for module in self.backbone.modules():
+            if self._batch_norm_fixed and isinstance(module, _BatchNorm):
                 module.eval()
                 # update_bn resets the statistics of every BatchNorm, and would not compute these anew.
                 module.reset_running_stats = _keep_statistics  # type: ignore[method-assign]

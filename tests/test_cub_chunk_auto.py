@@ -112,7 +112,7 @@ def test_what_cannot_be_told_ends_the_command(birds, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--chunk-size auto: no chunk size brings a batch of 12 into"):
         run(birds, tmp_path / "run")
     monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
-    with pytest.raises(SystemExit, match=r"--chunk-size auto: an estimate needs .*, which is in torch 2.5"):
+    with pytest.raises(SystemExit, match=r"--chunk-size auto: an estimate needs torch's MemTracker"):
         run(birds, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
