@@ -159,7 +159,7 @@ class APIHead(nn.Module):
 
         Args:
             features: [B,D], floating point.
-            labels: [B], class indices of an integer dtype. A negative one means "no class": such an image is nobody's
+            labels: [B], class indices of an integer dtype. A negative one means "no class": such an image is never a
                 partner, and its rows are masked out of the loss.
             pairs: used instead of mining; their partners are rows of `keys`, or of `features` (of all ranks', with
                 gather=True). A memory is then neither searched nor filled.
@@ -286,7 +286,7 @@ class APIHead(nn.Module):
             # x + x * g; not by broadcasting, which the backward pass would have to sum over.
             return torch.stack([torch.addcmul(images, images, gate).flatten(0, 1) for gate in of_each])
 
-        if torch._C._are_functorch_transforms_active():  # torch.func.grad refuses the hooks that checkpoint is made of
+        if torch._C._are_functorch_transforms_active():  # torch.func.grad does not support checkpoint's hooks
             return gated(images.table, images.rows, mutual)
         # Recomputed in the backward pass: gates and images take more memory to keep than time to compute.
         recomputed: Tensor = checkpoint(
@@ -362,7 +362,7 @@ def _warn_if_few(features: Tensor, labels: Tensor, pairs: Pairs) -> bool:
     label, valid, finite = found[:, found[0] >= 0]
     if valid.sum() < FEW * len(valid) and finite.all():
         warnings.warn(
-            f"{int((valid == 0).sum())} of the {len(valid)} pairs of the first batch are not valid and teach nothing: "
+            f"{int((valid == 0).sum())} of the {len(valid)} pairs of the first batch are not valid and masked out: "
             f"it has {len(labels)} images, of {len(label.unique())} different classes, and not each finds a partner of "
             "its own class and one of another. Draw several images of each class: DataLoader(dataset, batch_sampler="
             "BalancedBatchSampler(labels)), where sampler= or shuffle=True would mix them.",

@@ -81,7 +81,7 @@ def mine_pairs(
 
     Args:
         features: [B,D], float16, bfloat16, float32 or float64.
-        labels: [B], class indices of any integer dtype. A negative one means "no class": such an image is nobody's
+        labels: [B], class indices of any integer dtype. A negative one means "no class": such an image is never a
             partner, and its own pairs are not valid.
         intra: the partner of the same class: "similar" (nearest), "dissimilar" (farthest), "random", or None for no
             such pairs.
@@ -91,10 +91,9 @@ def mine_pairs(
         key_offset: the row of `keys` that holds query 0, the others following, so that no image is paired with
             itself; None if the queries are not in `keys`.
         generator: source of "random" partners, on the features' device; None is torch's default one.
-        backend: "dense" (one [B,M] matrix of distances), "tiled" (tile by tile: half the products, and hardly any
-            memory beyond the features), "triton" (likewise, in fused kernels on a CUDA device; needs Triton, which
-            comes with PyTorch for CUDA), or "auto": "dense" for small batches and under `torch.compile`, else
-            "tiled".
+        backend: "dense" (one [B,M] matrix of distances), "tiled" (tile by tile, with half the products and hardly any
+            memory beyond the features), "triton" (tiled, in fused kernels on a CUDA device), or "auto": "dense" for
+            small batches and under `torch.compile`, else "tiled".
 
     Returns:
         Pairs with P = 2B: rows [0,B) the intra-class pairs in order of their anchors, rows [B,2B) the inter-class
@@ -103,14 +102,14 @@ def mine_pairs(
 
     Raises:
         ValueError: an argument's shape, dtype, device or value doesn't fit; the message shows what came.
-        TypeError: it is of another type than is written above.
+        TypeError: an argument is of the wrong type.
 
     Examples:
         >>> features = torch.tensor([[0.0], [1.0], [5.0], [9.0]])
         >>> pairs = mine_pairs(features, torch.tensor([7, 7, 7, 3]))
         >>> pairs.partner.tolist()  # nearest of class 7, then nearest of another class
         [1, 0, 1, 3, 3, 3, 3, 2]
-        >>> pairs.valid.tolist()  # the only image of class 3 has nobody of its class
+        >>> pairs.valid.tolist()  # class 3 has a single image
         [True, True, True, False, True, True, True, True]
     """
     check_features(features)

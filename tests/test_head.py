@@ -36,7 +36,7 @@ def test_logits_loss_and_gradients_follow_the_formulas(seed, size, dim, classes,
     terms = api_loss_terms(output, margin=margin)
     pairs = mine_pairs(features, labels)
     if not pairs.valid.all():
-        return  # the published method knows no such pair; test_invalid_pairs_count_for_nothing has them
+        return  # the published method knows no such pair; test_invalid_pairs_are_masked_out has them
     expected = reference.head(features, labels, list(pairs.partner.view(2, -1)), weights_of(head), margin)
     torch.testing.assert_close(output.logits_self, expected["own"])
     torch.testing.assert_close(output.logits_other, expected["other"])
@@ -157,7 +157,7 @@ def test_non_finite_key_of_a_pair_that_does_not_exist_leaves_gradients_alone():
     assert all((parameter.grad == 0).all() for parameter in head.parameters())
 
 
-def test_invalid_pairs_count_for_nothing():
+def test_invalid_pairs_are_masked_out():
     head, features, labels = make_case(size=7)
     labels = torch.tensor([0, 0, 1, 1, 1, 2, 3])  # classes 2 and 3 have one image each
     output = head(features, labels)

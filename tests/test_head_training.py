@@ -124,7 +124,7 @@ def test_a_criterion_needs_labels_and_classes():
 
 
 @pytest.mark.parametrize("label", [-1, -100])
-def test_images_without_a_class_count_for_nothing(label):
+def test_images_without_a_class_are_masked_out(label):
     head, features, labels = make_case()
     labels[[2, 7]] = label
     output = head(features, labels)

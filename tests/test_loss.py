@@ -63,7 +63,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
-def test_rows_that_are_not_valid_count_for_nothing(junk):
+def test_rows_that_are_not_valid_are_masked_out(junk):
     output = make_output(pairs=6, valid_share=0.5)
     assert output.valid.any()
     assert not output.valid.all()
@@ -134,7 +134,7 @@ def test_label_smoothing_is_a_share(smoothing):
         api_loss(make_output(), label_smoothing=smoothing)
 
 
-def test_rows_of_a_negative_label_count_for_nothing():
+def test_rows_of_a_negative_label_are_masked_out():
     output = make_output()
     nobody = torch.arange(16) % 3 == 0
     expected = api_loss_terms(output._replace(valid=~nobody))
@@ -144,7 +144,7 @@ def test_rows_of_a_negative_label_count_for_nothing():
         assert torch.equal(found, right)
 
 
-def test_rows_whose_classes_weigh_nothing_count_for_nothing():
+def test_rows_of_classes_of_weight_zero_are_masked_out():
     output = make_output(classes=5)
     terms = api_loss_terms(output, class_weight=torch.zeros(5), rank_weight=0.0)
     assert terms.cross_entropy == 0
