@@ -16,7 +16,7 @@ from settings import parse
 from test_cub_survival import FULL, alike
 from test_cub_train import TINY, run, same, weights
 
-BROKEN = 7  # of 18 training images, each of which comes once an epoch
+BROKEN = 8  # of 18 training images: with seeds 0 and 1 it comes once in each of the three epochs
 
 
 @pytest.fixture
