@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from apinet_head.chunked import ChunkedBackbone
 from apinet_head.distributed import gather_features
+from apinet_head.feature_memory import FeatureMemory
 from apinet_head.head import APIHead, APIOutput
 from apinet_head.loss import APILoss, LossTerms, api_loss, api_loss_terms
-from apinet_head.feature_memory import FeatureMemory
 from apinet_head.pairs import Pairs, mine_pairs, random_pairs
 from apinet_head.sampler import BalancedBatchSampler
 
 if TYPE_CHECKING:
-    from apinet_head.official import load_official_checkpoint
     from apinet_head.explain import PairExplanation, explain_pair
     from apinet_head.model import APINet
+    from apinet_head.official import load_official_checkpoint
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,6 @@
 """The API-Net head: a classifier that learns from pairs of images and at test time is one linear layer."""
 
+import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -361,12 +362,15 @@ def _warn_if_few(features: Tensor, labels: Tensor, pairs: Pairs) -> bool:
     found = torch.stack([labels.index_select(0, pairs.anchor), pairs.valid, finite]).cpu()
     label, valid, finite = found[:, found[0] >= 0]
     if valid.sum() < FEW * len(valid) and finite.all():
+        frame, level = sys._getframe(), 1  # up to the caller's own code
+        while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("apinet_head", "torch"):
+            frame, level = frame.f_back, level + 1
         warnings.warn(
             f"{int((valid == 0).sum())} of the {len(valid)} pairs of the first batch are not valid and masked out: "
             f"it has {len(labels)} images, of {len(label.unique())} different classes, and not each finds a partner of "
             "its own class and one of another. Draw several images of each class: DataLoader(dataset, batch_sampler="
             "BalancedBatchSampler(labels)), where sampler= or shuffle=True would mix them.",
-            stacklevel=5,  # the caller of the head: between are forward and two functions of nn.Module
+            stacklevel=level,
         )
     return True
 
