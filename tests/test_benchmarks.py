@@ -52,7 +52,7 @@ def test_all_sides_find_the_nearest(size, dim):
     found = miners.sides(CPU)
     assert {miners.LIMIT, miners.AUTO, "ours, dense", "ours, tiled", miners.PUBLISHED, "dense torch"} <= set(found)
     for name, side in found.items():
-        if name not in ON_CUDA_ONLY | {miners.LIMIT}:
+        if name not in ON_CUDA_ONLY | {miners.LIMIT} and "triton" not in name:  # other tests add backends
             partner = side(features, labels)()
             assert torch.equal(partner.view(2, size), right), name
             assert mining.agreement({name: partner}, features, labels) == {name: 1.0}

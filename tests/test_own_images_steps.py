@@ -15,6 +15,7 @@ FLAGS = ["DIR", "--backbone", "test_resnet", "--image-size", "32", "--no-pretrai
 
 @pytest.mark.parametrize("flags", [[], ["--baseline"]])
 def test_a_step_learns_by_the_loss_of_its_method(flags):
+    torch.manual_seed(0)
     options = own_train.make_parser().parse_args([*FLAGS, *flags])
     net, _ = make_net(options, 2)
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 0, 1, 1])

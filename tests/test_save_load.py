@@ -124,7 +124,7 @@ def test_weights_of_a_local_file_are_not_asked_for_again(tmp_path):
         make_net(backbone_args={"checkpoint_path": weights}),
         make_net(pretrained=True, backbone_args={"pretrained_cfg_overlay": overlay, "cache_dir": str(tmp_path)}),
     ]
-    assert torch.equal(nets[0].backbone.conv1[0].weight, torch.load(weights)["conv1.0.weight"])
+    assert torch.equal(nets[0].backbone.conv1[0].weight, torch.load(weights, weights_only=True)["conv1.0.weight"])
     for net in nets:
         net.save_pretrained(tmp_path / "net")
     weights.unlink()
@@ -370,11 +370,11 @@ def test_another_process_loads_it(tmp_path):
     torch.save(IMAGES, tmp_path / "images.pt")
     code = (
         "import torch; from apinet_head import APINet; torch.set_default_dtype(torch.float64); "
-        "net = APINet.from_pretrained('net'); torch.save(net(torch.load('images.pt')), 'logits.pt')"
+        "net = APINet.from_pretrained('net'); torch.save(net(torch.load('images.pt', weights_only=True)), 'logits.pt')"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), net(IMAGES), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), net(IMAGES), rtol=0, atol=1e-6)
 
 
 def test_saved_and_loaded_in_eval_mode(tmp_path):

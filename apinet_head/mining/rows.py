@@ -56,7 +56,7 @@ class Rows:
         if self.centre is None or self.scale is None:
             return rows
         # A row so far away that its square would be infinite is as good as at the edge of the range.
-        edge = torch.finfo(self.dtype).max ** 0.5 / (4 * rows.shape[1] ** 0.5)
+        edge = _edge(self.dtype, rows.shape[1])
         return torch.sub(rows.nan_to_num(0.0, 0.0, 0.0) * self.scale, self.centre * self.scale).clamp(-edge, edge)
 
     def _squares(self, rows: Tensor, tile: int | None) -> Tensor:
@@ -99,10 +99,27 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Te
 def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = None) -> Rows:
     """The rows shifted and scaled, with as many operations whatever their values are, and no wait for the device."""
     usable = finite_rows(query.rows) & (query.key_labels >= 0)
+    dtype = dtype or torch.promote_types(query.features.dtype, torch.float32)
     centre, scale = bulk(query.rows, usable)
-    rows = Rows(query, tile, dtype or torch.promote_types(query.features.dtype, torch.float32), centre, scale)
+    # As large as the largest row allows, so that the smallest distance is no zero; unless that would lose the bulk.
+    largest = _peaks(query.rows).where(usable, 0).amax()
+    if query.keys is not None:
+        largest = torch.maximum(largest, _peaks(query.features).nan_to_num(0.0, 0.0).amax().to(largest.dtype))
+    top = torch.exp2((_edge(dtype, query.rows.shape[1]) / 4 / largest.to(dtype)).log2().floor())
+    scale = torch.maximum(scale.to(dtype) * 2.0**BULK, top.nan_to_num(0.0, 0.0, 0.0))
+    rows = Rows(query, tile, dtype, centre.to(dtype), scale)
     rows.usable = usable
     return rows
+
+
+def _peaks(rows: Tensor) -> Tensor:
+    """The largest absolute value of each row [N]; NaN and infinity come through."""
+    return torch.maximum(rows.amax(1), -rows.amin(1))
+
+
+def _edge(dtype: torch.dtype, dim: int) -> float:
+    """The largest value that prepared rows may have: their squared distances are finite."""
+    return float(torch.finfo(dtype).max ** 0.5 / (4 * dim**0.5))
 
 
 def bulk(rows: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,9 +132,13 @@ def bulk(rows: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
     sample, middle = rows.index_select(0, place).to(dtype), (SAMPLE - 1) // 2
     centre = sample.sort(0).values[middle].nan_to_num(0.0, 0.0, 0.0)  # a median, and deterministic on every device
     # Halved, for the difference of two finite numbers may be infinite.
-    typical = (sample / 2 - centre / 2).abs().amax(1).sort().values[middle]
-    peaks = torch.maximum(rows.amax(1), -rows.amin(1)).where(usable, 0).amax().to(dtype)
-    typical = typical.where(typical.isfinite() & (typical > 0), peaks)  # most rows are the same: look at the others
+    spread = (sample / 2 - centre / 2).abs().amax(1).sort().values
+    # The lower quartile of those that differ from the centre at all: most rows may be the same, and others outliers.
+    same = (spread == 0).sum()
+    quartile = (same + (SAMPLE - same).div(4, rounding_mode="floor")).clamp(max=SAMPLE - 1)
+    typical = spread.index_select(0, quartile[None])[0]
+    peaks = _peaks(rows).where(usable, 0).amax().to(dtype)
+    typical = typical.where(typical.isfinite() & (typical > 0), peaks)  # the sample is all the same
     limit = -math.log2(torch.finfo(dtype).tiny)
     exponent = (BULK - 1 - typical.log2().ceil()).nan_to_num(0.0, 0.0, 0.0).clamp(-limit, limit)
     return centre, torch.exp2(exponent)
