@@ -122,7 +122,8 @@ def check_refused(call, *spoiled):
 
 def _looks(value):
     if isinstance(value, (Tensor, np.ndarray)):
-        numbers = value.ravel()[:1] if str(getattr(value, "device", "")) == "cpu" and not getattr(value, "is_sparse", False) else []
+        is_readable = isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_sparse
+        numbers = value.ravel()[:1] if is_readable else []
         return [str(list(value.shape)), *(f"got {number}" for number in numbers)]
     if isinstance(value, list):  # of which the package has made a tensor
         return [reprlib.repr(value), "list", f"[{len(value)}"]
