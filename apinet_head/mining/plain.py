@@ -79,7 +79,8 @@ def _search(best: "_Best", tile: int | None) -> Found:
                 break
             mirrored = symmetric and across.start > down.start
             if symmetric and not mirrored and is_worth_halving(queries):
-                distance = torch.sub(rows.squares[across], symmetric_products(queries), alpha=2)
+                products = symmetric_products(queries) if rows.products is None else rows.products
+                distance = torch.sub(rows.squares[across], products, alpha=2)
             else:
                 distance = subtract_products(rows.squares[across], queries, rows.keys(across))
             distance.add_(rows.query_squares[down, None])

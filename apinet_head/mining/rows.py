@@ -27,11 +27,13 @@ class Rows:
         usable: which keys may be partners at all, [M] bool; None if all may.
         unlabelled: whether there may be queries without a class.
         odd: whether there may be prepared rows that are not finite.
+        products: of all rows with each other [B,B], if they were needed for the squares.
         scale: a power of two that brings differences of the original rows into the range of their dtype.
     """
 
     usable: Tensor | None = None
     unlabelled, odd = True, False
+    products: Tensor | None = None
 
     def __init__(
         self,
@@ -42,7 +44,12 @@ class Rows:
         scale: Tensor | None = None,
     ) -> None:
         self.query, self.dtype, self.centre, self.scale = query, dtype, centre, scale
-        self.squares = self._squares(query.rows, tile)
+        if tile is None and query.keys is None and scale is None and is_worth_halving(query.features):
+            # They are on the diagonal of what is needed anyway, which saves a pass over the rows.
+            self.products = symmetric_products(query.features.to(dtype))
+            self.squares = self.products.diagonal().clone()
+        else:
+            self.squares = self._squares(query.rows, tile)
         self.query_squares = self.squares if query.keys is None else self._squares(query.features, tile)
 
     def queries(self, part: slice) -> Tensor:
