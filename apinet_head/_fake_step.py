@@ -118,4 +118,6 @@ class _LastChunks(nn.Module):
         # Calls beyond the number of chunks recompute, which only those do that were run.
         if self.calls >= self.chunks - 1 or not isinstance(self.like, Tensor):
             return self.backbone(images)
-        return self.like.new_empty((len(images), *self.like.shape[1:]))
+        # A leaf that learns: the gradient of all features is whole before that of the last chunks comes.
+        learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        return self.like.new_empty((len(images), *self.like.shape[1:]), requires_grad=learns)

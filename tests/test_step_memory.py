@@ -108,7 +108,7 @@ def test_chunks_left_out_would_have_changed_nothing(make, batch, chunk_size, amp
     found = step_memory(net, batch, 160, chunk_size=chunk_size, amp=amp).total
     monkeypatch.setattr(_fake_step, "_LastChunks", lambda backbone, images, chunk_size: backbone)
     features = 4 * batch * net.dim  # their gradient is whole only where all chunks ran
-    assert abs(found - step_memory(net, batch, 160, chunk_size=chunk_size, amp=amp).total) <= features
+    assert 0 <= found - step_memory(net, batch, 160, chunk_size=chunk_size, amp=amp).total <= features
 
 
 def test_a_frozen_backbone_keeps_nothing():
