@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from footprint import saved_bytes
 from strategies import make_batch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -357,3 +358,17 @@ def test_a_dynamic_batch_size_is_compiled_once():
         torch.testing.assert_close(
             compiled(features, labels % CLASSES).logits_other, head(features, labels % CLASSES).logits_other
         )
+
+
+def test_the_head_keeps_five_numbers_a_channel_of_each_pair():
+    # The mutual vector, and the four gated features as the classifier takes them; nn.Dropout adds its masks. What the
+    # published head keeps is fifteen: benchmarks/head.py compares.
+    size, dim, classes = 40, 1024, 8
+    head = APIHead(dim, classes, hidden_dim=32, dropout=0.0)
+    features, labels = torch.randn(size, dim, requires_grad=True), torch.arange(size) // 4
+    pairs = mine_pairs(features, labels)
+    found, loss = saved_bytes(
+        lambda: api_loss(head(features, labels % classes, pairs=pairs)), [features, *head.parameters()]
+    )
+    assert found <= 1.1 * 5 * 2 * size * dim * 4
+    loss.backward()

@@ -44,7 +44,7 @@ def best_of(query: Query, scale: Tensor | None, key: Tensor, is_candidate: Tenso
     key = key.where(is_candidate, 0)
     searches, count, size = key.shape
     per_query = searches * size * query.rows.shape[1]
-    step = None if torch.compiler.is_compiling() else max(1, 8 * AT_ONCE // per_query)
+    step = None if torch.compiler.is_compiling() else max(1, AT_ONCE // per_query)
     parts = [slice(None)] if step is None else [slice(i, i + step) for i in range(0, count, step)]
     distance = torch.cat([_distances_of(query, scale, key, part) for part in parts], 1)
     cost = flip(query.searches, distance).nan_to_num(0.0).where(is_candidate, torch.inf)

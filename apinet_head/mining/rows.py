@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from apinet_head.mining.query import Query, finite_rows, is_eager_cpu
+from apinet_head.mining.query import Query, is_eager_cpu, peaks
 
 SAMPLE = 32  # rows whose median is the centre
 BULK = -20  # the rows of the bulk get values near 2**BULK: less room is needed below, for near neighbours, than above
@@ -105,23 +105,19 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Te
 
 def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = None) -> Rows:
     """The rows shifted and scaled, with as many operations whatever their values are, and no wait for the device."""
-    usable = finite_rows(query.rows) & (query.key_labels >= 0)
+    largest_of_row = peaks(query.rows)
+    usable = largest_of_row.isfinite() & (query.key_labels >= 0)
     dtype = dtype or torch.promote_types(query.features.dtype, torch.float32)
     centre, scale = bulk(query.rows, usable)
     # As large as the largest row allows, so that the smallest distance is no zero; unless that would lose the bulk.
-    largest = _peaks(query.rows).where(usable, 0).amax()
+    largest = largest_of_row.where(usable, 0).amax()
     if query.keys is not None:
-        largest = torch.maximum(largest, _peaks(query.features).nan_to_num(0.0, 0.0).amax().to(largest.dtype))
+        largest = torch.maximum(largest, peaks(query.features).nan_to_num(0.0, 0.0).amax().to(largest.dtype))
     top = torch.exp2((_edge(dtype, query.rows.shape[1]) / 4 / largest.to(dtype)).log2().floor())
     scale = torch.maximum(scale.to(dtype) * 2.0**BULK, top.nan_to_num(0.0, 0.0, 0.0))
     rows = Rows(query, tile, dtype, centre.to(dtype), scale)
     rows.usable = usable
     return rows
-
-
-def _peaks(rows: Tensor) -> Tensor:
-    """The largest absolute value of each row [N]; NaN and infinity come through."""
-    return torch.maximum(rows.amax(1), -rows.amin(1))
 
 
 def _edge(dtype: torch.dtype, dim: int) -> float:
@@ -144,8 +140,8 @@ def bulk(rows: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
     same = (spread == 0).sum()
     quartile = (same + (SAMPLE - same).div(4, rounding_mode="floor")).clamp(max=SAMPLE - 1)
     typical = spread.index_select(0, quartile[None])[0]
-    peaks = _peaks(rows).where(usable, 0).amax().to(dtype)
-    typical = typical.where(typical.isfinite() & (typical > 0), peaks)  # the sample is all the same
+    largest = peaks(rows).where(usable, 0).amax().to(dtype)
+    typical = typical.where(typical.isfinite() & (typical > 0), largest)  # the sample is all the same
     limit = -math.log2(torch.finfo(dtype).tiny)
     exponent = (BULK - 1 - typical.log2().ceil()).nan_to_num(0.0, 0.0, 0.0).clamp(-limit, limit)
     return centre, torch.exp2(exponent)
