@@ -15,10 +15,11 @@ from apinet_head._checks import check_int, check_module, describe
 
 
 class ChunkedBackbone(nn.Module):
-    """Runs `backbone` on `chunk_size` images at a time, and recomputes each chunk in the backward pass.
+    """Runs `backbone` on `chunk_size` images at a time, and recomputes all but the last chunks in the backward pass.
 
-    Between forward and backward only the images and the features are kept: peak memory is that of one chunk, at the
-    cost of one more forward pass. Features and gradients are exactly those of the chunks one after the other: RNG state
+    Of a chunk that is recomputed only images and features are kept until then. Peak memory is that of `keep` chunks,
+    and of one at least; the cost is another forward pass of the others. The last chunk is kept for nothing, because its
+    backward pass comes first. Features and gradients are exactly those of the chunks one after the other: RNG state
     (dropout, drop-path) and autocast are restored for the recomputation. BatchNorm normalises each chunk by its own
     statistics, and its running statistics end as after one pass over the chunks. 8 chunks of 15 are what the published
     training computes on 8 GPUs.
@@ -32,10 +33,11 @@ class ChunkedBackbone(nn.Module):
         backbone: maps images [B,...] to features [B,...], each image by itself but for BatchNorm; or to a tuple, list,
             dict or transformers output of such tensors.
         chunk_size: number of images in a chunk.
+        keep: number of chunks, the last ones, that keep what they computed and are not run again.
 
     Raises:
-        ValueError: chunk_size is below 1.
-        TypeError: chunk_size is no int, or backbone no module.
+        ValueError: chunk_size is below 1, or keep below 0.
+        TypeError: chunk_size or keep is no int, or backbone no module.
 
     Examples:
         >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -45,23 +47,24 @@ class ChunkedBackbone(nn.Module):
         torch.Size([12, 8])
     """
 
-    def __init__(self, backbone: nn.Module, chunk_size: int) -> None:
+    def __init__(self, backbone: nn.Module, chunk_size: int, *, keep: int = 1) -> None:
         super().__init__()
         check_module(backbone, "backbone")
         self.backbone = backbone
         self.chunk_size: int = check_int(chunk_size, "chunk_size", 1)
+        self.keep: int = check_int(keep, "keep", 0)
 
     def forward(self, images: Tensor) -> Any:
-        return run_in_chunks(self.backbone, images, self.chunk_size)
+        return run_in_chunks(self.backbone, images, self.chunk_size, self.keep)
 
     def extra_repr(self) -> str:
-        return f"chunk_size={self.chunk_size}"
+        return f"chunk_size={self.chunk_size}, keep={self.keep}"
 
 
 # The compiler cannot trace a checkpoint whose context manager restores the running statistics. torch.compiler.disable
 # would import the compiler, which takes a second; this waits for the first call, as checkpoint itself does.
 @_disable_dynamo
-def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
+def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int, keep: int = 1) -> Any:
     """The functional form of `ChunkedBackbone`.
 
     Raises:
@@ -83,15 +86,19 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int) -> Any:
     # torch.func allows no hooks on saved tensors; the parameters of functional_call are gone in the backward pass.
     functional = torch._C._are_functorch_transforms_active() or not all(isinstance(p, nn.Parameter) for p in parameters)
 
-    def run(chunk: Tensor) -> Any:
+    chunks = torch.split(images, chunk_size)
+
+    def run(place: int, chunk: Tensor) -> Any:
         if functional or not learns:
             return backbone(chunk)
         # A last chunk of another size would be compiled anew, maybe to a graph that saves other tensors than the first.
         function = backbone if len(chunk) == chunk_size else partial(_uncompiled, backbone)
+        if place >= len(chunks) - keep:
+            return function(chunk)
         contexts = nullcontext(), _RunningStatisticsKept(backbone)  # of the first pass, and of the recomputation
         return checkpoint(function, chunk, use_reentrant=False, context_fn=lambda: contexts)
 
-    first, *others = [run(chunk) for chunk in torch.split(images, chunk_size)]
+    first, *others = [run(place, chunk) for place, chunk in enumerate(chunks)]
     return tree_map(_join, first, *others)
 
 

@@ -45,6 +45,7 @@ class APINet(
         num_classes: C; 0 for no classifier.
         pretrained: load timm's weights into the backbone.
         chunk_size: images per chunk of the backbone, to save memory, see `ChunkedBackbone`; None for the whole batch.
+        keep_chunks: number of chunks that are not recomputed, see `ChunkedBackbone`.
         backbone_args: further arguments of `timm.create_model`.
         **head_args: further arguments of `APIHead`. `dim` is needed for a module that has no `num_features`; `device`
             and `dtype` apply to the backbone too.
@@ -69,12 +70,14 @@ class APINet(
         *,
         pretrained: bool = False,
         chunk_size: int | None = None,
+        keep_chunks: int = 1,
         backbone_args: Mapping[str, Any] | None = None,
         **head_args: Any,
     ) -> None:
         super().__init__()
         _check_head_args(head_args)
         self.chunk_size: int | None = None if chunk_size is None else check_int(chunk_size, "chunk_size", 1)
+        self.keep_chunks: int = check_int(keep_chunks, "keep_chunks", 0)
         if isinstance(backbone, str):
             backbone = _timm_model(backbone, pretrained, backbone_args or {})
         else:
@@ -97,7 +100,7 @@ class APINet(
         if self.chunk_size is None:
             features = self.backbone(images)
         else:
-            features = run_in_chunks(self.backbone, images, self.chunk_size)
+            features = run_in_chunks(self.backbone, images, self.chunk_size, self.keep_chunks)
         output: Tensor | APIOutput | LossTerms = self.head(features, labels, **head_args)
         return output
 
@@ -295,8 +298,7 @@ class APINet(
                 f"(act_layer='silu'), pass the module itself as backbone, or {BY_HAND}"
             )
         config, parameters = dict(self._arguments), self._hub_mixin_init_parameters
-        if "chunk_size" in parameters:
-            config["chunk_size"] = self.chunk_size
+        config |= {name: getattr(self, name) for name in ("chunk_size", "keep_chunks") if name in parameters}
         dtypes = {parameter.dtype for parameter in self.parameters()}
         if len(dtypes) == 1 and any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
             config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
