@@ -10,6 +10,9 @@ from accelerate.state import AcceleratorState, GradientState
 from birds import write_birds
 from cub_folder import write_cub
 
+# --doctest-modules would import them all, and what they register; the latter runs in a process of its own.
+collect_ignore = ["helpers", "package/mining/interpreted.py"]
+
 
 @pytest.fixture
 def cub(tmp_path: Path) -> Path:

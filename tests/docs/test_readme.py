@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser as torchrun_flags
 
 import apinet_head
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     ROOT / folder / "README.md"
     for folder in (".", "examples/cub", "examples/frameworks", "examples/own_images", "benchmarks")

@@ -372,7 +372,7 @@ def test_another_process_loads_it(tmp_path):
         "import torch; from apinet_head import APINet; torch.set_default_dtype(torch.float64); "
         "net = APINet.from_pretrained('net'); torch.save(net(torch.load('images.pt', weights_only=True)), 'logits.pt')"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), net(IMAGES), rtol=0, atol=1e-6)
 

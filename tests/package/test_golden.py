@@ -8,7 +8,7 @@ import torch
 
 from apinet_head import APIHead, api_loss_terms, mine_pairs
 
-CASES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+CASES = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 LAYERS = {"map1": "mutual.fc1", "map2": "mutual.fc2", "fc": "classifier"}
 
 

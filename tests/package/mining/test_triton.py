@@ -23,7 +23,7 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a block may have
     Version(triton.__version__) < Version("3.2"), reason="the interpreter of older Tritons lacks what the kernels use"
 )
 def test_in_the_interpreter():
-    tests = Path(__file__).with_name("triton_interpreted.py")
+    tests = Path(__file__).with_name("interpreted.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

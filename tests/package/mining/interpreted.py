@@ -1,7 +1,7 @@
 """Backend "triton" of `mine_pairs` in Triton's interpreter, on a CPU, against brute force.
 
 Triton settles at import whether it interprets, so that these tests need a process of their own: `test_triton.py` starts
-it. By hand: TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
+it. By hand: TRITON_INTERPRET=1 python -m pytest tests/package/mining/interpreted.py
 """
 
 from functools import partial
@@ -11,42 +11,46 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mined import HOWS, LABELS, brute_force, check
 from strategies import DENORMAL, DTYPES, KINDS, batches, make_batch
-from test_mining import HOWS, LABELS, brute_force, check
 
 from apinet_head import mine_pairs
-from apinet_head.mining import BACKENDS, plain
+from apinet_head.mining import BACKENDS
 from apinet_head.mining import triton as backend
 
-# The kernels, whatever the size: small searches are plain PyTorch's. "large": a few candidates are compared again.
+# Whatever the size, on tensor cores; small searches are done by subtraction alone.
 KERNELS = "triton, large"
-BACKENDS[KERNELS] = mock.patch.object(plain, "SMALL", 0)(backend.mine)
+EITHER = pytest.mark.parametrize("kernels", ["triton", KERNELS])
+BACKENDS[KERNELS] = mock.patch.object(backend, "DIRECT", 0)(backend.mine)
 
 
+@EITHER
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [*KINDS, DENORMAL])
-def test_adversarial(kind, dtype):
+def test_adversarial(kind, dtype, kernels):
     if kind == DENORMAL and dtype == torch.bfloat16:
         pytest.skip("the interpreter makes other numbers of denormal ones of bfloat16")
     features, labels = make_batch(seed=1, size=40, dim=33, classes=10, dtype=dtype, kind=kind)
-    check(features, labels, backend=KERNELS)
-    check(features, labels, intra="dissimilar", inter="dissimilar", backend=KERNELS)
+    check(features, labels, backend=kernels)
+    check(features, labels, intra="dissimilar", inter="dissimilar", backend=kernels)
 
 
+@EITHER
 @settings(max_examples=25, deadline=None)
 @given(batch=batches(70, 70), intra=st.sampled_from(HOWS), inter=st.sampled_from(HOWS))
-def test_any_batch(batch, intra, inter):
-    check(*batch, intra=intra, inter=inter, backend=KERNELS)
+def test_any_batch(batch, intra, inter, kernels):
+    check(*batch, intra=intra, inter=inter, backend=kernels)
 
 
+@EITHER
 @settings(max_examples=25, deadline=None)
 @given(batch=batches(60, 40), data=st.data())
-def test_keys_elsewhere(batch, data):
+def test_keys_elsewhere(batch, data, kernels):
     keys, key_labels = batch
     size = data.draw(st.integers(1, len(keys)))
     offset = data.draw(st.none() | st.integers(0, len(keys) - size))
     rows = slice(offset or 0, (offset or 0) + size)
-    check(keys[rows], key_labels[rows], backend=KERNELS, keys=keys, key_labels=key_labels, key_offset=offset,
+    check(keys[rows], key_labels[rows], backend=kernels, keys=keys, key_labels=key_labels, key_offset=offset,
           intra=data.draw(st.sampled_from(HOWS)), inter=data.draw(st.sampled_from(HOWS)))  # fmt: skip
 
 
@@ -57,24 +61,26 @@ def test_small_searches_are_the_same():
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@EITHER
 @pytest.mark.parametrize("factor", [6e4, 1e10, 1e30])
 @pytest.mark.parametrize("far", [[5], range(0, 120, 10), range(12)])
 @pytest.mark.parametrize("offset", [0, 100])
-def test_rows_far_away_change_nobody_elses_partner(factor, far, offset):
+def test_rows_far_away_change_nobody_elses_partner(factor, far, offset, kernels):
     features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0)) + offset
     features[list(far)] *= factor
     others = torch.ones(120, dtype=torch.bool)
     others[list(far)] = False
-    found = mine_pairs(features, LABELS, backend=KERNELS).partner.view(2, -1)
+    found = mine_pairs(features, LABELS, backend=kernels).partner.view(2, -1)
     assert torch.equal(found[:, others], brute_force(features, LABELS)[:, others])
 
 
+@EITHER
 @pytest.mark.parametrize("factor", [1e6, 1e30])
-def test_a_key_far_away_changes_nobodys_partner(factor):
+def test_a_key_far_away_changes_nobodys_partner(factor, kernels):
     features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0))
     expected = brute_force(features, LABELS)
     keys, key_labels = torch.cat([features, features[7:8] * factor]), torch.cat([LABELS, LABELS[7:8]])
-    found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=KERNELS)
+    found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=kernels)
     assert torch.equal(found.partner.view(2, -1), expected)
 
 
@@ -104,46 +110,50 @@ def test_rows_far_away_find_each_other(factor):
         assert torch.equal(found[0], brute_force(features, labels)[0])
 
 
+@EITHER
 @pytest.mark.parametrize("cosine", [0.999, 0.9999, 0.99999, 0.999999])
-def test_near_neighbours_are_told_apart(cosine):
+def test_near_neighbours_are_told_apart(cosine, kernels):
     generator = torch.Generator().manual_seed(0)
     centres = torch.nn.functional.normalize(torch.randn(30, 512, generator=generator))[LABELS]
     noise = torch.nn.functional.normalize(torch.randn(120, 512, generator=generator))
     shuffled = torch.randperm(120, generator=generator)
     features = torch.nn.functional.normalize(centres + noise * (1 - cosine) ** 0.5)[shuffled]
-    found = mine_pairs(features, LABELS[shuffled], backend=KERNELS).partner.view(2, -1)
+    found = mine_pairs(features, LABELS[shuffled], backend=kernels).partner.view(2, -1)
     assert torch.equal(found, brute_force(features, LABELS[shuffled]))
 
 
-def test_images_without_a_class_are_nobodys_partner_and_have_none():
+@EITHER
+def test_images_without_a_class_are_nobodys_partner_and_have_none(kernels):
     features = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(40) % 5
     labels[::3] = -100
     labels[1::9] = -1
     labelled = labels >= 0
     for keys in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
-        pairs = mine_pairs(features, labels, **keys, backend=KERNELS)
+        pairs = mine_pairs(features, labels, **keys, backend=kernels)
         assert torch.equal(pairs.valid, labelled.repeat(2))
         alone = mine_pairs(features[labelled], labels[labelled])
         assert torch.equal(labelled.nonzero()[:, 0][alone.partner], pairs.partner[pairs.valid])
 
 
+@EITHER
 @pytest.mark.parametrize("how", ["similar", "dissimilar"])
-def test_rows_that_are_not_finite_are_never_chosen_but_keep_their_pairs(how):
+def test_rows_that_are_not_finite_are_never_chosen_but_keep_their_pairs(how, kernels):
     features, labels = make_batch(seed=3, size=40, dim=16, classes=3, dtype=torch.float32, kind="non-finite")
-    pairs = mine_pairs(features, labels, intra=how, inter=how, backend=KERNELS)
+    pairs = mine_pairs(features, labels, intra=how, inter=how, backend=kernels)
     assert pairs.valid.all()
     assert features[pairs.partner].isfinite().all()
 
 
+@EITHER
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ties_go_to_the_lowest_index(dtype):
+def test_ties_go_to_the_lowest_index(dtype, kernels):
     # Small integers of mean 0: equal distances are equal in floating point too, and there are many of them.
     generator = torch.Generator().manual_seed(0)
     half = torch.randint(-1, 2, (20, 3), generator=generator).to(dtype)
     features, labels = torch.cat([half, -half]), torch.randint(4, (40,), generator=generator)
     for how in ("similar", "dissimilar"):
-        found = mine_pairs(features, labels, intra=how, inter=how, backend=KERNELS)
+        found = mine_pairs(features, labels, intra=how, inter=how, backend=kernels)
         for field, expected in zip(found, mine_pairs(features.double(), labels, intra=how, inter=how), strict=True):
             assert torch.equal(field, expected)
 
@@ -167,29 +177,31 @@ def test_near_ties_of_float32():
     check(torch.cat([half, -half]).float(), labels, backend=KERNELS)
 
 
+@EITHER
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distance", [1e4, 1e30])  # float16 has no 1e30: rows are not finite then
-def test_queries_far_from_the_keys(distance, dtype):
+def test_queries_far_from_the_keys(distance, dtype, kernels):
     keys, key_labels = make_batch(seed=4, size=50, dim=20, classes=5, dtype=dtype, kind="normal")
     features, labels = make_batch(seed=5, size=20, dim=20, classes=5, dtype=dtype, kind="normal")
-    check(features * distance, labels, keys=keys, key_labels=key_labels, inter="dissimilar", backend=KERNELS)
-    check(features + distance, labels, keys=keys + distance, key_labels=key_labels, backend=KERNELS)
+    check(features * distance, labels, keys=keys, key_labels=key_labels, inter="dissimilar", backend=kernels)
+    check(features + distance, labels, keys=keys + distance, key_labels=key_labels, backend=kernels)
 
 
+@EITHER
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_exact(dtype):
+def test_half_precision_stays_exact(dtype, kernels):
     features, labels = make_batch(seed=6, size=60, dim=30, classes=6, dtype=torch.float64, kind="normal")
     mixed = (features * 0.25 + torch.tensor([0.0, 0.5, 1.0, 30.0, -300.0]).repeat(6)).to(dtype)
     queries, keys = (features * 0.1 + 1).to(dtype), (features.flip(0) * 0.1 + 3).to(dtype)
     for batch, others in ((mixed, {}), (queries, {"keys": keys, "key_labels": labels})):
         exact = {name: value.double() if name == "keys" else value for name, value in others.items()}
-        found = mine_pairs(batch, labels, **others, backend=KERNELS)
+        found = mine_pairs(batch, labels, **others, backend=kernels)
         for field, expected in zip(found, mine_pairs(batch.double(), labels, **exact), strict=True):
             assert torch.equal(field, expected)
 
 
 def test_under_compile_and_export(monkeypatch):
-    monkeypatch.setattr(plain, "SMALL", 0)
+    monkeypatch.setattr(backend, "DIRECT", 0)
     features, labels = make_batch(seed=7, size=40, dim=8, classes=6, dtype=torch.float32, kind="normal")
     expected = mine_pairs(features, labels)
     mine = partial(mine_pairs, backend="triton")

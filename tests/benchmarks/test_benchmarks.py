@@ -27,7 +27,7 @@ from turns import Turns, reason, spread, summarise, take_turns
 
 from apinet_head.mining import BACKENDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 ON_CUDA_ONLY = {"ours, triton", miners.GRAPH}
 

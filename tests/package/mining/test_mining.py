@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import candidates, check_partners
+from mined import HOWS, LABELS, brute_force, check
+from reference import candidates
 from strategies import DENORMAL, DTYPES, KINDS, batches, make_batch
 
-from apinet_head import Pairs, mine_pairs, mining, random_pairs
+from apinet_head import mine_pairs, mining, random_pairs
 from apinet_head.mining import BACKENDS, Query, Search, choose, plain, rows
 from apinet_head.mining.draw import draw
 from apinet_head.mining.query import finite_rows
@@ -31,24 +32,7 @@ BACKENDS["tiled by 16, unseen"] = unseen(partial(plain.mine_tiled, tile=16))
 BACKENDS["dense, unseen, large"] = unseen(plain.mine_dense, small=0)
 BACKENDS["tiled by 16, unseen, large"] = unseen(partial(plain.mine_tiled, tile=16), small=0)
 # "triton" has tests of its own, because it needs a GPU, or a process of its own.
-each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
-HOWS = ("similar", "dissimilar", "random")
-
-
-def check(features, labels, *, intra="similar", inter="similar", **keys):
-    """Mine, and compare both halves with brute force."""
-    pairs = mine_pairs(features, labels, intra=intra, inter=inter, **keys)
-    size = len(features)
-    reference = {
-        "keys": keys.get("keys"), "key_labels": keys.get("key_labels"), "offset": keys.get("key_offset"),
-        "exact": "large" not in keys.get("backend", ""),  # there only the few best candidates are compared again
-    }  # fmt: skip
-    for row, how, same in ((0, intra, True), (size, inter, False)):
-        half = Pairs(*(field[row : row + size] for field in pairs))
-        assert half.anchor.tolist() == list(range(size))
-        assert half.same_class.tolist() == [same] * size
-        check_partners(half.partner, half.valid, features, labels, how=how, same_class=same, **reference)
-    return pairs
+each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("triton")])
 
 
 @each_backend
@@ -65,18 +49,6 @@ def test_adversarial(kind, dtype, backend):
     features, labels = make_batch(seed=1, size=120, dim=64, classes=30, dtype=dtype, kind=kind)
     check(features, labels, backend=backend)
     check(features, labels, intra="dissimilar", inter="dissimilar", backend=backend)
-
-
-def brute_force(features, labels):
-    """The partners [2,B] by subtraction in float64."""
-    x = features.double()
-    distance = torch.stack([(x - row).square().sum(1) for row in x])
-    same = labels[:, None] == labels
-    own = distance.masked_fill(~same | torch.eye(len(x), dtype=torch.bool), torch.inf)
-    return torch.stack([own.argmin(1), distance.masked_fill(same, torch.inf).argmin(1)])
-
-
-LABELS = torch.arange(120) // 4
 
 
 @each_backend

@@ -1,6 +1,7 @@
 """Backend "triton" of `mine_pairs` on a CUDA device."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -8,10 +9,15 @@ from reference import check_partners
 from strategies import KINDS, make_batch
 
 from apinet_head import mine_pairs
+from apinet_head.mining import BACKENDS, plain
 
 pytest.importorskip("triton")
 
-from triton_interpreted import KERNELS
+from apinet_head.mining import triton as backend
+
+# The kernels, whatever the size: small searches are plain PyTorch's. "large": a few candidates are compared again.
+KERNELS = "triton, large"
+BACKENDS[KERNELS] = mock.patch.object(plain, "SMALL", 0)(backend.mine)
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float64 is plain PyTorch's
