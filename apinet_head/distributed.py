@@ -12,36 +12,37 @@ from apinet_head._checks import FLOATS, check_features, check_labels
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    Group = dist.ProcessGroup | DeviceMesh | None
 
-# Ranks tell each other their dtypes as numbers: places in this list.
+# Ranks exchange dtypes as indices into this list.
 DTYPES = [*FLOATS, *(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))]
 
 
-def gather_features(features: Tensor, labels: Tensor, *, group: "Group" = None) -> tuple[Tensor, Tensor, int]:
-    """All-gather of features and labels over the ranks of a process group, in the order of the ranks.
+def gather_features(
+    features: Tensor, labels: Tensor, *, group: "dist.ProcessGroup | DeviceMesh | None" = None
+) -> tuple[Tensor, Tensor, int]:
+    """Differentiable all-gather of features and labels, in the order of the ranks.
 
-    Differentiable: the gradient of a rank's features is the sum of the gradients that all ranks have for them. All
-    ranks must call this, and run its backward pass. With one process, the arguments are returned as they are.
+    The gradient of a rank's features is the sum of all ranks' gradients for them, so all ranks must call this and run
+    the backward pass. With one process, the arguments are returned unchanged.
 
-    Ranks that hold the same images, as in tensor parallelism, must not be in one group: each image would find its own
-    copy. Pass the group, or the dimension of the device mesh, over which the data is split.
+    Ranks that hold the same images, as in tensor parallelism, must be in different groups: otherwise each image finds
+    its own copy.
 
-    Ranks compare shapes and dtypes first, so that a difference is an error instead of a hang. The host waits for these
-    few numbers, but not for the device if the group has a CPU backend too (`init_process_group("cpu:gloo,cuda:nccl")`).
+    Ranks compare shapes and dtypes first, so that a mismatch is an error instead of a hang. The host waits for these
+    few numbers, but not for the device if the group also has a CPU backend (`"cpu:gloo,cuda:nccl"`).
 
     Args:
         features: [B,D], floating point; shape and dtype the same on all ranks.
-        labels: [B], class indices of an integer dtype, the same on all ranks.
+        labels: [B], class indices; integer dtype, the same on all ranks.
         group: a ProcessGroup or a one-dimensional DeviceMesh, such as `mesh["dp"]`; None for the default group.
 
     Returns:
         all_features [W*B,D] and all_labels [W*B] of W ranks, and the row of this rank's first image.
 
     Raises:
-        ValueError: features or labels are malformed; shapes, dtypes or the need of a gradient differ between ranks
-            (raised on every rank); or this process is not in the group.
-        TypeError: an argument is of the wrong type.
+        ValueError: features or labels are malformed; shapes, dtypes or requires_grad differ between ranks (raised on
+            every rank); or this process is not in the group.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> features, labels = torch.randn(4, 8), torch.tensor([0, 0, 1, 1])
@@ -51,41 +52,47 @@ def gather_features(features: Tensor, labels: Tensor, *, group: "Group" = None) 
     """
     check_features(features)
     check_labels(labels, features)
-    return gather_checked(features, labels, group)
+    return gather_checked(features, labels, None if group is None else group_name(group))
 
 
-def gather_checked(features: Tensor, labels: Tensor, group: "Group" = None) -> tuple[Tensor, Tensor, int]:
-    """`gather_features` without the checks of the arguments."""
+# Inside the package a group goes by its name: a ProcessGroup itself can be neither copied nor pickled.
+
+
+def gather_checked(features: Tensor, labels: Tensor, group: str | None = None) -> tuple[Tensor, Tensor, int]:
+    """`gather_features` without the argument checks."""
     if world_size(group) == 1:
         return features, labels, 0
-    process_group = _process_group(group)
+    process_group = _find_group(group)
     _check_equal(features, labels, process_group)
     all_features: Tensor = _Gather.apply(features, process_group)
     return all_features, _gather(labels, process_group), dist.get_rank(process_group) * features.shape[0]
 
 
-def world_size(group: "Group" = None) -> int:
-    """The number of ranks of the group; 1 without torch.distributed."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    return dist.get_world_size(_process_group(group))
+def world_size(group: str | None = None) -> int:
+    """Number of ranks of the group; 1 without torch.distributed."""
+    return dist.get_world_size(_find_group(group)) if dist.is_available() and dist.is_initialized() else 1
 
 
-def mean_over_ranks(count: Tensor, group: "Group" = None) -> Tensor:
-    """The mean over ranks of an integer scalar, in float64, as a divisor: a sum of 0 counts as 1."""
-    total = count.clone()
-    dist.all_reduce(total, group=_process_group(group))
-    return total.clamp(min=1).double() / world_size(group)
+def mean_over_ranks(number: Tensor, group: str | None = None) -> Tensor:
+    """The mean over ranks of a scalar, in float64 if that is an integer."""
+    total = number.clone()
+    dist.all_reduce(total, group=_find_group(group))
+    return (total if total.is_floating_point() else total.double()) / world_size(group)
 
 
-def _process_group(group: "Group") -> "dist.ProcessGroup | None":
-    if group is None or isinstance(group, dist.ProcessGroup):
-        return group
+def group_name(group: "dist.ProcessGroup | DeviceMesh") -> str:
+    """The name of a ProcessGroup, or of that of a one-dimensional DeviceMesh."""
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("this process is not in the group: call this only on ranks that are")
-    if not hasattr(group, "get_group"):
-        raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
-    return group.get_group()  # which refuses a mesh of several dimensions
+    if not isinstance(group, dist.ProcessGroup) and hasattr(group, "get_group"):
+        group = group.get_group()  # raises for a mesh of several dimensions
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+    return group.group_name
+
+
+def _find_group(name: str | None) -> "dist.ProcessGroup | None":
+    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
 
 
 class _Gather(torch.autograd.Function):
@@ -100,7 +107,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         parts = list(gradient.contiguous().chunk(dist.get_world_size(ctx.group)))
-        if dist.get_backend(ctx.group) == "gloo":  # which in older versions of torch has no reduce_scatter
+        if dist.get_backend(ctx.group) == "gloo":  # no reduce_scatter in older versions of torch
             total = torch.cat(parts)
             dist.all_reduce(total, group=ctx.group)
             return total.chunk(len(parts))[dist.get_rank(ctx.group)], None
@@ -117,7 +124,7 @@ def _gather(rows: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
 
 
 def _check_equal(features: Tensor, labels: Tensor, group: "dist.ProcessGroup | None") -> None:
-    """ValueError on every rank if the ranks differ: those that didn't raise would wait for the others."""
+    """Raise ValueError on every rank if the ranks differ; a rank that did not raise would wait for the others."""
     device = "cpu" if "cpu:" in str(dist.get_backend_config(group)) else features.device
     learns = features.requires_grad and torch.is_grad_enabled()
     dtypes = (DTYPES.index(features.dtype), DTYPES.index(labels.dtype))

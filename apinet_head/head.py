@@ -1,8 +1,8 @@
-"""The API-Net head: a classifier that learns from pairs of images and at test time is one linear layer."""
+"""The API-Net head: a classifier that is trained on pairs of images and deployed as one linear layer."""
 
 import sys
 import warnings
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +19,34 @@ from apinet_head._checks import (
     describe,
 )
 from apinet_head._modules import classify_groups, is_plain_linear
-from apinet_head.distributed import gather_checked, mean_over_ranks, world_size
+from apinet_head.distributed import gather_checked, group_name, mean_over_ranks, world_size
 from apinet_head.feature_memory import FeatureMemory
 from apinet_head.loss import APILoss, LossTerms
 from apinet_head.mutual import MutualMLP, is_plain_mlp, make_mutual
 from apinet_head.pairs import Keys, Pairs, check_pairs, checked_keys, find_pairs, searches_of
 
-FEW = 0.75  # A head warns if fewer of the pairs of its first batch than this share are valid.
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+FEW = 0.75  # a head warns if a smaller share of the pairs of its first batch is valid
 
 
 class APIOutput(NamedTuple):
-    """Logits of the images of P pairs: rows [0,P) belong to the anchors, rows [P,2P) to the partners.
+    """Logits of the images of P pairs: rows [0,P) are the anchors, rows [P,2P) the partners.
 
     Attributes:
-        logits_self: [2P,C], of features under their own gate; without a classifier those features [2P,D].
-        logits_other: [2P,C], of features under the gate of the other image of the pair; likewise.
+        logits_self: [2P,C], of features under their own gate; the gated features [2P,D] if there is no classifier.
+        logits_other: [2P,C] or [2P,D], the same under the gate of the other image of the pair.
         labels: [2P], class indices.
-        valid: [2P] bool, False for rows that are masked out of the loss: the pair doesn't exist, or one of its images
-            has no class. A row that isn't finite stays valid if its image has a class, so that the loss turns
-            non-finite as the gradients do.
-        pairs: the P pairs. Partners found in the head's memory have rows behind those of the batch (of all ranks).
-        num_rows: scalar by which the loss divides its sums over rows; None for the number of valid rows. With
-            gather=True the mean number of valid rows of all ranks, so that the mean of the ranks' losses is the loss
-            of the whole batch.
-        unclassified: True if the logits fields hold gated features, as there is no classifier, else None.
+        valid: [2P] bool, False for rows that are masked out of the loss, because the pair does not exist or one of its
+            images has no class. A non-finite row of an image with a class stays valid, so that the loss is non-finite
+            whenever the gradients are.
+        pairs: the P pairs. Partners from the head's memory are numbered after the rows of the batch (of all ranks).
+        num_rows: scalar by which the loss divides sums over rows; None for the number of valid rows. With gather, the
+            mean of that number over the ranks, so that the mean of the ranks' losses is the loss of the whole batch.
+        group: name of the process group that num_rows is a mean over; None for the default one.
+        unclassified: True if there is no classifier, else None.
     """
 
     logits_self: Tensor
@@ -51,46 +55,46 @@ class APIOutput(NamedTuple):
     valid: Tensor
     pairs: Pairs
     num_rows: Tensor | None = None
+    group: str | None = None
     unclassified: bool | None = None
 
 
 class APIHead(nn.Module):
     """Attentive pairwise interaction on the pooled features of any backbone (paper, section 3).
 
-    With labels, every image of the batch is paired with its nearest of the same class and of another class. A mutual
-    vector m is computed of the pair, gates g = sigmoid(m * x) of each image, and all of x + x * g are classified:
-    under an image's own gate and under the other one's. `api_loss` turns the result into a loss. Without labels, in
-    deployment, only the classifier runs.
+    With labels, each image of the batch is paired with its nearest of the same class and its nearest of another class.
+    From each pair a mutual vector m is computed, from it a gate g = sigmoid(m * x) for each of the two images, and
+    x + x * g is classified under the image's own gate and under the other one's. `api_loss` turns the result into a
+    loss. Without labels, in deployment, only the classifier runs.
 
-    On the first batch that it trains on, a head warns if more than a quarter of the pairs are not valid. On a GPU this
-    synchronises once; compiled heads, and those with a memory, skip it.
+    On the first training batch, a head warns if more than a quarter of the pairs are not valid. This synchronises once
+    with a GPU; compiled heads and heads with a memory skip it.
 
     Args:
         dim: channels D of the features.
-        num_classes: C; 0 for no classifier of its own (pass `classifier=` in the call, or take the features).
+        num_classes: C; 0 for no classifier (pass `classifier=` in the call, or use the gated features).
         hidden_dim: width of the mutual vector's MLP.
-        dropout: probability, inside that MLP and before the classifier, in train mode only.
-        mutual: the mutual vector m: "mlp", as in the paper, or of its ablation "individual" (none: g = sigmoid(x)),
-            "bilinear" (compact bilinear pooling of the two), "square_diff", "sum", "product" or "weighted" (their sum
-            weighted by an MLP); or a module of your own that maps two [P,D] to [P,D].
-        gate: "pair", a gate sigmoid(m * x) for each of the two images; or "single", sigmoid(m) for both, so that
-            logits_other is logits_self: train that with rank_weight=0.
+        dropout: probability, inside that MLP and before the classifier.
+        mutual: the mutual vector: "mlp" as in the paper, or from its ablation "individual" (none: g = sigmoid(x)),
+            "bilinear" (compact bilinear pooling), "square_diff", "sum", "product" or "weighted" (a sum weighted by an
+            MLP); or a module that maps two [P,D] to [P,D].
+        gate: "pair" for one gate per image; "single" for sigmoid(m) as the gate of both, where logits_other is
+            logits_self: train with rank_weight=0.
         intra: partner of the same class: "similar", "dissimilar", "random" or None, see `mine_pairs`.
         inter: partner of another class, likewise.
-        gather: search the partners of a rank's images among the features of all ranks of torch.distributed. After
-            DDP's averaging, loss and gradients are those of one process with the whole batch. Every rank must then
-            call the head with labels, and with as many images as the others.
-        memory: N > 0 keeps the features of the last N images that the head was trained on in `head.memory`, a
-            `FeatureMemory`, and searches partners there too, in train mode with gradients enabled. Partners from the
-            memory get no gradient. Each step copies batch and memory into one temporary table. All ranks remember the
-            images of all, so each must call the head with as many. To begin after a warm-up, set
+        gather: search partners among the features of all ranks; or of a ProcessGroup or one-dimensional DeviceMesh.
+            After DDP's averaging, loss and gradients equal those of one process with the whole batch. All ranks must
+            call the head with labels and with equally many images.
+        memory: N > 0 also searches partners among the last N images that the head was trained on, kept in
+            `head.memory`, a `FeatureMemory`; in train mode with gradients enabled only. They get no gradient. All ranks
+            store the images of all, so all must call the head with equally many. To start after a warm-up, set
             `head.memory = FeatureMemory(N, dim)` then.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        ValueError: an argument is out of its range; the message shows it.
-        TypeError: an argument that should be a number is none.
+        ValueError: an argument is out of its range.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> from apinet_head import APIHead, api_loss
@@ -115,7 +119,7 @@ class APIHead(nn.Module):
         gate: str = "pair",
         intra: str | None = "similar",
         inter: str | None = "similar",
-        gather: bool = False,
+        gather: "bool | ProcessGroup | DeviceMesh" = False,
         memory: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -130,11 +134,12 @@ class APIHead(nn.Module):
             raise ValueError(f"gate must be 'pair' or 'single', got {gate!r}")
         if gate == "single" and mutual == "individual":
             raise ValueError("gate='single' is a function of the mutual vector, and mutual='individual' has none")
-        searches_of(intra, inter)  # raises if one is unknown
+        searches_of(intra, inter)  # raises for an unknown value
         self.gate: str = gate
         self.intra: str | None = intra
         self.inter: str | None = inter
-        self.gather: bool = gather
+        self.gather: bool = gather is not False
+        self._group: str | None = None if isinstance(gather, bool) else group_name(gather)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if not isinstance(mutual, nn.Module):
             mutual = make_mutual(mutual, self.dim, hidden_dim, dropout, **factory)
@@ -142,7 +147,7 @@ class APIHead(nn.Module):
         self.drop: nn.Dropout = nn.Dropout(dropout)
         self.classifier: nn.Module = nn.Linear(self.dim, self.num_classes, **factory) if num_classes else nn.Identity()
         self.memory: FeatureMemory | None = FeatureMemory(memory, self.dim, **factory) if memory else None
-        self._has_looked = False
+        self._has_checked_pairs = False
 
     def forward(
         self,
@@ -156,29 +161,29 @@ class APIHead(nn.Module):
         key_labels: Tensor | None = None,
         key_offset: int | None = None,
     ) -> Tensor | APIOutput | LossTerms:
-        """Class logits without labels, all that the loss needs with them; in train and eval mode alike.
+        """Class logits without labels, an APIOutput with them, in train and eval mode alike.
 
         Args:
             features: [B,D], floating point.
-            labels: [B], class indices of an integer dtype. A negative one means "no class": such an image is never a
-                partner, and its rows are masked out of the loss.
-            pairs: used instead of mining; their partners are rows of `keys`, or of `features` (of all ranks', with
-                gather=True). A memory is then neither searched nor filled.
-            classifier: your own, mapping [N,D] to [N,C], in place of the head's. It is called once, for all rows.
-            criterion: an `APILoss`, which then computes the loss from the gated features: with `APILoss(rows=64)`
-                logits exist for 64 rows at a time.
-            keys: [M,D], where partners are searched instead of in `features`, see `mine_pairs`. Those found are
+            labels: [B], class indices, integer dtype. A negative label means "no class": the image is never a partner,
+                and its rows are masked out of the loss.
+            pairs: used instead of mining; partners are rows of `keys`, or of `features` (of all ranks, with gather).
+                The memory is then neither searched nor filled.
+            classifier: maps [N,D] to [N,C], used instead of the head's; called once for all rows.
+            criterion: an `APILoss` that computes the loss from the gated features: with `APILoss(rows=64)`, logits
+                exist for 64 rows at a time.
+            keys: [M,D], where partners are searched instead of in `features`, see `mine_pairs`. The partners found are
                 converted to the features' dtype.
-            key_labels: [M], their classes.
-            key_offset: the row of `keys` that holds query 0, if they hold the queries.
+            key_labels: [M], classes of the keys.
+            key_offset: the row of `keys` that is query 0, if the keys contain the queries.
 
         Returns:
-            Logits [B,C] (the features themselves, if there is no classifier); an APIOutput; or with `criterion` its
-            LossTerms.
+            Logits [B,C] (the features themselves if there is no classifier); an APIOutput; or LossTerms with
+            `criterion`.
 
         Raises:
-            ValueError: shapes, dtypes or devices don't fit; the message shows what came.
-            TypeError: features, labels or keys are no tensor, pairs no Pairs, or criterion no APILoss.
+            ValueError: shapes, dtypes or devices do not match; the message shows what was passed.
+            TypeError: an argument has the wrong type.
         """
         classify = self.classifier if classifier is None else classifier
         has_classes = not isinstance(classify, nn.Identity)
@@ -190,11 +195,13 @@ class APIHead(nn.Module):
         check_labels(labels, features)
         given = checked_keys(features, labels, keys, key_labels, key_offset)
         if keys is not None and self.memory is not None:
+            raise ValueError(f"a head with a memory searches partners there, got keys {describe(keys)}: use memory=0")
+        if criterion is not None and not isinstance(criterion, APILoss):
+            raise TypeError(f"criterion must be an APILoss, got {type(criterion).__name__}")
+        if criterion is not None and not has_classes:
             raise ValueError(
-                f"a head with a memory searches partners there, got keys {describe(keys)} as well: use memory=0"
+                "criterion= needs logits, and this head has no classifier: pass num_classes= or classifier="
             )
-        if criterion is not None:
-            _check_criterion(criterion, has_classes)
         labels = labels.long()  # torch before 2.6 selects from few other dtypes
         trains = self.training and torch.is_grad_enabled()
         memory = self.memory if trains and pairs is None else None
@@ -207,33 +214,32 @@ class APIHead(nn.Module):
             check_pairs(pairs, features, features if table is None else table.features)
         else:
             pairs = find_pairs(features, labels, searches_of(self.intra, self.inter), table)
-            if trains and given is None and memory is None and not (self._has_looked or torch.compiler.is_compiling()):
-                self._has_looked = _warn_if_few(features, labels, pairs)
+            if trains and given is None and memory is None and not self._has_checked_pairs:
+                self._has_checked_pairs = _warn_if_few(features, labels, pairs)
         images = _images(features, pairs, None if table is None else table.take(pairs.partner))
         partner_labels = (labels if table is None else table.labels).index_select(0, pairs.partner)
         row_labels = torch.cat([labels.index_select(0, pairs.anchor), partner_labels])
         if memory is not None:
             self._remember(memory, features, labels, table)
 
-        # The mutual vector of each pair, and the images under the gates that it gives.
+        # The mutual vector of each pair, and the images under its gates.
         gated = self._gated(images, self._mutual_vector(images))
         valid = _valid(pairs, row_labels, gated[0])
-        num_rows = mean_over_ranks(valid.sum()) if self.gather and world_size() > 1 else None
+        num_rows = mean_over_ranks(valid.sum(), self._group) if self._across_ranks() else None
 
-        # Classes: of all rows in one call, which is quicker than two and takes less memory.
+        # Classes: all rows in one call, which is faster than two and takes less memory.
         rows = self.drop(gated) if has_classes else gated
         if criterion is not None:
-            return criterion.of_features(rows, row_labels, valid, num_rows, classify)
-        by_gate = classify_groups(rows, classify).unbind()  # own and other; one with gate="single", which is both
+            return criterion.of_features(rows, row_labels, valid, num_rows, classify, self._group)
+        by_gate = classify_groups(rows, classify).unbind()  # own and other; one that is both with gate="single"
         unclassified = None if has_classes else True
-        return APIOutput(by_gate[0], by_gate[-1], row_labels, valid, pairs, num_rows, unclassified)
+        return APIOutput(by_gate[0], by_gate[-1], row_labels, valid, pairs, num_rows, self._group, unclassified)
 
     def gates(self, features: Tensor, pairs: Pairs, *, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gates of pairs of rows of features [B,D], or of features and keys [M,D] (paper, equation 2).
 
         Returns:
-            sigmoid(m * x) of the anchors and of the partners, each [P,D], in (0, 1); sigmoid(m) twice, with
-            gate="single".
+            sigmoid(m * x) of the anchors and of the partners, each [P,D]; sigmoid(m) twice with gate="single".
         """
         self._check_features(features)
         if keys is not None:
@@ -244,18 +250,20 @@ class APIHead(nn.Module):
         anchor, partner = self._gates(images.take(), self._mutual_vector(images))
         return anchor, partner
 
+    def _across_ranks(self) -> bool:
+        return self.gather and world_size(self._group) > 1
+
     def _keys(self, features: Tensor, labels: Tensor, memory: FeatureMemory | None) -> Keys | None:
-        """The batches of all ranks, and the memory, if partners are to be searched there."""
-        across_ranks = self.gather and world_size() > 1
-        if not across_ranks and memory is None:
+        """The batches of all ranks and the memory, if partners are searched there."""
+        if not self._across_ranks() and memory is None:
             return None
-        batch = Keys(*(gather_checked(features, labels) if across_ranks else (features, labels, 0)))
+        batch = Keys(*(gather_checked(features, labels, self._group) if self.gather else (features, labels, 0)))
         if memory is None:
             return batch
         return batch._replace(labels=torch.cat([batch.labels, memory.labels]), past=memory.features)
 
     def _remember(self, memory: FeatureMemory, features: Tensor, labels: Tensor, table: Keys | None) -> None:
-        """Push the images of all ranks, so that all memories are equal: DDP copies one rank's buffers to the others."""
+        """Push the images of all ranks, so that all memories are equal: DDP broadcasts the buffers of one rank."""
         if self.gather and table is not None:
             features, labels = table.features, table.labels[: table.features.shape[0]]
         else:
@@ -273,23 +281,23 @@ class APIHead(nn.Module):
         return mutual
 
     def _gates(self, images: Tensor, mutual: Tensor) -> Tensor:
-        """Gates of images [2,P,D], the anchors and the partners."""
+        """Gates of images [2,P,D]."""
         return torch.sigmoid(mutual.expand_as(images) if self.gate == "single" else mutual * images)
 
     def _gated(self, images: "_Images", mutual: Tensor) -> Tensor:
-        """Gated features [G,2P,D]: of all images under their own gates and, with gate="pair", under each other's."""
+        """Gated features [G,2P,D] of all images: under their own gates and, with gate="pair", under each other's."""
 
         def gated(table: Tensor, rows: Tensor, mutual: Tensor) -> Tensor:
             images = _Images(table, rows).take()
             gates = self._gates(images, mutual)
-            # Flipped, the anchors meet the partners' gates and the partners the anchors'.
+            # flip(0) swaps the gates of anchors and partners.
             of_each = [gates, gates.flip(0)] if self.gate == "pair" else [gates]
-            # x + x * g; not by broadcasting, which the backward pass would have to sum over.
+            # x + x * g, without broadcasting, whose backward pass would need a sum.
             return torch.stack([torch.addcmul(images, images, gate).flatten(0, 1) for gate in of_each])
 
-        if torch._C._are_functorch_transforms_active():  # torch.func.grad does not support checkpoint's hooks
+        if torch._C._are_functorch_transforms_active():  # torch.func does not support the hooks of checkpoint
             return gated(images.table, images.rows, mutual)
-        # Recomputed in the backward pass: gates and images take more memory to keep than time to compute.
+        # Recomputed in the backward pass: cheap to compute, and several times the memory of the features to store.
         recomputed: Tensor = checkpoint(
             gated, images.table, images.rows, mutual, use_reentrant=False, preserve_rng_state=False
         )  # fmt: skip
@@ -305,7 +313,7 @@ class APIHead(nn.Module):
         check_device(features, "features", weight, "the head's weights")
         if features.dtype == weight.dtype:
             return
-        # Autocast leaves float64 alone, and knows but one dtype of half precision at a time.
+        # Autocast leaves float64 alone, and casts to a single dtype.
         device = features.device.type
         casts = weight.dtype != torch.float64 and torch.is_autocast_enabled(device)
         if not casts or features.dtype not in (torch.float32, torch.get_autocast_dtype(device)):
@@ -321,62 +329,54 @@ class APIHead(nn.Module):
 
 
 class _Images(NamedTuple):
-    """The images of P pairs, as rows of a table: those take less memory to keep than the images."""
+    """The images of P pairs as rows of a table, which take less memory to store than the images."""
 
     table: Tensor  # [N,D]
-    rows: Tensor  # [2,P], of the anchors and of the partners
-    shared: bool = False  # whether most rows of the table are in several pairs
+    rows: Tensor  # [2,P], anchors and partners
+    shared: bool = False  # whether rows of the table are typically in several pairs
 
     def take(self) -> Tensor:
-        """[2,P,D]; index_select has a quicker backward pass than indexing."""
+        """[2,P,D]; index_select has a faster backward pass than indexing."""
         return self.table.index_select(0, self.rows.flatten()).view(*self.rows.shape, self.table.shape[1])
 
 
 def _images(features: Tensor, pairs: Pairs, partner: Tensor | None) -> _Images:
-    """The images of pairs of rows of features [B,D], or of such rows and partners [P,D] from elsewhere."""
+    """The images of pairs of rows of features [B,D], or of such rows and given partners [P,D]."""
     if partner is None:
         return _Images(features, torch.stack([pairs.anchor, pairs.partner]), shared=True)
-    # A pair that doesn't exist points at any row of keys. If that one isn't finite, neither are gradients of 0 * x.
+    # The partner of a pair that is not valid may be any row of keys; a non-finite one would make gradients 0 * x NaN.
     partner = partner.to(features.dtype).where(pairs.valid[:, None], features.index_select(0, pairs.anchor))
     rows = torch.arange(partner.shape[0], device=features.device) + features.shape[0]
     return _Images(torch.cat([features, partner]), torch.stack([pairs.anchor, rows]))
 
 
 def _valid(pairs: Pairs, labels: Tensor, own: Tensor) -> Tensor:
-    """Which rows [2P] are valid, of pairs with these labels [2P] and features [2P,D] under their own gates."""
+    """Which rows [2P] are valid, given their labels [2P] and features [2P,D] under their own gates."""
     has_class = labels >= 0
     exists = pairs.valid & has_class.view(2, -1).all(0)
-    # The images of a pair that doesn't exist stay if they aren't finite: they may be the loss's only sign of that.
+    # Non-finite images of pairs that do not exist stay: they may be the only ones that make the loss non-finite.
     return exists.repeat(2) | (has_class & ~own.detach().isfinite().all(1))
 
 
 def _warn_if_few(features: Tensor, labels: Tensor, pairs: Pairs) -> bool:
-    """Warn if few of the pairs of a head's first batch are valid; False if the values can't be read."""
-    if type(labels) is not Tensor or labels.is_meta or _get_current_dispatch_mode():
+    """Warn if few of the pairs of a head's first batch are valid; False if the values cannot be read."""
+    if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.is_meta or _get_current_dispatch_mode():
         return False
     if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    # One copy to the host, so one synchronisation. Images without a class are meant to have no pair, and of features
-    # that are not finite, which nobody is paired with, the loss tells.
+    # One copy to the host, so one synchronisation. No warning for images without a class, which are meant to have no
+    # pairs, nor for non-finite features, which the loss shows.
     finite = features.detach().isfinite().all().expand_as(pairs.valid)
     found = torch.stack([labels.index_select(0, pairs.anchor), pairs.valid, finite]).cpu()
     label, valid, finite = found[:, found[0] >= 0]
     if valid.sum() < FEW * len(valid) and finite.all():
-        frame, level = sys._getframe(), 1  # up to the caller's own code
+        frame, level = sys._getframe(), 1  # the warning points to the caller's own code
         while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("apinet_head", "torch"):
             frame, level = frame.f_back, level + 1
         warnings.warn(
             f"{int((valid == 0).sum())} of the {len(valid)} pairs of the first batch are not valid and masked out: "
-            f"it has {len(labels)} images, of {len(label.unique())} different classes, and not each finds a partner of "
-            "its own class and one of another. Draw several images of each class: DataLoader(dataset, batch_sampler="
-            "BalancedBatchSampler(labels)), where sampler= or shuffle=True would mix them.",
+            f"it has {len(labels)} images, of {len(label.unique())} different classes. Draw several images of each "
+            "class: DataLoader(dataset, batch_sampler=BalancedBatchSampler(labels)), not sampler= or shuffle=True.",
             stacklevel=level,
         )
     return True
-
-
-def _check_criterion(criterion: object, has_classes: bool) -> None:
-    if not isinstance(criterion, APILoss):
-        raise TypeError(f"criterion must be an APILoss, got {type(criterion).__name__}")
-    if not has_classes:
-        raise ValueError("criterion= needs classes, and this head has no classifier: pass num_classes= or classifier=")

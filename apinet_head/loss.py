@@ -1,10 +1,9 @@
-"""The loss: cross-entropy of all gated features, and ranking of own gate above the other's (paper, section 3.2)."""
+"""The loss: cross-entropy of all gated features, and a ranking of own gate above other gate (paper, section 3.2)."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +20,7 @@ from apinet_head._checks import (
 )
 from apinet_head._linear_loss import Settings, Targets, at, linear_loss
 from apinet_head._modules import classify_groups, is_plain_linear
-from apinet_head.distributed import world_size
+from apinet_head.distributed import mean_over_ranks, world_size
 
 if TYPE_CHECKING:
     from apinet_head.head import APIOutput
@@ -43,14 +42,7 @@ def api_loss(
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
 ) -> Tensor:
-    """The scalar to minimise: `api_loss_terms(...).total`.
-
-    Examples:
-        >>> from apinet_head import APIHead
-        >>> output = APIHead(dim=16, num_classes=5)(torch.randn(4, 16), torch.tensor([0, 0, 1, 1]))
-        >>> api_loss(output).shape
-        torch.Size([])
-    """
+    """The scalar to minimise, `api_loss_terms(...).total`."""
     return api_loss_terms(
         output, margin=margin, rank_weight=rank_weight, label_smoothing=label_smoothing, class_weight=class_weight
     ).total
@@ -71,23 +63,22 @@ def api_loss_terms(
         cross_entropy = mean of -log p over all 4P rows
         ranking = mean of max(0, p_other - p_self + margin) over the 2P rows
 
-    Rows that are not valid, or whose label is negative, are masked out; if no row is left, all is 0, with zero
-    gradients. Computed in float32 at least, under autocast too. For a head with gather=True, the mean over the ranks
-    is the loss of the whole batch; with class weights all ranks of the default process group must then call the loss,
-    as the sum of the weights is reduced over them.
+    Rows that are not valid or whose label is negative are masked out; with no row left, the loss is 0 with zero
+    gradients. Computed in float32 at least, under autocast too. With gather, the mean of the ranks' losses is the loss
+    of the whole batch; with class weights, all ranks of the group must then call the loss, which reduces the sum of the
+    weights over them.
 
     Args:
         output: of an APIHead with a classifier, logits [2P,C]; labels of valid rows in [0,C).
-        margin: by how much the probability under the own gate should exceed the one under the other's gate.
+        margin: by how much the probability under the own gate should exceed that under the other's.
         rank_weight: weight of the ranking term (lambda in the paper).
-        label_smoothing: share of the target spread over all classes, in the cross-entropy only.
-        class_weight: [C], weights of the classes in the cross-entropy only, which is a weighted mean as in
-            F.cross_entropy. They get no gradient.
+        label_smoothing: as in F.cross_entropy; not in the ranking term.
+        class_weight: [C], as `weight` in F.cross_entropy; not in the ranking term. It gets no gradient.
 
     Raises:
-        ValueError: output holds features, as the head has no classifier; its shapes or dtypes don't match; a label is
-            not below C (checked on a CPU only); or a setting is out of range.
-        TypeError: output is no APIOutput, a number is none, or class_weight no tensor.
+        ValueError: the head has no classifier; shapes or dtypes do not match; a label is not below C (checked on a CPU
+            only); or a setting is out of range.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> from apinet_head import APIHead
@@ -98,30 +89,29 @@ def api_loss_terms(
     """
     _check(output)
     settings = _settings(margin, rank_weight, label_smoothing, class_weight)
-    return _of_logits(*output[:4], output.num_rows, class_weight, settings)
+    return _of_logits(*output[:4], output.num_rows, output.group, class_weight, settings)
 
 
 class APILoss(nn.Module):
-    """`api_loss` as a module, which a head can also take as `criterion=`: then logits need not exist all at once.
+    """`api_loss` as a module, which can also be passed to a head as `criterion=`.
 
-    With many classes, the logits of all rows [4P,C] take most of a step's memory. With `APILoss(rows=64)` only 64 rows
-    of them exist at a time. For a plain nn.Linear as classifier, their gradients are computed in the forward pass and
-    the weight's is summed up in one buffer. Then only `total` has a gradient, for a single backward pass;
-    `cross_entropy` and `ranking` have requires_grad=False. Any other classifier runs part by part under
-    torch.utils.checkpoint and is recomputed in the backward pass; it must treat each row by itself. Under the
-    transforms of torch.func, `rows` is ignored.
+    With many classes, the logits of all rows [4P,C] take most of a step's memory. With `criterion=APILoss(rows=64)`, 64
+    rows of them exist at a time. If the classifier is a plain nn.Linear, gradients are computed in the forward pass and
+    the weight's is accumulated in one buffer; then only `total` has a gradient, for a single backward pass. Any other
+    classifier must treat each row independently: its parts are recomputed in the backward pass. Under the transforms of
+    torch.func, `rows` is ignored.
 
     Args:
         margin: as the next three, see `api_loss_terms`.
         rank_weight: weight of the ranking term.
         label_smoothing: in the cross-entropy.
-        class_weight: [C]; a buffer, which moves with the module and is in its state dict.
-        rows: of logits that exist at a time, where a head is given this as criterion=; a row under its own gate and
-            the same under the other's gate go together, so 2 exist at least. None for all.
+        class_weight: [C], registered as a buffer.
+        rows: number of rows of logits that exist at a time, at least 2, as a row under its own gate and under the
+            other's go together; None for all.
 
     Raises:
-        ValueError: a number is out of range, or class_weight no [C].
-        TypeError: it is no number, or class_weight no tensor.
+        ValueError: a number is out of range, or class_weight is not [C].
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> from apinet_head import APIHead
@@ -153,31 +143,31 @@ class APILoss(nn.Module):
     def terms(self, output: "APIOutput") -> LossTerms:
         """The loss and its two terms, see `api_loss_terms`."""
         _check(output)
-        return _of_logits(*output[:4], output.num_rows, self.class_weight, self.settings)
+        return _of_logits(*output[:4], output.num_rows, output.group, self.class_weight, self.settings)
 
     def of_features(
         self, gated: Tensor, labels: Tensor, valid: Tensor, num_rows: Tensor | None,
-        classify: Callable[[Tensor], Tensor],
+        classify: Callable[[Tensor], Tensor], group: str | None = None,
     ) -> LossTerms:  # fmt: skip
-        """The loss of gated features [G,2P,D], as the head calls it, of a classifier from [N,D] to logits [N,C].
+        """The loss of gated features [G,2P,D] and a classifier from [N,D] to logits [N,C].
 
-        G is 2, under an image's own gate and under the other one's, or 1 if these are the same.
+        G is 2, own gate and other gate, or 1 if these are the same.
         """
         if self.rows is None or torch._C._are_functorch_transforms_active():
             logits = classify_groups(gated, classify).unbind()
-            return _of_logits(logits[0], logits[-1], labels, valid, num_rows, self.class_weight, self.settings)
+            return _of_logits(logits[0], logits[-1], labels, valid, num_rows, group, self.class_weight, self.settings)
         rows = max(1, self.rows // gated.shape[0])
         if isinstance(classify, nn.Linear) and is_plain_linear(classify):
             _check_class_weight(self.class_weight, classify.out_features)
-            targets = _targets(labels, valid, num_rows, self.class_weight, gated)
+            targets = _targets(labels, valid, num_rows, group, self.class_weight, gated)
             return LossTerms(*linear_loss(gated, classify, targets, self.settings, rows))
-        targets = _targets(labels, valid, num_rows, self.class_weight, gated)
+        targets = _targets(labels, valid, num_rows, group, self.class_weight, gated)
 
         def sums_of(gated: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
             logits = classify_groups(gated, classify).unbind()
             _check_class_weight(self.class_weight, logits[0].shape[1])
-            of_part = targets._replace(labels=labels, valid=valid)
-            return torch.stack(_sums(logits[0], logits[-1], of_part, self.settings))
+            part = targets._replace(labels=labels, valid=valid)
+            return torch.stack(_sums(logits[0], logits[-1], part, self.settings))
 
         before, sums = _versions(classify), gated.new_zeros(2, dtype=_at_least_float32(gated.dtype))
         parts = [torch.split(gated, rows, 1), *(torch.split(of_rows, rows) for of_rows in targets[:2])]
@@ -195,12 +185,10 @@ class APILoss(nn.Module):
         return Settings(self.margin, self.rank_weight, self.label_smoothing)
 
     def extra_repr(self) -> str:
-        names = (*Settings._fields, "rows")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in (*Settings._fields, "rows"))
 
 
 def _settings(margin: float, rank_weight: float, label_smoothing: float, class_weight: Tensor | None) -> Settings:
-    """The settings of a loss, checked."""
     if class_weight is not None and not isinstance(class_weight, Tensor):
         raise TypeError(f"class_weight must be a tensor [C] or None, got {shown(class_weight)}: use torch.tensor()")
     if class_weight is not None and (class_weight.ndim != 1 or class_weight.dtype not in FLOATS):
@@ -218,20 +206,21 @@ def _check_class_weight(class_weight: Tensor | None, classes: int) -> None:
 
 
 def _of_logits(
-    own: Tensor, other: Tensor, labels: Tensor, valid: Tensor, num_rows: Tensor | None,
+    own: Tensor, other: Tensor, labels: Tensor, valid: Tensor, num_rows: Tensor | None, group: str | None,
     class_weight: Tensor | None, settings: Settings,
 ) -> LossTerms:  # fmt: skip
     _check_class_weight(class_weight, own.shape[1])
-    targets = _targets(labels, valid, num_rows, class_weight, own)
+    targets = _targets(labels, valid, num_rows, group, class_weight, own)
     return _mean(*_sums(own, other, targets, settings), targets, settings)
 
 
 def _targets(
-    labels: Tensor, valid: Tensor, num_rows: Tensor | None, class_weight: Tensor | None, rows: Tensor
-) -> Targets:
-    """What rows of logits, or of what these are computed of, are compared with."""
+    labels: Tensor, valid: Tensor, num_rows: Tensor | None, group: str | None,
+    class_weight: Tensor | None, rows: Tensor,
+) -> Targets:  # fmt: skip
+    """The targets of rows of logits, or of the features that logits are computed from."""
     dtype = _at_least_float32(rows.dtype)
-    labels = labels.long()  # few other dtypes can be compared
+    labels = labels.long()  # few other dtypes support comparison
     valid = valid & (labels >= 0)
     labels = labels.where(valid, 0)
     divisor = _divisor(valid.sum() if num_rows is None else num_rows, dtype)
@@ -241,30 +230,29 @@ def _targets(
     class_weight = class_weight.detach().to(dtype)
     weights = at(labels[:, None], class_weight.expand(len(labels), -1))
     weight_sum = weights.where(valid[:, None], 0).sum()
-    if num_rows is not None and world_size() > 1:
-        dist.all_reduce(weight_sum)
-        weight_sum = weight_sum / world_size()
+    if num_rows is not None and world_size(group) > 1:
+        weight_sum = mean_over_ranks(weight_sum, group)
     return Targets(labels, valid, class_weight, divisor, _divisor(weight_sum, dtype))
 
 
 def _divisor(count: Tensor, dtype: torch.dtype) -> Tensor:
-    """The divisor of a sum over `count` rows: infinity if there are none, so that loss and gradient are 0."""
+    """The divisor of a sum over `count` rows: infinity for no rows, so that loss and gradient are 0."""
     return count.to(dtype).masked_fill(count == 0, torch.inf)
 
 
 def _versions(classify: Callable[[Tensor], Tensor]) -> list[tuple[int, int]]:
-    """Changes with every buffer of a classifier that is changed or replaced."""
+    """A value that differs once a buffer of the classifier is modified or replaced."""
     if torch.compiler.is_compiling() or not isinstance(classify, nn.Module):
         return []
     return [(id(buffer), buffer._version) for buffer in classify.buffers() if not buffer.is_inference()]
 
 
 def _sums(own: Tensor, other: Tensor, targets: Targets, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Sums over the valid rows: of the cross-entropy of both logits [N,C], and of the ranking."""
+    """Sums over the valid rows: of the cross-entropy of both logits [N,C] and of the ranking term."""
     (margin, _, smoothing), (labels, valid, weight, *_) = settings, targets
 
     def log_probabilities(logits: Tensor) -> Tensor:
-        # Masked before, not only after: whatever an invalid row holds, infinity included, its gradient is zero.
+        # Masked before the softmax too: the gradient of an invalid row is zero even if it holds infinity.
         return logits.masked_fill(~valid[:, None], 0).to(_at_least_float32(logits.dtype)).log_softmax(1)
 
     def cross_entropy(log_p: Tensor, at_label: Tensor) -> Tensor:
@@ -293,12 +281,12 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def _check(output: "APIOutput") -> None:
     if not (isinstance(output, tuple) and hasattr(output, "num_rows")):
-        raise TypeError(f"the loss is of an APIOutput, got {type(output).__name__}: call the head with labels")
-    own, other, labels, valid, _, num_rows, unclassified = output
-    if unclassified:
+        raise TypeError(f"the loss needs an APIOutput, got {type(output).__name__}: call the head with labels")
+    own, other, labels, valid, _, num_rows, *_ = output
+    if output.unclassified:
         raise ValueError(
-            f"the loss needs logits, and the head has no classifier: its output holds the features {describe(own)}; "
-            "make the head with num_classes=, or call it with classifier="
+            f"the loss needs logits, and a head with no classifier returned the features {describe(own)}: create it "
+            "with num_classes=, or call it with classifier="
         )
     check_features(own, "logits_self")
     check_features(other, "logits_other")

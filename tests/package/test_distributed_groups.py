@@ -1,8 +1,8 @@
-"""`gather_features` over a part of the ranks: what one process finds in the batch that they share."""
+"""`gather_features` and `APIHead(gather=group)` over some of the ranks equal one process with the batch they share."""
 
 import pytest
 import torch
-from group_cases import CASES
+from group_cases import CASES, CLASS_WEIGHT
 from rank_cases import SIZE, gradients, make_batch, make_head
 from ranks import on_ranks
 
@@ -24,7 +24,7 @@ def test_head_over_a_group_is_the_head_on_the_batch_of_that_group(ranks, case):
     size = len(ranks) // copies
     features, labels = make_batch(size)
     head = make_head()
-    loss = api_loss(head(features.requires_grad_(), labels))
+    loss = api_loss(head(features.requires_grad_(), labels), class_weight=CLASS_WEIGHT)
     loss.backward()
     expected = gradients(head)
     for copy in range(copies):
@@ -44,6 +44,6 @@ def test_head_over_a_group_is_the_head_on_the_batch_of_that_group(ranks, case):
 def test_groups_that_do_not_fit_are_an_error(ranks):
     for number, rank in enumerate(ranks):
         messages = rank["errors"]
-        assert "TypeError: group must be a ProcessGroup, a DeviceMesh or None, got str" in messages["type"]
+        assert "TypeError: group must be a ProcessGroup or a DeviceMesh, got str" in messages["type"]
         assert ("other" in messages) == (number > 0)
         assert number == 0 or "ValueError: this process is not in the group" in messages["other"]
