@@ -26,10 +26,10 @@ $(READY): setup.cfg pyproject.toml
 	touch $@
 
 demo: $(READY)  ## train baseline and API-Net on the embedded birds, and compare them (minutes, on a CPU)
-	$(BIN)/python examples/cub/demo.py
+	$(BIN)/python examples/demo.py
 
 ablate: $(READY)  ## the paper's ablation on the embedded birds: a table and a plot (most of an hour, on 2 cores)
-	$(BIN)/python examples/cub/ablate.py --epochs 60
+	$(BIN)/python examples/ablate.py --epochs 60
 
 test: $(READY)  ## all tests but the slow ones and those for a GPU
 	$(BIN)/$(PYTEST)
@@ -90,7 +90,7 @@ smoke: wheel  ## both installed in empty environments, and the README's first li
 	done
 
 figures: $(READY)  ## draw the pictures of the documents anew
-	$(BIN)/python docs/figures/method.py
+	PYTHONPATH=examples $(BIN)/python docs/figures/method.py
 	$(BIN)/python docs/figures/ranks.py
 
 clean:  ## remove what make and the tools made; runs/ stays

@@ -3,7 +3,6 @@
 The birds are two species of one family of the embedded set.
 """
 
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,9 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "cub"))
 from birds import catalogue
-from draw_bird import draw_bird
+from birds.draw import draw_bird
 
 BLUE, ORANGE, GREY = "#2a6f97", "#c8553d", "#6c757d"
 TOP, BOTTOM, MIDDLE = 3.1, 0.9, 2.0  # heights of the two images' lanes and of what they share

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from settings import parse
 from torch.distributed.run import get_args_parser as torchrun_flags
 
 import apinet_head
+from workbench.settings import parse
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     ROOT / folder / "README.md"
-    for folder in (".", "examples/cub", "examples/frameworks", "examples/own_images", "benchmarks")
+    for folder in (".", "examples", "examples/frameworks", "benchmarks")
 ]
 PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -55,7 +55,7 @@ def test_snippet_runs(document, code, tmp_path, monkeypatch, own_accelerate):
 def test_command_has_its_script_and_flags(command):
     _, script, *flags = shlex.split(command)
     assert (ROOT / script).exists()
-    if script == "examples/cub/train.py":
+    if script == "examples/train_cub.py":
         parse(flags)
     else:
         found = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)

@@ -1,0 +1,168 @@
+"""Run the paper's ablation: what each part of API-Net is worth, one change at a time, with shared seeds and budget.
+
+Writes one table (Markdown, CSV) and one plot. Finished runs are kept: the same command goes on where it stopped.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window, also where there is a screen
+
+import matplotlib.pyplot as plt
+
+from workbench.datasets.birds_cache import open_data
+from workbench.run_folder import write_text
+from workbench.settings import Settings, parse
+from workbench.sweep import Job, origin, run_jobs, spread
+
+
+class Row(NamedTuple):
+    """One line of the table: the part it belongs to, what is changed, and the flags that change it."""
+
+    group: str
+    name: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The name of the runs' folders; rows without a change share the same runs."""
+        return "-".join(flag.removeprefix("--") for flag in self.flags) or "default"
+
+
+def rows_of(settings: Settings) -> list[Row]:
+    """The ablation's rows; batches vary around the settings' own."""
+    classes, samples = settings.n_classes, settings.n_samples
+    mutual = ("individual", "bilinear", "square_diff", "sum", "product", "weighted")
+    pairs = [
+        (intra, inter) for intra in ("similar", "dissimilar", "none") for inter in ("similar", "dissimilar", "none")
+    ]
+    return [
+        Row("method", "baseline", ("--method", "baseline")),
+        Row("method", "API-Net"),
+        *(Row("mutual vector", name, ("--mutual", name)) for name in mutual),
+        Row("mutual vector", "mlp"),
+        Row("gate", "single", ("--gate", "single", "--rank-weight", "0")),
+        Row("gate", "pair, no ranking", ("--rank-weight", "0")),
+        Row("gate", "pair"),
+        Row("loss", "cross-entropy", ("--rank-weight", "0")),
+        Row("loss", "cross-entropy + ranking"),
+        Row("pairs", "random", ("--pairs", "random")),
+        *(
+            Row("pairs", f"intra {intra}, inter {inter}", _changed("--intra", intra) + _changed("--inter", inter))
+            for intra, inter in reversed(pairs)
+            if (intra, inter) != ("none", "none")
+        ),
+        *(Row("classes in a batch", str(n), ("--n-classes", str(n))) for n in (classes // 2, 2 * classes)),
+        Row("classes in a batch", str(classes)),
+        *(Row("images of a class", str(n), ("--n-samples", str(n))) for n in (samples // 2, 2 * samples)),
+        Row("images of a class", str(samples)),
+    ]
+
+
+def _changed(flag: str, value: str) -> tuple[str, ...]:
+    return () if value == "similar" else (flag, value)
+
+
+def train_rows(
+    folder: Path, rows: Iterable[Row], seeds: int, parallel: int, flags: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Train with the changes of each row, and without any, for each seed; by key a result per seed."""
+    keys = {row.key: row.flags for row in rows} | {"default": ()}
+    # Seed by seed, so that an interrupted run of it has something of every row.
+    jobs = [
+        Job(f"{key}-seed{seed}", [*flags, *changes, "--seed", str(seed)])
+        for seed in range(seeds)
+        for key, changes in keys.items()
+    ]
+    found = run_jobs(folder, jobs, parallel)
+    return {key: [found[f"{key}-seed{seed}"] for seed in range(seeds)] for key in keys}
+
+
+def make_table(rows: Iterable[Row], results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown, a line per row; the rows that are the unchanged method are in bold."""
+    lines = ["| part | variant | test top-1 (%) | against API-Net | training top-1 (%) | time per run (s) |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
+    default = [run["test_top1"] for run in results["default"]]
+    for row in rows:
+        runs = results[row.key]
+        gains = [run["test_top1"] - own for run, own in zip(runs, default, strict=True)]
+        cells = [
+            spread([run["test_top1"] for run in runs], 1),
+            spread(gains, 1) if row.flags else "",
+            spread([run["train_top1"] for run in runs], 1),
+            f"{statistics.mean(run['seconds'] for run in runs):.0f}",
+        ]
+        name = row.name if row.flags else f"**{row.name}**"
+        lines.append(f"| {row.group} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_csv(file: Path, rows: Iterable[Row], results: dict[str, list[dict[str, Any]]]) -> None:
+    columns = ["test_top1", "test_top5", "train_top1", "errors_within_families", "errors_across_families", "seconds"]
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["part", "variant", "flags", "seed", *columns])
+        for row in rows:
+            for seed, run in enumerate(results[row.key]):
+                writer.writerow([row.group, row.name, " ".join(row.flags), seed, *(run[name] for name in columns)])
+
+
+def draw(file: Path, rows: list[Row], results: dict[str, list[dict[str, Any]]]) -> None:
+    """Each row's accuracy: a dot per seed and a bar at their mean; the unchanged method's mean as a line."""
+    figure, axes = plt.subplots(figsize=(9, 0.3 * len(rows) + 1.2), layout="constrained")
+    groups = list(dict.fromkeys(row.group for row in rows))
+    default = statistics.mean(run["test_top1"] for run in results["default"])
+    axes.axvline(default, color="tab:blue", linewidth=1, linestyle="--", label="API-Net as published")
+    for place, row in enumerate(rows):
+        values = [run["test_top1"] for run in results[row.key]]
+        colour = f"C{groups.index(row.group)}"
+        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.6, markersize=5)
+        axes.plot(statistics.mean(values), place, "|", color=colour, markersize=14, markeredgewidth=2.5)
+    axes.set_yticks(range(len(rows)), [f"{row.group}: {row.name}" for row in rows], fontsize=8)
+    for place, (row, before) in enumerate(zip(rows[1:], rows, strict=False), start=1):
+        if row.group != before.group:
+            axes.axhline(place - 0.5, color="lightgray", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set(xlabel="test top-1 (%): a dot per seed, a bar at their mean")
+    axes.legend(frameon=False, loc="lower left")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Further flags go to train_cub.py; --data takes real CUB.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each row (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--only", metavar="PART", help="rows of this part alone, such as gate")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="folder of table and plot (default: that of the runs)")
+    options, flags = parser.parse_known_args()
+
+    settings = parse(flags)
+    data = open_data(settings)  # drawn once, before the runs would all do it
+    rows = [row for row in rows_of(settings) if options.only in (None, row.group)]
+    results = train_rows(options.runs, rows, options.seeds, options.jobs, flags)
+
+    output = options.output or options.runs
+    output.mkdir(parents=True, exist_ok=True)
+    table = f"{make_table(rows, results)}\n\n{origin(data, settings, results)}\n"
+    write_text(output / "ablation.md", table)
+    write_csv(output / "ablation.csv", rows, results)
+    draw(output / "ablation.png", rows, results)
+    print(f"\n{table}\n{output}/ablation.md, .csv, .png")
+
+
+if __name__ == "__main__":
+    main()

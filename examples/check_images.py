@@ -1,0 +1,45 @@
+"""Check a data set before training: decode every image of its lists as training does, and list the bad ones.
+
+python examples/check_images.py CUB_200_2011
+python examples/check_images.py stanford_cars --dataset cars --output bad_cars.txt
+
+The list of bad images, with reasons, is what `train_cub.py --skip-bad` takes. Exits with 1 if an image is bad, or
+the data set's own lists are. What is accepted is in image_files.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from workbench.datasets import ARCHIVES, READERS
+
+# Nothing here imports torch: a check should start at once, and so should its processes.
+from workbench.datasets.bad_images import LIST, find_bad, processors, shown, write_list
+
+
+def main(arguments: list[str] | None = None) -> list[tuple[Path, str]]:
+    """The bad images with the reasons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set, as for train_cub.py --data")
+    parser.add_argument("--dataset", choices=ARCHIVES, default="cub", help="which it is (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=LIST, metavar="FILE", help="the list (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=processors(), help="processes (default: %(default)s); 0: none")
+    options = parser.parse_args(arguments)
+    if options.workers < 0:
+        parser.error(f"--workers must be at least 0, got {options.workers}")
+
+    try:
+        data = READERS[options.dataset](options.data, complete=False)
+    except (OSError, ValueError) as error:
+        raise SystemExit(shown(str(error))) from None
+    images = [image.path for image in data.train + data.test]
+    bad = find_bad(images, options.workers)
+    write_list(Path(options.output), options.data, bad)
+    for path, reason in bad:
+        print(shown(f"{path}: {reason}"))
+    print(f"{len(images)} images of {data.name}, {len(bad)} bad; the list is {options.output}")
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main()))

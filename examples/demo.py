@@ -1,0 +1,109 @@
+"""Train the baseline and API-Net on the embedded birds, with the same seeds, and compare them.
+
+Writes a folder per run, and over all runs table.md and comparison.png.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window, also where there is a screen
+
+import matplotlib.pyplot as plt
+
+from workbench.datasets.birds_cache import open_data
+from workbench.run_folder import write_text
+from workbench.settings import parse
+from workbench.sweep import Job, origin, read_log, run_jobs, spread
+
+METHODS = {"baseline": "Baseline", "api": "API-Net"}
+COLOURS = {"baseline": "tab:gray", "api": "tab:blue"}
+Results = dict[str, list[dict[str, Any]]]
+
+
+def train_all(folder: Path, seeds: int, parallel: int, flags: list[str]) -> Results:
+    """Train with each method and seed, with the same flags otherwise; for each method a result per seed."""
+    # Seed by seed, so that an interrupted demo has runs of both methods to compare.
+    jobs = [
+        Job(f"{method}-seed{seed}", [*flags, "--method", method, "--seed", str(seed)])
+        for seed in range(seeds)
+        for method in METHODS
+    ]
+    found = run_jobs(folder, jobs, parallel)
+    return {method: [found[f"{method}-seed{seed}"] for seed in range(seeds)] for method in METHODS}
+
+
+def make_table(results: Results) -> str:
+    """Mean and standard deviation over the seeds, as Markdown."""
+    columns = {
+        "test top-1 (%)": "test_top1",
+        "test top-5 (%)": "test_top5",
+        "errors within family": "errors_within_families",
+        "errors across families": "errors_across_families",
+        "training top-1 (%)": "train_top1",
+        "training cross-entropy": "cross_entropy",
+        "training time (s)": "seconds",
+    }
+    lines = [f"| method | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for method, title in METHODS.items():
+        cells = [spread([run[name] for run in results[method]]) for name in columns.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    gains = [a["test_top1"] - b["test_top1"] for a, b in zip(results["api"], results["baseline"], strict=True)]
+    lines += ["", f"API-Net less baseline, seed by seed: {spread(gains)} points of test top-1."]
+    return "\n".join(lines)
+
+
+def draw(folder: Path, results: Results, file: Path) -> None:
+    """Test accuracy over the epochs, each seed thin and the mean thick; and where the errors fall at the end."""
+    figure, (curves, bars) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(3, 2))
+    for place, (method, title) in enumerate(METHODS.items()):
+        logs = [read_log(folder / f"{method}-seed{seed}") for seed in range(len(results[method]))]
+        series = [[(int(row["epoch"]), float(row["test_top1"])) for row in log if row["test_top1"]] for log in logs]
+        epochs = [epoch for epoch, _ in series[0]]
+        for line in series:
+            curves.plot(*zip(*line, strict=True), color=COLOURS[method], alpha=0.35, linewidth=1)
+        means = [
+            statistics.mean(values) for values in zip(*[[top1 for _, top1 in line] for line in series], strict=True)
+        ]
+        curves.plot(epochs, means, color=COLOURS[method], linewidth=2.5, label=title)
+        for shift, name in enumerate(("errors_within_families", "errors_across_families")):
+            values = [run[name] for run in results[method]]
+            bars.bar(shift + (place - 0.5) * 0.36, statistics.mean(values), 0.34, color=COLOURS[method], alpha=0.8)
+            bars.plot([shift + (place - 0.5) * 0.36] * len(values), values, "o", color="black", markersize=3)
+    curves.set(xlabel="epoch", ylabel="test top-1 (%)", ylim=(0, 100), title="Embedded birds: accuracy")
+    curves.legend(frameon=False, loc="lower right")
+    curves.grid(alpha=0.3)
+    bars.set_xticks([0, 1], ["within a family", "across families"])
+    bars.set(ylabel=f"errors on {results['api'][0]['images']} test images", title="Where the errors fall")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Further flags go to train_cub.py.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each method (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="default: %(default)s")
+    options, flags = parser.parse_known_args()
+
+    start = time.perf_counter()
+    settings = parse(flags)
+    data = open_data(settings)  # drawn once, before the runs would all do it
+    results = train_all(options.output, options.seeds, options.jobs, flags)
+    table = f"{make_table(results)}\n\n{origin(data, settings, results)}"
+    write_text(options.output / "table.md", table + "\n")
+    draw(options.output, results, options.output / "comparison.png")
+    print(f"\n{table}\n\n{options.output}/table.md and comparison.png, in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""FGVC-Aircraft: 100 variants; a family is what its makers call one, such as Boeing 737."""
+
+from pathlib import Path, PurePosixPath
+
+from workbench.datasets.common import Archive, ImageSet, images_at
+from workbench.datasets.lists import Inside, check_apart, check_ids, check_known, check_trained, read_lines
+
+VARIANTS, TRAIN, TEST = "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt"
+FAMILIES = "images_family_trainval.txt"
+AIRCRAFT = Archive(
+    "FGVC-Aircraft",
+    expected="fgvc-aircraft-2013b, its folder data, or the folder it was unpacked in",
+    images="images/",
+    source="FGVC-Aircraft is to be had from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+    folders=("data", "fgvc-aircraft-2013b/data"),
+)
+
+
+def read_aircraft(root: str | Path, *, complete: bool = True) -> ImageSet:
+    """Read FGVC-Aircraft by variants, trained on its training and validation images.
+
+    Errors and `complete` are as in `read_cub`.
+
+    `root` is the folder fgvc-aircraft-2013b, its folder data, or the one that it was unpacked in. Images come in the
+    order of the lists, classes in that of variants.txt.
+    """
+    root, variants, train, test, families = AIRCRAFT.find(root, VARIANTS, TRAIN, TEST, FAMILIES)
+    label_of = {name: label for label, name in enumerate(read_lines(variants, "<variant>", lambda name: (name, None)))}
+    listed = {file: _read_names(file, "<variant>") for file in (train, test)}
+    family_of = _families(train, listed[train], families)
+    check_apart(train, listed[train], test, listed[test])
+    check_trained(train, listed[train].values(), variants, label_of, "variant")
+    parts = []
+    for file, names in listed.items():
+        check_known(file, names.values(), variants, label_of, "variant")
+        rows = {image_id: (PurePosixPath(f"{image_id}.jpg"), label_of[name]) for image_id, name in names.items()}
+        if complete:
+            AIRCRAFT.check_images(root / "images", [path for path, _ in rows.values()], file)
+        parts.append(images_at(root / "images", rows))
+    return ImageSet(AIRCRAFT.name, list(label_of), *parts, families=[family_of[name] for name in label_of])
+
+
+def _read_names(file: Path, column: str) -> dict[str, str]:
+    """{image id: name}; the ids are text, for some begin with 0."""
+    inside = Inside(file.parent, "images")
+
+    def parse(image_id: str, name: str) -> tuple[str, str]:
+        inside(f"{image_id}.jpg")
+        return image_id, name
+
+    return read_lines(file, f"<image_id> {column}", parse)
+
+
+def _families(train: Path, variants: dict[str, str], file: Path) -> dict[str, str]:
+    """{variant: family}, from the variant and the family of each training image."""
+    families = _read_names(file, "<family>")
+    check_ids(train, variants, file, families)
+    family_of: dict[str, str] = {}
+    for image_id, variant in variants.items():
+        found = family_of.setdefault(variant, families[image_id])
+        if found != families[image_id]:
+            both = f"{found} and {families[image_id]}"
+            raise ValueError(f"{file} puts images of {variant} ({train}) into {both}; unpack the archive anew")
+    return family_of

@@ -1,0 +1,176 @@
+"""Settings of a training run: every field is a flag of train_cub.py, and a preset is a set of their defaults."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from apinet_head.mutual import MUTUALS
+from workbench.datasets import ARCHIVES
+from workbench.datasets.bad_images import LIST
+
+SEARCHES = ("similar", "dissimilar", "random", "none")
+AUTO = "auto"
+
+
+def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. The defaults are the paper's setup on CUB-200-2011 (section 4, "Implementation Details")."""
+
+    # data
+    dataset: str = setting("cub", "which data set the folder --data has, in its official format", tuple(ARCHIVES))
+    data: str = setting("", "folder of the data set; empty: the embedded set, drawn on first use into a cache folder")
+    species: int = setting(200, "embedded set: number of species")
+    images_per_species: int = setting(60, "embedded set: images of each, half of them for training")
+    image_size: int = setting(512, "embedded set: pixels a side")
+    resize: int = setting(512, "images are resized to a square of this side ...")
+    crop: int = setting(448, "... and cropped to this: at random and flipped in training, the centre in testing")
+    skip_bad: str = setting("", f"leave out the images in this list of check_images.py; without a name, in {LIST}")
+    cache_images: bool = setting(False, "keep the resized images in memory; for small sets")
+    workers: int = setting(4, "processes that load images; 0: none but this one")
+    loader_timeout: float = setting(300.0, "seconds to wait for a batch of them before the run ends; 0: for ever")
+    # model
+    method: str = setting("api", "API-Net, or the same net with plain cross-entropy", ("api", "baseline"))
+    backbone: str = setting("resnet101", "any timm model name")
+    backbone_args: str = setting("{}", "further arguments of timm.create_model, as JSON")
+    pretrained: bool = setting(True, "start from timm's weights for the backbone (ImageNet)")
+    chunk_size: int | str = setting(
+        0,
+        "images that go through the backbone at a time, to save memory; 0: the whole batch; auto: as many as fit",
+    )
+    hidden_dim: int = setting(512, "width of the mutual vector's MLP")
+    dropout: float = setting(0.5, "in that MLP and before the classifier")
+    mutual: str = setting("mlp", "the mutual vector", MUTUALS)
+    gate: str = setting("pair", "a gate for each image of a pair, or one for both", ("pair", "single"))
+    # pairs
+    pairs: str = setting("mined", "mined by distance, or drawn at random without regard to class", ("mined", "random"))
+    intra: str = setting("similar", "the partner of the same class, if mined", SEARCHES)
+    inter: str = setting("similar", "the partner of another class, if mined", SEARCHES)
+    memory: int = setting(0, "past features that mined partners are also searched in, besides the batch; 0: none")
+    # loss
+    margin: float = setting(0.05, "of the ranking term")
+    rank_weight: float = setting(1.0, "of the ranking term")
+    label_smoothing: float = setting(0.0, "of the cross-entropy")
+    # optimisation
+    n_classes: int = setting(30, "classes in a batch")
+    n_samples: int = setting(4, "images of each")
+    epochs: int = setting(100, "passes over the training images")
+    lr: float = setting(0.01, "learning rate, to zero by a cosine stepped every iteration")
+    backbone_lr: float = setting(0.0, "learning rate of the backbone; 0: the same")
+    momentum: float = setting(0.9, "of SGD, without Nesterov")
+    weight_decay: float = setting(5e-4, "of all parameters")
+    frozen_epochs: int = setting(8, "epochs at the start in which the backbone's weights stay fixed")
+    frozen_batch_norm: str = setting(
+        "train", "BatchNorm of the backbone meanwhile, as published: train", ("train", "eval")
+    )
+    # run
+    seed: int = setting(0, "of weights, batches, augmentation")
+    device: str = setting("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
+    amp: str = setting("no", "mixed precision", ("no", "fp16", "bf16"))
+    threads: int = setting(0, "CPU threads; 0: torch's choice")
+    eval_every: int = setting(1, "test after each so many epochs, and after the last")
+    eval_batch: int = setting(100, "test images at a time")
+    checkpoint_minutes: float = setting(10.0, "save after so many minutes too, not only with an epoch; 0: only then")
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep")
+    skip_nonfinite: int = setting(0, "leave out up to so many steps whose loss or gradients are infinite or NaN")
+    output: str = setting("", "folder of the run; empty: runs/DATA-METHOD-BACKBONE-seedN")
+
+
+DEMO: dict[str, Any] = {
+    "species": 20,
+    "images_per_species": 60,
+    "image_size": 96,
+    "resize": 72,
+    "crop": 64,
+    "cache_images": True,
+    "workers": 0,
+    "backbone": "resnet10t",
+    "backbone_args": '{"channels": [24, 48, 96, 192], "stem_width": 8}',
+    "pretrained": False,
+    "hidden_dim": 64,
+    "n_classes": 10,
+    "epochs": 100,
+    "lr": 0.05,
+    "frozen_epochs": 0,
+    "threads": 1,
+    "eval_every": 5,
+}
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "demo": DEMO}
+# Where the preset "paper" has other defaults for a data set than for CUB-200-2011.
+RECIPES: dict[str, dict[str, Any]] = {"dogs": {"epochs": 50, "lr": 0.001, "frozen_epochs": 12}}
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    """The settings that the command line asks for; --preset and --dataset decide the defaults of all other flags."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", choices=PRESETS, help="defaults of all flags: demo; paper, if --data is given")
+    first.add_argument("--data", default="")
+    first.add_argument("--dataset", default="cub")
+    known = first.parse_known_args(arguments)[0]
+    name = known.preset or ("paper" if known.data else "demo")
+    preset = {**PRESETS[name], **(RECIPES.get(known.dataset, {}) if name == "paper" else {})}
+
+    parser = argparse.ArgumentParser(
+        description="Train API-Net, or the baseline, on one of the paper's five data sets or on the embedded birds.",
+        epilog="An interrupted run goes on from its last checkpoint when started again with the same command.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        conflict_handler="resolve",
+        parents=[first],
+    )
+    for item in fields(Settings):
+        default = preset.get(item.name, item.default)
+        kind: dict[str, Any] = {"type": type(default), "choices": item.metadata["choices"]}
+        if item.name == "chunk_size":
+            kind["type"] = chunk_size
+        if item.name == "skip_bad":
+            kind |= {"nargs": "?", "const": LIST, "metavar": "FILE"}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{item.name.replace('_', '-')}", default=default, help=item.metadata["help"], **kind)
+    chosen = vars(parser.parse_args(arguments))
+    chosen.pop("preset")
+    try:
+        json.loads(chosen["backbone_args"])
+    except json.JSONDecodeError as error:
+        parser.error(f"--backbone-args must be JSON, got {chosen['backbone_args']!r}: {error}")
+    if chosen["keep_checkpoints"] < 1:
+        parser.error(f"--keep-checkpoints must be at least 1, got {chosen['keep_checkpoints']}")
+    if not chosen["loader_timeout"] >= 0:
+        parser.error(f"--loader-timeout must be at least 0, got {chosen['loader_timeout']}")
+    if chosen["dataset"] != "cub" and not chosen["data"]:
+        archive = ARCHIVES[chosen["dataset"]]
+        parser.error(f"--dataset {chosen['dataset']} needs --data, {archive.expected}. {archive.source}")
+    if chosen["skip_bad"] and not chosen["data"]:
+        parser.error("--skip-bad needs --data: the embedded birds are drawn without bad images")
+    return Settings(**chosen)
+
+
+def chunk_size(text: str) -> int | str:
+    """The value of --chunk-size."""
+    return text if text == AUTO else int(text)
+
+
+def run_folder(settings: Settings) -> Path:
+    """Where the run writes."""
+    data = Path(settings.data).name if settings.data else "birds"
+    return Path(settings.output or f"runs/{data}-{settings.method}-{settings.backbone}-seed{settings.seed}")
+
+
+def differences(old: dict[str, Any], settings: Settings) -> list[str]:
+    """What differs between the settings of two runs, less what changes no result."""
+    new, old = asdict(settings), asdict(Settings()) | old  # a setting newer than the run had its default meaning
+    harmless = {"output", "workers", "cache_images", "device", "eval_batch", "threads"}
+    harmless |= {"checkpoint_minutes", "keep_checkpoints", "skip_nonfinite", "skip_bad", "loader_timeout"}
+    if settings.chunk_size == AUTO:  # takes the number of the run that it goes on with
+        harmless.add("chunk_size")
+    return [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
+        for name in sorted(old.keys() | new.keys())
+        if name not in harmless and old.get(name) != new.get(name)
+    ]

@@ -1,0 +1,187 @@
+"""The embedded birds: the folder is CUB's, its bytes follow from the seed, and species differ where they say."""
+
+import hashlib
+import itertools
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from birds import dataset as birds
+from birds.dataset import catalogue, contact_sheet, differing_parts, read_species, write_birds
+from birds.draw import MARKED_PARTS, PARTS, draw_bird
+
+SMALL = {"species": 6, "images_per_species": 8, "size": 48, "workers": 1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_birds(tmp_path_factory.mktemp("data") / "birds", **SMALL)
+
+
+def rows(root: Path, name: str) -> list[list[str]]:
+    return [line.split(" ") for line in (root / f"{name}.txt").read_text().splitlines()]
+
+
+def digests(root: Path) -> dict[str, str]:
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_bytes_follow_from_the_seed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(birds, "FEW_IMAGES", 0)  # so that the workers really are used
+    assert digests(write_birds(tmp_path / "again", **SMALL | {"workers": 2})) == digests(root)
+    other = digests(write_birds(tmp_path / "other", **SMALL, seed=1))
+    assert other.keys() == digests(root).keys()
+    assert not any(other[name] == digest for name, digest in digests(root).items() if name.endswith(".jpg"))
+
+
+def test_counts_and_ids_agree(root: Path) -> None:
+    species, images = SMALL["species"], SMALL["images_per_species"]
+    ids = [str(i) for i in range(1, species * images + 1)]
+    for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes"):
+        assert [row[0] for row in rows(root, name)] == ids
+    assert [row[:2] for row in rows(root, "parts/part_locs")] == [[i, str(k)] for i in ids for k in range(1, 8)]
+    assert rows(root, "parts/parts") == [[str(k), part] for k, part in enumerate(PARTS, 1)]
+    classes = dict(rows(root, "classes"))
+    assert list(classes) == [str(k) for k in range(1, species + 1)]
+    labels = dict(rows(root, "image_class_labels"))
+    training = dict(rows(root, "train_test_split"))
+    for class_id in classes:
+        of_class = [i for i in ids if labels[i] == class_id]
+        assert len(of_class) == images
+        assert sum(training[i] == "1" for i in of_class) == images // 2
+    for image_id, path in rows(root, "images"):
+        assert path.split("/")[0] == classes[labels[image_id]]
+        with Image.open(root / "images" / path) as picture:
+            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (48, 48))
+    assert len(list((root / "images").rglob("*.jpg"))) == len(ids)
+
+
+def test_boxes_and_visible_parts_are_in_the_image(root: Path) -> None:
+    boxes = {row[0]: np.array(row[1:], float) for row in rows(root, "bounding_boxes")}
+    for x, y, width, height in boxes.values():
+        assert min(x, y) >= 0
+        assert min(width, height) > 8
+        assert max(x + width, y + height) <= SMALL["size"]
+    hidden = 0
+    for image_id, _, x, y, visible in rows(root, "parts/part_locs"):
+        if visible == "0":
+            assert (x, y) == ("0.0", "0.0")
+            hidden += 1
+            continue
+        offset = np.array([x, y], float) - boxes[image_id][:2]
+        assert np.all(offset >= -2)
+        assert np.all(offset <= boxes[image_id][2:] + 2)
+    assert 0 < hidden < 0.2 * len(boxes) * len(PARTS)
+
+
+def test_json_tells_the_species(root: Path) -> None:
+    species = read_species(root)
+    assert list(species) == [name for _, name in rows(root, "classes")]
+    assert list(species.values()) == catalogue(SMALL["species"])
+    first = json.loads((root / "birds.json").read_text())["classes"][0]
+    assert (first["name"], first["family"]) == ("001.White_Barred_Tern", "Tern")
+    assert first["traits"]["bar"] == ["single", "white"]
+
+
+@pytest.mark.parametrize("number", [2, 3, 7, 20, 200])
+def test_catalogue(number: int) -> None:
+    species = catalogue(number)
+    assert len({s.name for s in species}) == len(species) == number
+    assert all(s.name.rpartition("_")[2] == s.family.name for s in species)
+    for a, b in itertools.combinations(species, 2):
+        if a.family is b.family:
+            assert 1 <= len(differing_parts(a, b)) <= 2
+            assert differing_parts(a, b) <= set(a.family.varies)
+
+
+def test_differing_parts_are_of_one_family() -> None:
+    species = catalogue(10)
+    assert differing_parts(species[0], species[1]) == {"bar"}
+    assert differing_parts(species[0], species[0]) == frozenset()
+    with pytest.raises(ValueError, match="different families"):
+        differing_parts(species[0], species[-1])
+
+
+# How far from its part's place a mark reaches, as a share of the box's longer side.
+REACH = {"beak": 0.4, "crown": 0.3, "eye": 0.1, "bar": 0.3, "belly": 0.5, "tail": 0.35}
+
+
+@pytest.mark.parametrize("family", range(40))
+def test_species_of_a_family_differ_near_the_named_parts(family: int) -> None:
+    first, *others = catalogue(200)[5 * family : 5 * family + 5]
+    for state, other in enumerate(others):
+        a, b = (draw_bird(s, np.random.default_rng((family, state)), 96) for s in (first, other))
+        gap = np.abs(np.asarray(a.picture, float) - np.asarray(b.picture, float)).max(axis=2)
+        ys, xs = np.nonzero(gap > 24)
+        parts = differing_parts(first, other)
+        if all(a.parts[part][2] for part in parts):
+            assert len(xs) >= 4, f"{first.name} and {other.name} look the same"
+            near = [np.hypot(xs - a.parts[p][0], ys - a.parts[p][1]) < REACH[p] * max(a.box[2:]) for p in parts]
+            assert np.any(near, axis=0).mean() > 0.97, f"{first.name} and {other.name} differ beyond {set(parts)}"
+        for part in set(PARTS) - parts:
+            assert a.parts[part] == b.parts[part]
+
+
+@pytest.mark.parametrize("size", [32, 128, 129, 160, 193, 448])
+def test_every_size(size: int) -> None:
+    bird = draw_bird(catalogue(2)[0], np.random.default_rng(0), size)
+    assert bird.picture.size == (size, size)
+    assert 0.4 * size < bird.box[2] <= size
+
+
+def test_every_marked_part_varies_in_some_family() -> None:
+    assert {part for s in catalogue(200) for part in s.family.varies} == set(MARKED_PARTS)
+
+
+def test_same_folder_is_kept_and_another_refused(root: Path, tmp_path: Path) -> None:
+    before = (root / "birds.json").stat().st_mtime_ns
+    assert write_birds(root, **SMALL) == root
+    assert (root / "birds.json").stat().st_mtime_ns == before
+    with pytest.raises(FileExistsError, match=r"'seed': 0.*another folder"):
+        write_birds(root, **SMALL, seed=5)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="something else"):
+        write_birds(tmp_path, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = itertools.count()
+
+    def interrupted(*arguments: object) -> object:
+        if next(drawn) == 9:
+            raise KeyboardInterrupt
+        return draw_bird(*arguments)
+
+    monkeypatch.setattr(birds, "draw_bird", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_birds(tmp_path / "birds", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("species", 1), ("species", 100_000), ("images_per_species", 1), ("size", 31), ("seed", -1)]
+)
+def test_arguments_out_of_range(tmp_path: Path, name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be .*got {value}"):
+        write_birds(tmp_path / "birds", **SMALL | {name: value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_contact_sheet_shows_every_species(root: Path) -> None:
+    sheet = contact_sheet(root, columns=2, cell=32)
+    assert sheet.height >= 32 * SMALL["species"]
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["--species", "2", "--images-per-species", "2", "--size", "32", "--workers", "1"]
+    output, sheet = tmp_path / "birds", tmp_path / "sheet.png"
+    monkeypatch.setattr("sys.argv", ["birds.py", "--output", str(output), *asked, "--contact-sheet", str(sheet)])
+    runpy.run_module("birds", run_name="__main__")
+    assert len(rows(output, "images")) == 4
+    assert sheet.exists()

@@ -1,0 +1,45 @@
+"""The ablation's rows, and its table on a tiny set of birds."""
+
+import csv
+
+import pytest
+from cub_runs import TINY
+
+import ablate
+from workbench.settings import parse
+
+
+def test_rows_are_all_of_the_papers_parts_and_their_flags_are_understood():
+    rows = ablate.rows_of(parse([]))
+    assert len({row.key for row in rows}) == 22
+    assert len({(row.group, row.name) for row in rows}) == len(rows)
+    for group in ("method", "mutual vector", "gate", "loss", "pairs", "classes in a batch", "images of a class"):
+        names = [row for row in rows if row.group == group]
+        assert len([row for row in names if not row.flags]) == 1, f"{group} has the unchanged method once"
+    for row in rows:
+        changed = parse([*row.flags])
+        assert (changed != parse([])) == bool(row.flags)
+
+
+def test_a_part_runs_and_goes_on_where_it_stopped(birds, tmp_path, monkeypatch, capsys):
+    flags = ["--only", "gate", "--seeds", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
+    flags += [*TINY, "--data", str(birds), "--epochs", "1"]
+    monkeypatch.setattr("sys.argv", ["ablate.py", *flags])
+    ablate.main()
+    names = {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()}
+    assert names == {
+        f"{key}-seed{seed}" for key in ("default", "rank-weight-0", "gate-single-rank-weight-0") for seed in (0, 1)
+    }
+    table = (tmp_path / "out" / "ablation.md").read_text()
+    assert "| gate | single |" in table
+    assert "| gate | **pair** |" in table
+    assert table in capsys.readouterr().out
+    with (tmp_path / "out" / "ablation.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 6
+    assert (tmp_path / "out" / "ablation.png").stat().st_size > 10_000
+
+    monkeypatch.setattr("sweep._start", lambda *job: pytest.fail(f"{job} was finished before"))
+    ablate.main()
+    monkeypatch.setattr("sys.argv", ["ablate.py", *flags, "--lr", "0.5"])
+    with pytest.raises(SystemExit, match=r"lr: 0.05 there, 0.5 here"):
+        ablate.main()

@@ -1,0 +1,236 @@
+"""What the gates see, as users of the CUB example run it, and the pointing game's arithmetic on made-up maps."""
+
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+
+import explain
+import pointing_game
+from birds.dataset import write_birds
+from train_cub import make_net
+from workbench.compared import BirdMarks, Outcome, nearest
+from workbench.explain_page import readable
+from workbench.images import Image, ImageSet, read_cub
+from workbench.run_folder import RunFolder
+from workbench.settings import parse
+
+FLAGS = [
+    "--preset", "demo", "--backbone", "test_resnet", "--backbone-args", '{"output_stride": 8}', "--resize", "40",
+    "--crop", "32", "--n-classes", "3", "--n-samples", "2", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "birds"
+    return write_birds(root, species=6, images_per_species=6, size=60, workers=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(birds, tmp_path_factory):
+    """The model folder of a net that has learnt nothing."""
+    settings = parse([*FLAGS, "--data", str(birds)])
+    torch.manual_seed(0)
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "untrained", settings)
+    folder.save_model("last", make_net(settings, 6), settings, read_cub(birds).classes, {})
+    return folder.path / "last"
+
+
+@pytest.fixture(scope="module")
+def explained(model, tmp_path_factory):
+    return explain.main([str(model), "--pairs", "3", "--device", "cpu"])
+
+
+def png_size(file):
+    with Picture.open(file) as picture:
+        assert picture.format == "PNG"
+        return picture.size
+
+
+def test_writes_a_picture_per_pair_and_one_report(model, explained):
+    assert explained == model.parent / "explain"
+    names = {path.name for path in explained.iterdir()}
+    assert names == {"pair01.png", "pair02.png", "pair03.png", "report.html"}
+    assert min(png_size(explained / "pair02.png")) > 600
+
+
+def test_report_stands_alone_and_names_what_it_shows(birds, explained):
+    text = (explained / "report.html").read_text()
+    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[^']*", "", text))
+    sources = re.findall(r"src='([^']*)'", text)
+    assert len(sources) == 3
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert len(text) < 2_000_000
+    names = [readable(name) for name in read_cub(birds).classes]
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td class='(.*?)'>(.*?)</td><td>(.*?) %</td></tr>", text)
+    assert len(rows) == 6
+    for file, true, kind, predicted, percent in rows:
+        assert true.replace(" ", "_") in file
+        assert {true, predicted} <= set(names)
+        assert kind == ("right" if true == predicted else "wrong")
+        assert 100 / 6 <= float(percent) <= 100
+    assert "Circles: the visible parts" in text
+
+
+def test_chosen_images(birds, model, tmp_path, capsys):
+    images = sorted(birds.glob("images/*/*.jpg"))
+    stranger = tmp_path / "<stranger>.jpg"
+    stranger.write_bytes(images[0].read_bytes())
+    pairs = ["--pair", str(images[0]), str(images[7]), "--pair", str(stranger), str(images[-1])]
+    output = explain.main([str(model), *pairs, "--output", str(tmp_path / "out"), "--device", "cpu", "--top-k", "2"])
+    assert len(list(output.glob("*.png"))) == 2
+    text = (output / "report.html").read_text()
+    assert images[7].name in text
+    assert "&lt;stranger&gt;.jpg</td><td>unknown" in text
+    assert "Two species of one family" in text
+    with pytest.raises(SystemExit, match=r"none\.jpg is no file"):
+        explain.main([str(model), "--pair", str(images[0]), str(tmp_path / "none.jpg")])
+    with pytest.raises(SystemExit):
+        explain.main([str(model), "--pairs", "0"])
+
+
+def made_up(probabilities, labels, features):
+    classes = [str(i) for i in range(len(probabilities[0]))]
+    test = [Image(None, label, i) for i, label in enumerate(labels)]
+    data = ImageSet("made up", classes, [], test, ["family"] * len(classes))
+    return Outcome(
+        None, None, data, torch.tensor(features)[:, None], torch.tensor(probabilities).log(), torch.tensor(labels)
+    )
+
+
+def test_hardest_pairs_are_the_surest_errors_of_different_classes():
+    outcome = made_up(
+        # true 0: right; sure of 1; less sure of 1. true 1: right, right. true 2: sure of 0, but less so.
+        [[0.8, 0.1, 0.1], [0.05, 0.9, 0.05], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.1, 0.85, 0.05], [0.6, 0.1, 0.3]],
+        [0, 0, 0, 1, 1, 2],
+        [0.0, 5.0, 8.0, 4.0, 9.0, 0.5],
+    )
+    assert explain.hardest_pairs(outcome, 2) == [(1, 3), (5, 0)]
+    assert explain.hardest_pairs(outcome, 3) == [(1, 3), (5, 0), (2, 4)]
+
+
+def test_nearest_of_those_allowed():
+    features = torch.tensor([[0.0], [1.0], [5.0]])
+    allowed = torch.tensor([[False, False, True], [False, False, False]])
+    assert nearest(features, torch.tensor([0, 1]), allowed).tolist() == [2, -1]
+
+
+def test_peak_is_the_pixels_middle_x_first():
+    maps = torch.zeros(2, 1, 6, 9)
+    maps[0, 0, 1, 7] = 3
+    maps[1, 0, 4, 0] = 3
+    assert pointing_game.peaks(maps).tolist() == [[[7.5, 1.5]], [[0.5, 4.5]]]
+    flat = torch.zeros(6, 9)
+    flat[:2, 7:] = 1  # the border of an enlarged map
+    assert pointing_game.peaks(flat).tolist() == [8, 1]
+    assert pointing_game.peaks(torch.ones(6, 9)).isnan().all()
+
+
+def test_hit_is_within_the_radius_of_any_target():
+    maps = torch.zeros(3, 20, 30)
+    maps[0, 4, 24] = maps[1, 4, 12] = 1  # the third has no peak
+    where = pointing_game.peaks(maps)
+    assert pointing_game.hits(where, [(24.5, 7.0)], 3).tolist() == [True, False, False]
+    assert pointing_game.hits(where, [(4.5, 24.5)], 3).tolist() == [False] * 3  # x and y swapped
+    assert pointing_game.hits(where, [(24.5, 8.0)], 3).tolist() == [False] * 3
+    assert pointing_game.hits(where, [(0.0, 0.0), (12.5, 2.0)], 3).tolist() == [False, True, False]
+    assert pointing_game.measures(torch.tensor([False, True, False, False])) == {"first": 0, "any": 1, "share": 0.25}
+
+
+def test_chance_by_area_agrees_with_throwing():
+    region, radius = (2.0, 10.0, 42.0, 30.0), 6.0
+    disc = pointing_game.chance([(20.0, 20.0)], radius, region)
+    assert disc == pytest.approx(math.pi * radius**2 / (40 * 20), rel=0.01)
+    corner = pointing_game.chance([(2.0, 10.0)], radius, region)
+    assert corner == pytest.approx(disc / 4, rel=0.02)
+    targets = [(5.0, 12.0), (9.0, 14.0), (60.0, 20.0)]  # overlapping, cut off, outside
+    rng = np.random.default_rng(0)
+    thrown = rng.uniform([2, 10], [42, 30], (200_000, 2))
+    inside = (np.linalg.norm(thrown[:, None] - np.array(targets), axis=2) <= radius).any(1)
+    assert pointing_game.chance(targets, radius, region) == pytest.approx(inside.mean(), abs=0.004)
+
+
+def test_interval_covers_as_the_normal_one_does():
+    values = np.random.default_rng(1).random(400) < 0.3
+    found = pointing_game.interval(values.astype(float))
+    mean = values.mean()
+    half = 1.96 * math.sqrt(mean * (1 - mean) / 400)
+    assert found["mean"] == pytest.approx(100 * mean)
+    assert found["low"] == pytest.approx(100 * (mean - half), abs=0.5)
+    assert found["high"] == pytest.approx(100 * (mean + half), abs=0.5)
+
+
+def test_summary_averages_runs_image_by_image():
+    def run(*values):
+        rows = {
+            name: {m: np.array(values) * 0 for m in pointing_game.MEASURES}
+            for name in ("plain", "random", "box", "image")
+        }
+        return rows | {"gates": {m: np.array(values) for m in pointing_game.MEASURES}}
+
+    found = pointing_game.summary([run(1.0, 0.0, math.nan), run(1.0, 1.0, math.nan)])
+    assert found["gates"]["first"]["mean"] == pytest.approx(75)
+    assert found["gates - plain"]["any"]["mean"] == pytest.approx(75)
+
+
+def test_marks_lie_on_the_crop_as_the_transform_cuts_it(birds):
+    settings, data = parse([*FLAGS, "--data", str(birds)]), read_cub(birds)
+    marks = BirdMarks(data, settings)
+    first, sibling = (next(i for i in data.test if i.label == label) for label in (0, 1))
+    scale, edge = 40 / 60, 4
+    x, y, width, height = marks.boxes[first.image_id]
+    expected = [x * scale - edge, y * scale - edge, (x + width) * scale - edge, (y + height) * scale - edge]
+    assert marks.box(first) == pytest.approx(expected)
+    assert marks.differing(first, first) == []
+    marks.parts = {i: dict.fromkeys(parts, (30.0, 45.0)) | {"bar": (30.0, 45.0), "crown": (2.0, 1.0)}
+                   for i, parts in marks.parts.items()}  # fmt: skip
+    assert marks.differing(first, sibling) == [pytest.approx((16, 26))]  # Terns differ in bar and crown: one is cut off
+
+
+def test_families_are_not_mixed(birds):
+    data = read_cub(birds)
+    labels = torch.tensor([image.label for image in data.test])
+    features = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(0))
+    outcome = Outcome(None, None, data, features, None, labels)
+    for index, partner in enumerate(pointing_game.partners(outcome).tolist()):
+        one, other = data.test[index].label, data.test[partner].label
+        assert one != other
+        assert data.families[one] == data.families[other]
+
+
+def test_pointing_game_writes_figures_and_table(birds, model, tmp_path, capsys):
+    found = pointing_game.main([str(model), "--output", str(tmp_path / "new" / "game.json"), "--device", "cpu"])
+    assert json.loads((tmp_path / "new" / "game.json").read_text()) == found
+    run = found["methods"]["api"]["runs"][0]
+    assert run["map"] == [4, 4]
+    assert run["images"] + run["left_out"] == 18
+    assert run["images"] > 9
+    assert "--backbone test_resnet" in run["command"]
+    assert str(birds) not in json.dumps(found)
+    for row in ("gates", "plain", "random", "box", "image"):
+        for cell in found["methods"]["api"]["summary"][row].values():
+            assert 0 <= cell["low"] <= cell["mean"] <= cell["high"] <= 100
+    table = (tmp_path / "new" / "game.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert "| chance: anywhere in the box |" in table
+    assert "feature map 4 x 4" in table
+
+
+def test_pointing_game_needs_the_embedded_birds(birds, model, tmp_path):
+    photographs = tmp_path / "CUB_200_2011"
+    photographs.mkdir()
+    for path in birds.iterdir():
+        if path.name != "birds.json":
+            copied = shutil.copytree if path.is_dir() else shutil.copyfile
+            copied(path, photographs / path.name)
+    with pytest.raises(SystemExit, match="known of the embedded birds alone"):
+        pointing_game.main([str(model), "--data", str(photographs), "--device", "cpu"])
+    output = explain.main([str(model), "--data", str(photographs), "--pairs", "1", "--output", str(tmp_path / "out"),
+                           "--device", "cpu"])  # fmt: skip
+    assert "Circles" not in (output / "report.html").read_text()

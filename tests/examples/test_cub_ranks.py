@@ -1,0 +1,192 @@
+"""The CUB example on two ranks, started by torchrun as on two GPUs: what one process does, done once, by both."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import under_torchrun
+
+import score as evaluate
+import train_cub as train
+from apinet_head import APINet
+from workbench.images import test_transform as plain_transform
+
+pytestmark = under_torchrun
+
+ROOT = Path(__file__).parents[2]
+# 5 species: 25 test images, which two ranks cannot share equally.
+TINY = [
+    "--preset", "demo", "--species", "5", "--images-per-species", "10", "--image-size", "40", "--resize", "40",
+    "--crop", "32", "--n-classes", "4", "--n-samples", "2", "--epochs", "3", "--eval-every", "2", "--device", "cpu",
+]  # fmt: skip
+# The backbone learns from the second epoch on, and each rank's 4 images go through it in chunks.
+API = [
+    *TINY, "--backbone", "test_resnet", "--backbone-args", "{}", "--frozen-epochs", "1", "--chunk-size", "2",
+]  # fmt: skip
+# Nothing in it depends on who else is in the batch, or on chance: the gradient is a mean over images.
+EXACT = [
+    *TINY, "--backbone", "test_vit", "--backbone-args", '{"img_size": 32}', "--dropout", "0", "--lr", "0.01",
+]  # fmt: skip
+
+RUNS = {
+    "api": API,
+    "api-exact": EXACT,
+    "baseline-exact": [*EXACT, "--method", "baseline"],
+    # With 8 images a batch, the memory is full in the second. The chunk size comes out as the whole batch.
+    "memory-exact": [*EXACT, "--memory", "12", "--chunk-size", "auto"],
+}
+
+
+def torchrun(script, *arguments):
+    """The finished process; every rank ends with it, also when it takes too long."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=120)
+        except BaseException:
+            process.terminate()  # torchrun takes its ranks with it
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def on_two_ranks(*runs):
+    return torchrun(str(ROOT / "tests" / "cub_on_ranks.py"), json.dumps(runs))
+
+
+def told(output):
+    """What each rank had at the end of a run."""
+    return [torch.load(f"{output}-rank{rank}.pt", map_location="cpu", weights_only=True) for rank in range(2)]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def rows(output):
+    with (output / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the embedded birds are drawn; empty before the first run."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(path))
+        yield path
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    """The folders of all runs, and what they printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = on_two_ranks(
+        *[{"flags": [*flags, "--output", str(folder / name)], "plain": name != "api"} for name, flags in RUNS.items()]
+    )
+    assert found.returncode == 0, found.stderr
+    return folder, found
+
+
+def test_birds_are_drawn_by_one_rank_and_all_is_said_once(finished, cache):
+    folder, found = finished
+    assert found.stdout.count("drawing the embedded birds") == 1
+    assert [path.name.startswith("birds-") for path in (cache / "apinet-head").iterdir()] == [True]
+    for name in RUNS:
+        assert found.stdout.count(f"writing to {folder / name}\n") == 1
+    assert len(re.findall(r"after 3 epochs: top-1", found.stdout)) == len(RUNS)
+    assert found.stderr.count("epoch 1/3:   0%") == len(RUNS)
+    assert found.stdout.count("--chunk-size auto: 0 (the whole batch for a batch of 4: ") == 1
+
+
+def test_ranks_end_with_the_same_net_and_differ_in_chance(finished):
+    folder, _ = finished
+    for name in RUNS:
+        first, second = told(folder / name)
+        assert same(first["weights"], second["weights"])
+        assert same(first["weights"], APINet.from_pretrained(folder / name / "last").state_dict())
+    first, second = told(folder / "api")
+    assert not torch.equal(first["random"], second["random"])
+
+
+def test_there_is_one_log_and_one_state_of_both(finished):
+    output = finished[0] / "api"
+    assert [row["epoch"] for row in rows(output)] == ["1", "2", "3"]
+    assert [row["step"] for row in rows(output)] == ["3", "6", "9"]
+    assert len(list((output / "tensorboard").iterdir())) == 1
+    assert sorted(path.name for path in (output / "state").iterdir()) == ["epoch-0002", "epoch-0003"]
+    assert json.loads((output / "last" / "config.json").read_text())["gather"] is True
+    assert not list(output.rglob("*.partial"))
+
+
+def test_every_test_image_is_scored_once(finished):
+    folder, _ = finished
+    alone = evaluate.main([str(folder / "api" / "last"), "--device", "cpu"])
+    assert alone["images"] == 25
+    assert json.loads((folder / "api-scores.json").read_text()) == alone
+    for rank in told(folder / "api"):
+        assert alone.items() <= rank["result"].items()
+
+
+@pytest.mark.parametrize("name", ["api-exact", "baseline-exact", "memory-exact"])
+def test_two_ranks_train_as_one_process_with_the_whole_batch(finished, cache, tmp_path, monkeypatch, name):
+    folder, _ = finished
+    monkeypatch.setattr(train, "train_transform", plain_transform)
+    train.main([*RUNS[name], "--output", str(tmp_path / "run")])
+    here, there = (output / "last" for output in (tmp_path / "run", folder / name))
+    here, there = (APINet.from_pretrained(path).state_dict() for path in (here, there))
+    for key in here:
+        torch.testing.assert_close(there[key], here[key], atol=1e-5, rtol=1e-4)
+    for one, other in zip(rows(tmp_path / "run"), rows(folder / name), strict=True):
+        figures = [{k: float(v or 0) for k, v in row.items() if k != "seconds"} for row in (one, other)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+
+
+def test_killed_rank_ends_the_run_and_resuming_ends_as_if_never_interrupted(finished, tmp_path):
+    flags = [*API, "--output", str(tmp_path / "run"), "--checkpoint-minutes", "1e-9"]
+    killed = on_two_ranks({"flags": flags, "kill_in_epoch": 3})
+    assert killed.returncode != 0
+    assert re.search(r"Root Cause.*rank\s*: 1 .*exitcode\s*: -9 .*SIGKILL", killed.stderr, flags=re.DOTALL)
+    saved = max(path.name for path in (tmp_path / "run" / "state").iterdir() if not path.suffix)
+    assert saved == "epoch-0002-batch-00001"
+
+    with pytest.raises(SystemExit, match=r"holds a run of 2 process.* here are 1: .*--nproc_per_node=2"):
+        train.main(flags)
+
+    resumed = on_two_ranks({"flags": flags})
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("going on after epoch 2 of 3 and 1 of 3 batches") == 1
+    for one, other in zip(told(tmp_path / "run"), told(finished[0] / "api"), strict=True):
+        assert same(one["weights"], other["weights"])
+        assert torch.equal(one["random"], other["random"])
+        timing = {"seconds"}
+        assert {k: v for k, v in one["result"].items() if k not in timing} == {
+            k: v for k, v in other["result"].items() if k not in timing
+        }
+
+
+def test_classes_that_ranks_cannot_share_are_named_once(finished, cache, tmp_path):
+    train_py = str(ROOT / "examples" / "train_cub.py")
+    found = torchrun(train_py, *API, "--n-classes", "5", "--output", str(tmp_path / "run"))
+    assert found.returncode != 0
+    assert found.stderr.count("n_classes=5 must be divisible by world_size=2") == 1
+    assert "[rank1]" not in found.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_end_with_the_same_net(cache, tmp_path):
+    flags = [*API, "--device", "cuda", "--amp", "bf16", "--output", str(tmp_path / "run")]
+    found = on_two_ranks({"flags": flags})
+    assert found.returncode == 0, found.stderr
+    first, second = told(tmp_path / "run")
+    assert same(first["weights"], second["weights"])

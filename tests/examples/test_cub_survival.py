@@ -1,0 +1,262 @@
+"""What a training run survives: kills at any moment, damaged checkpoints, full disks, signals."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from cub_runs import FULL, TINY, assert_ends_alike, run
+
+import train_cub as train
+from workbench import checkpoint as checkpoints
+from workbench import run_folder
+from workbench.datasets.birds_cache import open_data
+from workbench.run_folder import RunFolder
+from workbench.settings import parse
+
+ROOT = Path(__file__).parents[2]
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def whole(birds, tmp_path_factory):
+    """A run never interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(birds, folder, *FULL)
+    return folder
+
+
+class Kill:
+    """Raises KilledError at the n-th of the moments that change a run or its folder; the file of that moment is cut."""
+
+    def __init__(self, patch, moment=None):
+        self.moment, self.passed = moment, []
+        write = checkpoints.write_bytes
+
+        def cut(path, content):
+            if self.is_now("write"):
+                path.write_bytes(content[: len(content) // 2])
+                raise KilledError
+            write(path, content)
+
+        patch.setattr(checkpoints, "write_bytes", cut)
+        patch.setattr(run_folder, "write_bytes", cut)
+        places = [(Path, "replace"), (Path, "mkdir"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"),
+                  (train.Trainer, "step"), (train.Trainer, "end_epoch"), (train.Trainer, "finish"),
+                  (train, "predict"), (train, "draw_curves"), (RunFolder, "write_log")]  # fmt: skip
+        for owner, name in places:
+            patch.setattr(owner, name, self._before(name, getattr(owner, name)))
+
+    def is_now(self, name):
+        self.passed.append(name)
+        return len(self.passed) - 1 == self.moment
+
+    def _before(self, name, function):
+        def killed_before(*args, **kwargs):
+            if self.is_now(name):
+                raise KilledError
+            return function(*args, **kwargs)
+
+        return killed_before
+
+
+def test_killed_at_any_moment_a_run_ends_as_if_never_killed(birds, tmp_path, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        moments = Kill(patch)
+        run(birds, tmp_path / "count", *FULL)
+    assert {"write", "replace", "fsync", "rmtree", "step", "end_epoch"} <= set(moments.passed)
+    rng, kills = random.Random(0), []
+    # The first start, the first checkpoint, and then anywhere; each run is killed again and again until it is done.
+    for first in (2, 14, 40):
+        folder = tmp_path / f"run-{first}"
+        moment = first
+        while True:
+            torch.manual_seed(rng.randrange(1000))  # nothing may depend on what the new process happens to have
+            with monkeypatch.context() as patch:
+                kill = Kill(patch, moment)
+                try:
+                    run(birds, folder, *FULL)
+                    break
+                except KilledError:
+                    kills.append(kill.passed[-1])
+            moment = rng.randrange(16, 44)
+        assert_ends_alike(folder, whole)
+    assert len(kills) >= 15, kills
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_killed_while_a_checkpoint_is_written(birds, tmp_path, whole, monkeypatch, moment):
+    """Each moment between the third step and the fourth."""
+    with monkeypatch.context() as patch:
+        kill = Kill(patch)
+        step = train.Trainer.step
+
+        def fourth(self, images, labels):
+            if self.state.sampler.epoch == 1:
+                kill.moment = len(kill.passed) + 1 + moment
+            return step(self, images, labels)
+
+        patch.setattr(train.Trainer, "step", fourth)
+        with pytest.raises(KilledError):
+            run(birds, tmp_path / "run", *FULL)
+    run(birds, tmp_path / "run", *FULL)
+    assert_ends_alike(tmp_path / "run", whole)
+
+
+def test_workers_change_nothing_also_when_the_run_goes_on(birds, tmp_path, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        step, calls = train.Trainer.step, []
+
+        def fifth(self, images, labels):
+            calls.append(0)
+            if len(calls) == 5:
+                raise KilledError
+            return step(self, images, labels)
+
+        patch.setattr(train.Trainer, "step", fifth)
+        with pytest.raises(KilledError):
+            run(birds, tmp_path / "run", *FULL, "--workers", "2")
+    run(birds, tmp_path / "run", *FULL, "--workers", "2")
+    assert_ends_alike(tmp_path / "run", whole)
+
+
+def test_crops_depend_on_place_and_epoch(birds, tmp_path):
+    settings = parse([*TINY, "--data", str(birds)])
+    one = train.Trainer(settings, open_data(settings), RunFolder(tmp_path / "run", settings))
+    epochs = []
+    for epoch in (0, 1, 0):
+        one.sampler.set_epoch(epoch)
+        epochs.append([place for batch in one.loader.batch_sampler for place in batch])
+    assert epochs[0] == epochs[2]
+    seeds = [seed for epoch in epochs[:2] for _, seed in epoch]
+    assert len(set(seeds)) == len(seeds) == 36
+    dataset, before = one.loader.dataset, torch.get_rng_state()
+    assert torch.equal(dataset[3, 7][0], dataset[3, 7][0])
+    assert len({dataset[3, seed][0].numpy().tobytes() for seed in range(8)}) > 4
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def damaged(how, checkpoint):
+    file = checkpoint / "state.pt"
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "altered":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == "missing":
+        (checkpoint / "process-0.pt").unlink()
+    else:
+        (checkpoint / "manifest.json").write_text("")
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "missing", "unlisted"])
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_used(birds, tmp_path, whole, capsys, how):
+    shutil.copytree(whole, tmp_path / "run")
+    assert [path.name for path in sorted((tmp_path / "run" / "state").iterdir())] == [
+        "epoch-0002-batch-00002",
+        "epoch-0003",
+    ]
+    damaged(how, tmp_path / "run" / "state" / "epoch-0003")
+    run(birds, tmp_path / "run", *FULL, "--keep-checkpoints", "1")
+    said = capsys.readouterr().out
+    assert f"the checkpoint {tmp_path / 'run' / 'state' / 'epoch-0003'} is damaged" in said
+    assert "going on after epoch 2 of 3 and 2 of 3 batches" in said
+    assert_ends_alike(tmp_path / "run", whole)
+    assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == ["epoch-0003"]
+
+
+def test_without_a_whole_checkpoint_nothing_is_trained_anew(birds, tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "state").iterdir():
+        damaged("altered", checkpoint)
+    with pytest.raises(SystemExit, match="no whole checkpoint is left"):
+        run(birds, tmp_path / "run", *FULL)
+
+
+@pytest.mark.parametrize("fails_from", [0, 3, 9])
+def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(birds, tmp_path, whole, monkeypatch, fails_from):
+    with monkeypatch.context() as patch:
+        write, calls = checkpoints.write_bytes, []
+
+        def full(path, content):
+            calls.append(path)
+            if len(calls) > fails_from:
+                path.write_bytes(content[:10])
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            write(path, content)
+
+        patch.setattr(checkpoints, "write_bytes", full)
+        with pytest.raises(
+            SystemExit, match=r"cannot write to .*No space left[\s\S]*the same command goes on from there"
+        ):
+            run(birds, tmp_path / "run", *FULL)
+    left = [path.name for path in (tmp_path / "run" / "state").iterdir()]
+    assert left == {0: [], 3: [], 9: left}[fails_from]  # a checkpoint is four files
+    assert all(checkpoints.damage(tmp_path / "run" / "state" / name) is None for name in left)
+    run(birds, tmp_path / "run", *FULL)
+    assert_ends_alike(tmp_path / "run", whole)
+
+
+@pytest.fixture
+def in_the_foreground():
+    """Tests in the background of a shell start with SIGINT ignored, and a run leaves what is ignored alone."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+@pytest.mark.parametrize(
+    ("number", "owner", "name", "call", "saved"),
+    [(signal.SIGTERM, train.Trainer, "step", 4, "epoch-0001-batch-00001"),
+     (signal.SIGINT, train.Trainer, "step", 6, "epoch-0001-batch-00003"),
+     (signal.SIGTERM, train, "predict", 1, "epoch-0002")],
+)  # fmt: skip
+def test_signals_save_and_stop(birds, tmp_path, whole, monkeypatch, capsys, number, owner, name, call, saved):
+    flags = [*FULL, "--checkpoint-minutes", "0"]
+    with monkeypatch.context() as patch:
+        function, calls = getattr(owner, name), []
+
+        def signalled(*args):
+            calls.append(0)
+            if len(calls) == call:
+                os.kill(os.getpid(), number)
+            return function(*args)
+
+        patch.setattr(owner, name, signalled)
+        before = signal.getsignal(number)
+        with pytest.raises(SystemExit) as stopped:
+            run(birds, tmp_path / "run", *flags)
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert max(path.name for path in (tmp_path / "run" / "state").iterdir()) == saved
+    assert f"saved as {tmp_path / 'run' / 'state' / saved}; the same command goes on" in capsys.readouterr().err
+    run(birds, tmp_path / "run", *flags)
+    assert_ends_alike(tmp_path / "run", whole)
+
+
+def test_a_start_that_fails_leaves_nothing_behind(birds, tmp_path):
+    with pytest.raises(ValueError, match="n_classes=7"):
+        run(birds, tmp_path / "run", "--n-classes", "7")
+    assert not (tmp_path / "run").exists()
+    run(birds, tmp_path / "run", "--epochs", "1")
+
+
+def test_other_data_of_the_same_name_is_refused(birds, tmp_path):
+    data = tmp_path / "CUB_200_2011"
+    shutil.copytree(birds, data)
+    run(data, tmp_path / "run", "--epochs", "1")
+    split = data / "train_test_split.txt"
+    lines = split.read_text().splitlines()
+    lines[0] = lines[0][:-1] + str(1 - int(lines[0][-1]))
+    split.write_text("\n".join(lines) + "\n")
+    with pytest.raises(SystemExit, match=r"on other data:\n.*training images: 18 there, 1[79] here\n.*\n.*sha256"):
+        run(data, tmp_path / "run", "--epochs", "1")

@@ -1,0 +1,164 @@
+"""examples/workbench/images.py: images decoded, never replaced, and handed to a DataLoader."""
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from cub_folder import noise
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch.utils.data import DataLoader
+
+from workbench.images import Image, ImageDataset, load_image, read_cub, test_transform, train_transform
+
+RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))  # dark to bright, from left to right
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "I;16"])
+def test_load_image_converts_to_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("x.jpg" if mode in ("RGB", "L", "CMYK") else "x.png")
+    grey = PIL.Image.fromarray(RAMP)
+    if mode == "I;16":
+        PIL.Image.fromarray(RAMP.astype(np.uint16) * 257).save(path)
+    elif mode == "P":
+        grey.convert("P").save(path, transparency=bytes(range(256)))
+    elif mode == "CMYK":
+        grey.convert("RGB").convert("CMYK").save(path, quality=100)
+    else:
+        grey.convert(mode).save(path)
+    with PIL.Image.open(path) as written:
+        assert written.mode == mode
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = load_image(path)
+    assert image.mode == "RGB"
+    pixels = np.asarray(image).astype(int)
+    expected = pixels[..., :1] if mode == "1" else RAMP[..., None]
+    assert abs(pixels - expected).max() <= 3
+    assert pixels[:, :8].mean() < 20
+    assert pixels[:, -8:].mean() > 200
+
+
+def test_load_image_turns_as_exif_says(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16, 0] = 255  # red on the left
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter, which puts the left on top
+    PIL.Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif)
+    image = np.asarray(load_image(tmp_path / "x.jpg"))
+    assert image.shape == (32, 16, 3)
+    assert image[:14, :, 0].min() > 200
+    assert image[18:, :, 0].max() < 50
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data[: len(data) // 2], "truncated"),
+        (lambda data: data[:100], "cannot be decoded"),
+        (lambda data: b"", r"\(0 bytes\) is no image"),
+        (lambda data: b"Not found\n", r"\(10 bytes\) is no image"),
+        (lambda data: bytes(len(data)), "is no image"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.jpg", "x.png"])
+def test_load_image_refuses_broken_files(tmp_path: Path, name: str, damage, reason: str) -> None:
+    path = tmp_path / name
+    PIL.Image.fromarray(noise(64, 64, 3)).save(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .*{reason}.*replace the file"):
+        load_image(path)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        ImageDataset([Image(path, 0, 1)], lambda image: image)[0]
+
+
+def test_load_image_refuses_what_has_no_white(tmp_path: Path) -> None:
+    PIL.Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match=r"x\.tiff .*mode F, 0\.5 to 0\.5, does not say what is white"):
+        load_image(tmp_path / "x.tiff")
+
+
+def test_load_image_names_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.jpg cannot be read: No such file"):
+        load_image(tmp_path / "nowhere.jpg")
+
+
+def test_dataset(cub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = read_cub(cub).train + read_cub(cub).test
+    loads: list[Path] = []
+    monkeypatch.setattr("workbench.images.load_image", lambda path: loads.append(path) or load_image(path))
+    transform = test_transform(24, 16)
+    plain = ImageDataset(images, transform)
+    assert len(plain) == 4
+    assert plain.labels == [image.label for image in images] == [1, 0, 0, 1]
+    first = list(map(plain.__getitem__, range(4)))
+    for settings in ({"resize": 24}, {"cache": True}, {"resize": 24, "cache": True}):
+        loads.clear()
+        dataset = ImageDataset(images, transform, **settings)
+        assert loads == []
+        for _ in range(2):
+            for index, (picture, label, own_index) in enumerate(map(dataset.__getitem__, range(4))):
+                assert torch.equal(picture, first[index][0])
+                assert (label, own_index) == (images[index].label, index) == first[index][1:]
+        assert loads == [image.path for image in images] * (1 if "cache" in settings else 2)
+        sizes = [picture.size for picture in dataset._pictures.values()]
+        expected = [(24, 24)] * 4 if "resize" in settings else [load_image(image.path).size for image in images]
+        assert sizes == (expected if "cache" in settings else [])
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_dataset_in_a_loader_with_workers(cub: Path, cache: bool) -> None:
+    images = read_cub(cub).train + read_cub(cub).test
+    dataset = ImageDataset(images, test_transform(24, 16), resize=24, cache=cache)
+    loader = DataLoader(dataset, batch_size=3, num_workers=2, persistent_workers=True)
+    for _ in range(2):
+        pictures, labels, indices = map(torch.cat, zip(*loader, strict=True))
+        assert labels.tolist() == dataset.labels
+        assert indices.tolist() == [0, 1, 2, 3]
+        assert torch.equal(pictures, torch.stack([dataset[index][0] for index in range(4)]))
+
+
+def test_broken_image_comes_out_of_a_worker(cub: Path) -> None:
+    images = read_cub(cub).train
+    images[1].path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b\.jpg \(0 bytes\) is no image"):
+        list(DataLoader(ImageDataset(images, test_transform(24, 16)), num_workers=1))
+
+
+def test_test_transform_is_timms() -> None:
+    picture = PIL.Image.fromarray(noise(50, 90, 3))
+    theirs = create_transform(
+        112, is_training=False, crop_mode="squash", crop_pct=112 / 128, interpolation="bilinear"
+    )  # fmt: skip
+    assert torch.equal(test_transform(128, 112)(picture), theirs(picture))
+
+
+def test_train_transform() -> None:
+    """What comes out is a crop of the squashed picture, mirrored or not; all of both come up."""
+    picture = PIL.Image.fromarray(noise(50, 90, 3))
+    whole = test_transform(8, 8)(picture)
+    crops = {}
+    for top in range(3):
+        for left in range(3):
+            crop = whole[:, top : top + 6, left : left + 6]
+            crops |= {crop.numpy().tobytes(): (top, left, False), crop.flip(2).numpy().tobytes(): (top, left, True)}
+    transform = train_transform(8, 6)
+    torch.manual_seed(0)
+    seen = {crops[transform(picture).contiguous().numpy().tobytes()] for _ in range(300)}
+    assert len(seen) == len(crops) == 18
+
+
+@pytest.mark.parametrize("transform", [train_transform, test_transform])
+def test_transforms_normalise(transform) -> None:
+    picture = PIL.Image.new("RGB", (10, 10), (255, 0, 51))
+    values = torch.tensor([1, 0, 0.2])
+    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    torch.testing.assert_close(transform(8, 6)(picture)[:, 3, 3], (values - mean) / std)
+    own = transform(8, 6, mean=(0.5, 0.5, 0.5), std=(2, 2, 2))
+    torch.testing.assert_close(own(picture)[:, 3, 3], (values - 0.5) / 2)
+    for resize, crop in ((8, 9), (8, 0)):
+        with pytest.raises(ValueError, match=f"crop={crop} and resize=8"):
+            transform(resize, crop)

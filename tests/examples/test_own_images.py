@@ -1,0 +1,247 @@
+"""Reading of any folder or CSV of labelled images, what is chosen from it, and the figures of the results."""
+
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+
+from compare import table
+from solar_cells import write_folders
+from workbench.datasets import folders
+from workbench.defaults import Known, choose
+from workbench.metrics import by_class, confusions, interval, ranked_pairs, summary
+
+
+def save(path, colour=(10, 20, 30), size=(32, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for label, (name, count) in enumerate({"blue": 8, "green": 4, "red": 12}.items()):
+        for index in range(count):
+            save(tmp_path / "images" / name / f"{index}.png", (80 * label, 10 * index, 50))
+    return tmp_path / "images"
+
+
+def counts(items):
+    return dict(Counter(item.label for item in items))
+
+
+def test_split_is_stratified_disjoint_and_by_seed(folder):
+    train, test, notes = folders.read(folder)
+    assert counts(test) == {"blue": 2, "green": 1, "red": 3}
+    assert not set(train) & set(test)
+    assert sorted(train + test) == folders.read_folder(folder)
+    assert folders.read(folder) == (train, test, notes)
+    assert folders.read(folder, seed=1).test != test
+    assert counts(folders.read(folder, 0.5).test) == {"blue": 4, "green": 2, "red": 6}
+
+
+def test_folders_of_a_split_are_taken(folder, tmp_path):
+    for part, name in (("train", "cat"), ("train", "dog"), ("val", "cat"), ("test", "dog")):
+        save(tmp_path / "whole" / part / name / "1.jpg")
+    train, test, notes = folders.read(tmp_path / "whole")
+    assert (counts(train), counts(test)) == ({"cat": 1, "dog": 1}, {"dog": 1})
+    assert "val is not used" in notes[0]
+    # No test images: those in train/ are split, and "train" is no class.
+    folder.rename(tmp_path / "train")
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "train").rename(tmp_path / "outer/train")
+    train, test, _ = folders.read(tmp_path / "outer")
+    assert (len(train), counts(test)) == (18, {"blue": 2, "green": 1, "red": 3})
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus", "train"):
+        for index in range(4):
+            save(tmp_path / name / f"{index}.jpg")
+    assert counts(folders.read(tmp_path).train) == {"bus": 3, "train": 3}
+
+
+def test_what_tools_leave_behind_is_no_image(folder):
+    before = folders.read_folder(folder)
+    for name in (".ipynb_checkpoints/copy.png", "red/._0.png", "__MACOSX/0.png", "red/.thumbs/0.png"):
+        save(folder / name)
+    (folder / "red/notes.txt").write_text("of the photographer")
+    assert folders.read_folder(folder) == before
+    assert any("1 files are left aside" in note and "notes.txt" in note for note in folders.read(folder).notes)
+
+
+def test_csv_is_as_the_folder(folder):
+    rows = [f"{item.label}/{item.path.name},{item.label}" for item in folders.read_folder(folder)]
+    (folder / "list.csv").write_text("\n".join(["path,label", *rows]))
+    assert folders.read(folder / "list.csv")[:2] == folders.read(folder)[:2]
+
+
+def test_csv_with_a_split(folder):
+    (folder / "list.csv").write_text("label,path,split\nred,red/0.png,train\nblue,blue/0.png,val\nred,red/1.png,test\n")
+    train, test, notes = folders.read(folder / "list.csv")
+    assert [item.path.name for item in train] == ["0.png"]
+    assert [item.label for item in test] == ["blue", "red"]
+    assert notes == []
+    (folder / "list.csv").write_text("label,path,split\nred,red/0.png,holdout\n")
+    with pytest.raises(SystemExit, match="line 2: the split must be train or test, got 'holdout'"):
+        folders.read(folder / "list.csv")
+
+
+@pytest.mark.parametrize("kind", ["up", "absolute", "link"])
+def test_csv_cannot_leave_its_folder(folder, kind):
+    outside = folder.parent / "outside.png"
+    save(outside)
+    (folder / "link.png").symlink_to(outside)
+    path = {"up": "../outside.png", "absolute": str(outside), "link": "link.png"}[kind]
+    (folder / "list.csv").write_text(f"path,label\nred/0.png,red\n{path},red\n")
+    with pytest.raises(SystemExit, match=r"list.csv, line 3: .* leads out"):
+        folders.read(folder / "list.csv")
+
+
+def test_warnings(folder):
+    items = folders.read_folder(folder)
+    red, blue = [[item for item in items if item.label == name] for name in ("red", "blue")]
+    found = folders.warnings(red + blue[:1], red[:1])
+    assert len(found) == 4
+    assert "blue: one training image" in found[0]
+    assert "blue: no test image" in found[1]
+    assert "12" in found[2]
+    assert str(red[0].path) in found[3]
+    assert folders.warnings(red[2:] + blue[:6], red[:2] + blue[6:]) == []
+
+
+def test_one_image_under_two_labels(folder):
+    (folder / "blue/copy.png").write_bytes((folder / "red/3.png").read_bytes())
+    items = folders.read_folder(folder)
+    (found,) = folders.warnings(items, [])[1:]
+    assert "1 images are there under two labels" in found
+    assert "blue and red" in found
+
+
+def test_bad_images_end_the_command_or_are_left_out(folder, capsys):
+    (folder / "red/broken.jpg").write_text("no image")
+    split = folders.read(folder)
+    with pytest.raises(SystemExit, match=r"1 bad images: .*--skip-bad"):
+        folders.sound(split, 0, skip_bad=False)
+    assert "broken.jpg (8 bytes) is no image" in capsys.readouterr().out
+    left = folders.sound(split, 0, skip_bad=True)
+    assert len(left.train) + len(left.test) == 24
+    assert left.notes[-1] == "1 bad images are left out"
+
+
+def test_short_side_is_the_median(tmp_path):
+    sizes = [(50, 90), (100, 40), (300, 200)]
+    for index, size in enumerate(sizes):
+        save(tmp_path / f"{index}.png", size=size)
+    assert folders.short_side([folders.Item(tmp_path / f"{index}.png", "a") for index in range(3)]) == 50
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({}, {"backbone": "resnet18", "image_size": 224, "n_classes": 8, "n_samples": 4, "epochs": 91, "lr": 3e-4}),
+        ({"classes": 2}, {"n_classes": 2, "n_samples": 16, "epochs": 91}),
+        ({"classes": 2, "typical": 6}, {"n_samples": 6}),
+        ({"classes": 2, "typical": 2}, {"n_samples": 4}),
+        ({"images": 60}, {"epochs": 100}),
+        ({"images": 50_000, "classes": 200}, {"backbone": "resnet18", "n_classes": 16, "n_samples": 4, "epochs": 10}),
+        ({"images": 50_000, "gpu": True}, {"backbone": "resnet50"}),
+        ({"side": 40}, {"image_size": 64}),
+        ({"side": 97}, {"image_size": 128}),
+        ({"pretrained": False}, {"lr": 1e-3}),
+    ],
+)
+def test_defaults(known, expected):
+    plain = {"images": 704, "classes": 30, "typical": 20, "side": 500, "pretrained": True, "gpu": False}
+    found = choose(Known(**{**plain, **known}))
+    assert {name: found[name][0] for name in expected} == expected
+    assert all(reason for _, reason in found.values())
+
+
+def test_confusions_and_their_figures_by_hand():
+    rng = random.Random(0)
+    names = ["a", "b", "c", "d"]
+    labels = [0] * 7 + [1] * 20 + [2] * 3  # none of "d"
+    predicted = [rng.choice([label, label, *range(4)]) for label in labels]
+    confusion = confusions(labels, predicted, 4)
+    for a in range(4):
+        for b in range(4):
+            assert confusion[a, b] == sum((x, y) == (a, b) for x, y in zip(labels, predicted, strict=True))
+
+    right = [sum(x == y == row for x, y in zip(labels, predicted, strict=True)) for row in range(3)]
+    found = summary(confusion)
+    assert found["accuracy"] == sum(right) / 30
+    assert found["mean_class_accuracy"] == pytest.approx((right[0] / 7 + right[1] / 20 + right[2] / 3) / 3)
+    assert found["largest_class_share"] == 20 / 30
+
+    rows = by_class(names, [0, 0, 1], confusion)
+    assert [row["accuracy"] for row in rows[:3]] == sorted(row["accuracy"] for row in rows[:3])
+    assert rows[3] | {"class": "d", "accuracy": None, "train_images": 0} == rows[3]
+    for row in rows[:3]:
+        label = names.index(row["class"])
+        others = Counter(y for x, y in zip(labels, predicted, strict=True) if x == label != y)
+        assert row["taken_for_count"] == max(others.values(), default=0)
+        assert row["taken_for"] is None or others[names.index(row["taken_for"])] == row["taken_for_count"]
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 5), (5, 5), (3, 10), (560, 656)])
+def test_interval_is_wilsons(correct, total):
+    expected = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    assert interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_pairs_are_ranked_by_both_directions():
+    confusion = torch.tensor([[9, 3, 0, 1], [4, 3, 0, 0], [5, 0, 8, 0], [0, 0, 0, 2]])
+    assert ranked_pairs(confusion) == [(1, 0, 4, 3), (2, 0, 5, 0), (0, 3, 1, 0)]
+    assert ranked_pairs(torch.eye(3, dtype=torch.int64)) == []
+
+
+def test_comparison_is_seed_by_seed():
+    def run(accuracy, **settings):
+        return {
+            "accuracy": accuracy, "mean_class_accuracy": accuracy / 2, "largest_class_share": 0.25, "minutes": 2.0,
+            "history": [{"train_accuracy": 0.9}], "classes": ["a", "b"], "machine": "a CPU",
+            "data": {"name": "cells", "train": 30, "test": 10},
+            "settings": {
+                "backbone": "resnet18", "no_pretrained": True, "image_size": 96, "n_classes": 2, "n_samples": 4,
+                "epochs": 5, "lr": 0.001, "backbone_lr": 0.001,
+            },
+        }  # fmt: skip
+
+    text = table({"baseline": [run(0.5), run(0.7)], "api": [run(0.6), run(0.6)]})
+    assert "| Baseline | 60.0 ± 14.1 | 30.0 ± 7.1 | 90.0 ± 0.0 |" in text
+    assert "test accuracy 0.0 ± 14.1 (by seed: +10.0, -10.0)" in text
+    assert "resnet18 from scratch, 96 x 96 pixels" in text
+
+
+@pytest.mark.parametrize(
+    ("degrees", "names"),
+    [
+        (False, ["mono-functional", "mono-functional", "poly-defective", "poly-defective", "poly-defective"]),
+        (True, ["mono-functional", "mono-possibly-defective", "poly-probably-defective"] + ["poly-defective"] * 2),
+    ],
+)
+def test_solar_cells_are_sorted_by_kind_and_degree(tmp_path, degrees, names):
+    images = np.random.default_rng(0).integers(0, 256, (5, 9, 9), np.uint8)
+    kinds, probabilities = ["mono"] * 2 + ["poly"] * 3, [0.0, 1 / 3, 0.6667, 1.0, 1.0]
+    found = write_folders(tmp_path, images, probabilities, kinds, degrees)
+    assert found == Counter(names) == counts(folders.read_folder(tmp_path))
+    for number, (name, image) in enumerate(zip(names, images, strict=True), 1):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / name / f"cell{number:04d}.png")), image)
+    with pytest.raises(ValueError, match=r"must be 0, 1/3, 2/3 or 1, got 0.5"):
+        write_folders(tmp_path, images[:1], [0.5], ["mono"])
+
+
+def test_readme_has_the_figures_of_the_results():
+    folder = Path(folders.__file__).parent
+    found = (folder / "results/solar_cells.md").read_text()
+    rows = re.findall(r"^\| (Baseline|API-Net) \| (.*?) \| (.*?) \|", (folder / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 2
+    assert all(" | ".join(row) in found for row in rows)
+    (gain,) = re.findall(r"five seeds would show: (\S+ ± \S+) points", (folder / "README.md").read_text())
+    assert f"test accuracy {gain} " in found

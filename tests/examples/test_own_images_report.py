@@ -1,0 +1,201 @@
+"""The report of a training: what it shows, and that it shows it for any number of classes and any names."""
+
+import base64
+import io
+from argparse import Namespace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from apinet_head import APINet, explain_pair
+from workbench import confused
+from workbench.confused import Confused, Picture, Shown, show_pairs
+from workbench.datasets.folders import Item
+from workbench.drawings import picture
+from workbench.metrics import by_class, summary
+from workbench.own_training import Images
+from workbench.report_page import write
+
+ODD = "<b>&\"'$\\no{$ | 猫\n</td><script>alert(1)</script>"
+OPTIONS, BASELINE = Namespace(baseline=False), Namespace(baseline=True)
+VOID = {"meta", "img", "br", "source"}
+
+
+class Page(HTMLParser):
+    """Elements, their texts by the path of tags, and whether all that is opened is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.sources, self.rows, self.texts = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "srcset", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1].append(data)
+
+
+def metrics_of(names, confusion):
+    return {
+        **summary(confusion), "by_class": by_class(names, [*range(len(names))] * 3, confusion), "classes": names,
+        "confusion": confusion.tolist(), "minutes": 1.5, "machine": "a CPU",
+        "history": [{"epoch": 1, "loss": 2.0, "train_accuracy": 0.5}, {"epoch": 2, "loss": 1.0, "train_accuracy": 0.6,
+                                                                     "test_accuracy": 0.7}],
+        "data": {"name": names[0], "train": 9, "test": 9, "notes": [f"warning: {names[0]}"]},
+        "settings": {"backbone": "test_resnet", "baseline": False},
+    }  # fmt: skip
+
+
+def report(tmp_path, names, confusion, shown=Shown([], "")):  # noqa: B008
+    write(tmp_path / "report.html", metrics_of(names, confusion), shown)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+def test_table_has_the_counts(tmp_path):
+    page = report(tmp_path, ["a", "b", "c"], torch.tensor([[3, 0, 0], [0, 3, 1], [2, 0, 1]]))
+    assert ["a", "3", "0", "0"] in page.rows
+    assert ["b", "0", "3", "1"] in page.rows
+    worst_first = [row[0] for row in page.rows if len(row) >= 5 and row[1].endswith("%")]
+    assert worst_first == ["c", "b", "a"]
+    assert ["c", "33.3 %", "1", "3", "3", "a (2)"] in page.rows
+
+
+@pytest.mark.parametrize("count", [2, 31, 200])
+def test_any_number_of_classes(tmp_path, count):
+    confusion = 3 * torch.eye(count, dtype=torch.int64)
+    confusion[0, 1] = 2
+    page = report(tmp_path, [f"class {index}" for index in range(count)], confusion)
+    cells = sum(tag == "td" for tag in page.tags)
+    assert cells < 40 + 8 * count  # no table of count x count
+    assert sum(tag == "picture" for tag in page.tags) == (1 if count <= 30 else 2)
+
+
+def test_names_are_text_and_nothing_is_loaded(tmp_path):
+    names = [ODD, *(f"{index}{ODD}" for index in range(40))]
+    pixels = torch.rand(3, 20, 30)
+    shown = Shown([Confused(ODD, names[1], 2, 0, [Picture(pixels, pixels[0], ODD, ODD)])], ODD)
+    for count in (3, 41):
+        page = report(tmp_path, names[:count], torch.eye(count, dtype=torch.int64) + 1, shown)
+        assert not {"b", "script"} & set(page.tags)
+        assert all(source.startswith("data:image/") for source in page.sources)
+        assert ODD in page.texts
+    assert "http" not in (tmp_path / "report.html").read_text(encoding="utf-8").split("base64")[0]
+
+
+def test_heat_is_laid_over_the_picture():
+    pixels, heat = torch.full((3, 224, 224), 0.5), torch.zeros(224, 224)
+    heat[:112] = 1
+    assert decoded(picture(pixels, None, "")) == pytest.approx([128, 128, 128] * 2, abs=3)
+    top_red, _, top_blue, bottom_red, _, bottom_blue = decoded(picture(pixels, heat, ""))
+    assert top_red > top_blue + 30  # turbo: dark red where there is heat
+    assert bottom_blue >= bottom_red
+
+
+def decoded(tag):
+    data = tag.split("base64,")[1].split('"')[0]
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    return [*image.getpixel((100, 30)), *image.getpixel((100, 200))]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Training and test images of three classes, of noise on which nothing was learned."""
+    torch.manual_seed(0)
+    transform = create_transform(input_size=(3, 64, 64), crop_pct=1.0)
+    found = []
+    for part in ("train", "test"):
+        items = []
+        for label in ("a", "b", "c"):
+            for index in range(4):
+                path = tmp_path / f"{part}-{label}{index}.png"
+                Image.fromarray((torch.rand(64, 64, 3) * 255).byte().numpy()).save(path)
+                items.append(Item(path, label))
+        found.append(Images(items, ["a", "b", "c"], transform))
+    return found
+
+
+# Images 0 to 3 are of a, 4 to 7 of b, 8 to 11 of c. b and c are mistaken three times, a for b once.
+PREDICTED = [0, 0, 1, 0, 2, 2, 1, 1, 2, 1, 2, 2]
+
+
+def likely():
+    probabilities = torch.full((12, 3), 0.2)
+    probabilities[range(12), PREDICTED] = 0.6
+    probabilities[5] = torch.tensor([0.05, 0.05, 0.9])  # the surest wrong one
+    return probabilities
+
+
+def scaled(maps):
+    mean = maps.mean(0)
+    return (mean - mean.min()) / (mean.max() - mean.min())
+
+
+def test_pairs_are_ranked_and_shown_with_their_training_images(images):
+    train, test = images
+    net = APINet("test_resnet", 3).eval()
+    shown = show_pairs(net, train, test, likely(), OPTIONS)
+    assert [(pair.true, pair.predicted, pair.there, pair.back) for pair in shown.pairs] == [
+        ("b", "c", 2, 1),
+        ("a", "b", 1, 0),
+    ]
+    wrong, other, own = shown.pairs[0].pictures
+    assert wrong.file == "test-b1.png"
+    assert wrong.caption == "b, taken for c (90%)"
+
+    # By hand: the most alike training images, and the maps of the gates.
+    with torch.no_grad():
+        features = net.backbone(torch.stack([test[5][0], *(train[row][0] for row in range(12))]))
+    alike = torch.nn.functional.cosine_similarity(features[:1], features[1:])
+    rows = [8 + int(alike[8:].argmax()), 4 + int(alike[4:8].argmax())]
+    assert [other.file, own.file] == [train.items[row].path.name for row in rows]
+    for place, row in enumerate(rows, 1):
+        seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
+        torch.testing.assert_close(shown.pairs[0].pictures[place].heat, scaled(seen.heatmaps[1]))
+        if place == 1:
+            torch.testing.assert_close(wrong.heat, scaled(seen.heatmaps[0]))
+    raw = torch.from_numpy(np.asarray(Image.open(test.items[5].path)) / 255).permute(2, 0, 1)
+    torch.testing.assert_close(wrong.pixels.double(), raw, atol=1e-5, rtol=0)
+
+
+def test_baseline_is_shown_without_gates(images):
+    train, test = images
+    net = APINet("test_resnet", 3).eval()
+    shown = show_pairs(net, train, test, likely(), BASELINE)
+    wrong, other, _ = shown.pairs[0].pictures
+    row = next(row for row, item in enumerate(train.items) if item.path.name == other.file)
+    seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
+    torch.testing.assert_close(wrong.heat, scaled(seen.plain_heatmaps[0]))
+    assert "no trained gates" in shown.note
+
+
+def test_backbone_without_maps_has_pictures_and_a_note(images, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("it has a layer that mixes channels")
+
+    monkeypatch.setattr(confused, "explain_pair", refuse)
+    shown = show_pairs(APINet("test_resnet", 3).eval(), *images, likely(), OPTIONS)
+    assert shown.note == "There are no heat maps with this backbone: it has a layer that mixes channels."
+    assert [each.heat for each in shown.pairs[0].pictures] == [None] * 3
+
+
+def test_only_the_first_pairs_have_pictures(images, monkeypatch):
+    monkeypatch.setattr(confused, "PAIRS", 1)
+    shown = show_pairs(APINet("test_resnet", 3).eval(), *images, likely(), OPTIONS)
+    assert [len(pair.pictures) for pair in shown.pairs] == [3, 0]

@@ -1,0 +1,62 @@
+"""Runs of train_cub.py on a tiny set of birds, and what tells whether two of them are alike bit for bit."""
+
+import csv
+import json
+
+import torch
+
+import train_cub
+from apinet_head import APINet
+from workbench.checkpoint import unpack
+
+# All that a state can hold, and a checkpoint after each step; 3 epochs of 3 steps, and in the last no test but one.
+FULL = ["--memory", "16", "--checkpoint-minutes", "1e-9", "--epochs", "3", "--inter", "random"]
+TINY = [
+    "--preset", "demo", "--backbone", "test_resnet", "--backbone-args", "{}", "--resize", "40", "--crop", "32",
+    "--n-classes", "3", "--n-samples", "2", "--epochs", "3", "--eval-every", "2", "--device", "cpu",
+]  # fmt: skip
+
+
+def run(birds, output, *flags):
+    return train_cub.main([*TINY, "--data", str(birds), "--output", str(output), *flags])
+
+
+def weights(folder):
+    return APINet.from_pretrained(folder).state_dict()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def figures(folder):
+    """What a run says of itself, less how long it took."""
+    with (folder / "log.csv").open() as file:
+        log = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    return log, json.loads((folder / "result.json").read_text()) | {"seconds": 0}
+
+
+def end_state(folder, last):
+    """The newest checkpoint: optimiser, memory, random states and all, without times."""
+    newest = max((folder / "state").iterdir())
+    assert newest.name == last
+    return unpack(newest / "state.pt"), unpack(newest / "process-0.pt")
+
+
+def alike(one, other):
+    """Bit for bit, whatever it is made of."""
+    if isinstance(one, torch.Tensor):
+        return one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return one == other
+
+
+def assert_ends_alike(folder, whole, last="epoch-0003"):
+    assert same(weights(folder / "last"), weights(whole / "last"))
+    assert same(weights(folder / "best"), weights(whole / "best"))
+    assert figures(folder) == figures(whole)
+    assert alike(end_state(folder, last), end_state(whole, last))
+    assert not list(folder.rglob("*.partial"))
