@@ -1,5 +1,8 @@
 """Runs a batch through the backbone in chunks: the memory of one chunk, the gradient of the whole batch."""
 
+import random
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -8,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from apinet_head._checks import check_int, check_module, describe
+
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class ChunkedBackbone(nn.Module):
@@ -73,33 +79,32 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int, keep: in
     """
     if not isinstance(images, Tensor) or images.ndim == 0:
         raise TypeError(f"images must be a tensor [B, ...] to go in chunks, got {describe(images)}")
+    modules = list(backbone.modules())
     smallest = min(len(images), len(images) % chunk_size or chunk_size)
-    if smallest == 1 and any(isinstance(module, _BatchNorm) and module.training for module in backbone.modules()):
+    if smallest == 1 and any(isinstance(module, _BatchNorm) and module.training for module in modules):
         raise ValueError(
             f"chunk_size={chunk_size} leaves a chunk of one image of {describe(images)}, too few for BatchNorm in "
             "train mode: take another chunk_size or batch, or put BatchNorm in eval mode"
         )
     if len(images) <= chunk_size:
         return backbone(images)
-    parameters = list(backbone.parameters())
+    chunks, parameters = torch.split(images, chunk_size), list(backbone.parameters())
     learns = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in parameters))
     # torch.func allows no hooks on saved tensors; the parameters of functional_call are gone in the backward pass.
     functional = torch._C._are_functorch_transforms_active() or not all(isinstance(p, nn.Parameter) for p in parameters)
-
-    chunks = torch.split(images, chunk_size)
-
-    def run(place: int, chunk: Tensor) -> Any:
-        if functional or not learns:
-            return backbone(chunk)
-        # A last chunk of another size would be compiled anew, maybe to a graph that saves other tensors than the first.
-        function = backbone if len(chunk) == chunk_size else partial(_uncompiled, backbone)
-        if place >= len(chunks) - keep:
-            return function(chunk)
-        contexts = nullcontext(), _RunningStatisticsKept(backbone)  # of the first pass, and of the recomputation
-        return checkpoint(function, chunk, use_reentrant=False, context_fn=lambda: contexts)
-
-    first, *others = [run(place, chunk) for place, chunk in enumerate(chunks)]
-    return tree_map(_join, first, *others)
+    if functional or not learns:
+        outputs = [backbone(chunk) for chunk in chunks]
+    else:
+        first_pass = _FirstPass(backbone, modules)
+        outputs = []
+        for place, chunk in enumerate(chunks):
+            # A last chunk of another size would be compiled anew, maybe to a graph that saves other tensors.
+            run = backbone if len(chunk) == chunk_size else partial(_uncompiled, backbone)
+            if place < len(chunks) - keep:
+                contexts = nullcontext(), _Replay(first_pass)  # of the first pass, and of the recomputation
+                run = partial(checkpoint, run, use_reentrant=False, context_fn=lambda contexts=contexts: contexts)
+            outputs.append(run(chunk))
+    return tree_map(_join, *outputs)
 
 
 def _uncompiled(backbone: nn.Module, chunk: Tensor) -> Any:
@@ -108,30 +113,112 @@ def _uncompiled(backbone: nn.Module, chunk: Tensor) -> Any:
         return backbone(chunk)
 
 
-class _RunningStatisticsKept(AbstractContextManager[None]):
-    """Restores BatchNorm's running statistics on exit: a recomputed chunk does not count in them again.
+Buffers = list[dict[str, Tensor | None]]  # of each module, by name
+
+
+class _FirstPass:
+    """What a forward pass over the chunks began with, and copies of the buffers as it goes on."""
+
+    def __init__(self, backbone: nn.Module, modules: list[nn.Module]) -> None:
+        self.backbone, self.modules = backbone, modules
+        self.training = [module.training for module in modules]
+        self.weights = [{name: (p, _version(p)) for name, p in m._parameters.items() if p is not None} for m in modules]
+        self.randomness = _randomness(modules)
+        self.copies: dict[int, tuple[Tensor, int | None, Tensor]] = {}  # of a buffer by its id: itself, version, copy
+
+    def buffers(self) -> Buffers:
+        """Copies of the buffers as they are now; what has not changed since is not copied again."""
+        buffers = {id(one): (name, one) for m in self.modules for name, one in m._buffers.items() if one is not None}
+        # Kernels update running statistics without a trace in their version.
+        same = {
+            key: self.copies[key]
+            for key, (name, one) in buffers.items()
+            if key in self.copies and self.copies[key][1] == _version(one) is not None and name not in RUNNING
+        }
+        stale = [one for key, (_, one) in buffers.items() if key not in same]
+        copied = zip(stale, _copies(stale), strict=True)
+        self.copies = same | {id(one): (one, _version(one), copy) for one, copy in copied}
+        return [
+            {name: None if one is None else self.copies[id(one)][2] for name, one in module._buffers.items()}
+            for module in self.modules
+        ]
+
+    def check_unchanged(self) -> None:
+        """RuntimeError if the recomputation would not be of what forward computed."""
+        for module, training, weights in zip(self.modules, self.training, self.weights, strict=True):
+            if module.training != training:
+                raise RuntimeError(
+                    f"{type(module).__name__} of the backbone was in {'train' if training else 'eval'} mode in the "
+                    "forward pass and is not in its backward pass, which recomputes chunks: call train() or eval() "
+                    "after backward()"
+                )
+            for name, (weight, version) in weights.items():
+                now = module._parameters.get(name)
+                # FSDP exchanges its shards, which are DTensors, and the whole weight.
+                exchanged = now is not weight and type(now) is type(weight) is nn.Parameter
+                if exchanged or version not in (None, _version(weight)):
+                    raise RuntimeError(
+                        f"{name} {list(weight.shape)} of the backbone's {type(module).__name__} was "
+                        f"{'exchanged' if exchanged else 'changed'} between the forward pass and its backward pass, "
+                        "which recomputes chunks with it: call backward() before the optimiser's step, and within "
+                        "what exchanges weights"
+                    )
+
+
+class _Replay(AbstractContextManager[None]):
+    """Within it the backbone is as a chunk first saw it; on exit it is as it was found.
 
     A class, because it is entered again if the backward pass is repeated (`retain_graph=True`).
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
-        self.backbone = backbone
+    def __init__(self, first_pass: _FirstPass) -> None:
+        self.first_pass, self.seen = first_pass, first_pass.buffers()
+        self.random = [get() for get, _ in first_pass.randomness]
 
     def __enter__(self) -> None:
-        self.kept = [
-            (buffer, buffer.clone())
-            for module in self.backbone.modules()
-            if module.training
-            for name in ("running_mean", "running_var", "num_batches_tracked")
-            if (buffer := module._buffers.get(name)) is not None
-        ]
+        self.first_pass.check_unchanged()
+        self.found = [dict(module._buffers) for module in self.first_pass.modules]
+        self.random_found = [get() for get, _ in self.first_pass.randomness]
+        # Other tensors in the buffers' places, not other values in the buffers, which other graphs may have saved.
+        distinct = {id(one): one for buffers in self.seen for one in buffers.values() if one is not None}
+        fresh = dict(zip(distinct, _copies(list(distinct.values())), strict=True))
+        self._put([{name: fresh.get(id(one)) for name, one in buffers.items()} for buffers in self.seen], self.random)
 
     def __exit__(self, *_: object) -> None:
-        for buffer, before in self.kept:
-            # Through .data: autograd saved the buffer and would call this an in-place change, though in train mode the
-            # backward pass does not read it.
-            buffer.data.copy_(before)
-        self.kept.clear()
+        self._put(self.found, self.random_found)
+        del self.found, self.random_found
+
+    def _put(self, buffers: Buffers, random_states: list[Any]) -> None:
+        for module, own in zip(self.first_pass.modules, buffers, strict=True):
+            if own or module._buffers:
+                module._buffers.clear()
+                module._buffers.update(own)
+        for (_, put), state in zip(self.first_pass.randomness, random_states, strict=True):
+            put(state)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """The number of changes in place that autograd knows of; None if it does not count them."""
+    return None if tensor.is_inference() or is_lazy(tensor) else tensor._version
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies of tensors, in few launches of kernels: a ResNet-101 has 312 buffers."""
+    with torch.no_grad():
+        copies = [torch.empty_like(tensor) for tensor in tensors]
+        for dtype in {tensor.dtype for tensor in tensors}:
+            pairs = [pair for pair in zip(copies, tensors, strict=True) if pair[0].dtype == dtype]
+            torch._foreach_copy_([new for new, _ in pairs], [old for _, old in pairs])
+    return copies
+
+
+def _randomness(modules: list[nn.Module]) -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    """How to read and how to set the random states that `checkpoint` does not replay."""
+    found: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [(random.getstate, random.setstate)]
+    if numpy := sys.modules.get("numpy"):
+        found.append((numpy.random.get_state, numpy.random.set_state))
+    generators = {value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator)}
+    return found + [(generator.get_state, generator.set_state) for generator in generators]
 
 
 def _join(*parts: Any) -> Any:
