@@ -1,16 +1,14 @@
-"""What test_distributed_groups.py has every rank do: two ranks have the same data, as in tensor parallelism."""
+"""What test_distributed.py has every rank do: two ranks have the same data, as in tensor parallelism."""
 
 import copy
 
 import torch
 import torch.distributed as dist
-from rank_cases import CLASSES, DIM, SIZE, gradients, make_batch, make_head
+from rank_cases import DIM, SIZE, WEIGHTED, gradients, make_batch, make_head
 from torch.distributed.device_mesh import init_device_mesh
 
 from apinet_head import api_loss, gather_features
 from apinet_head.distributed import group_name, world_size
-
-CLASS_WEIGHT = torch.arange(1.0, CLASSES + 1, dtype=torch.float64)
 
 
 def step(group, copies):
@@ -19,7 +17,7 @@ def step(group, copies):
     features, labels = (rows[place * SIZE :][:SIZE].clone() for rows in make_batch(dist.get_world_size() // copies))
     keys, key_labels, offset = gather_features(features.requires_grad_(), labels, group=group)
     head = copy.deepcopy(make_head(gather=group))
-    loss = api_loss(head(features, labels), class_weight=CLASS_WEIGHT)
+    loss = api_loss(head(features, labels), **WEIGHTED)
     loss.backward()
     found = {"loss": loss.detach(), "keys": keys.detach(), "key_labels": key_labels, "offset": offset}
     return {**found, "size": world_size(group_name(group)), "features": features.grad, "head": gradients(head)}

@@ -1,4 +1,4 @@
-"""What test_head_memory.py has every rank do, and the batches that it compares with."""
+"""What test_distributed.py has every rank do with `APIHead(memory=)`, and the batches that it compares with."""
 
 from functools import partial
 
@@ -20,6 +20,15 @@ def batches(world):
             torch.randn(world * SIZE, DIM, generator=generator, dtype=torch.float64),
             torch.randint(CLASSES, (world * SIZE,), generator=generator),
         )
+
+
+def with_past(features, labels, past, size):
+    """Keys: the batch, then the last `size` rows of the past."""
+    rows = [row for batch in past for row in zip(batch[0].detach(), batch[1], strict=True)][-size:]
+    if not rows:
+        return {"keys": features, "key_labels": labels, "key_offset": 0}
+    old, old_labels = (torch.stack(part) for part in zip(*rows, strict=True))
+    return {"keys": torch.cat([features, old]), "key_labels": torch.cat([labels, old_labels]), "key_offset": 0}
 
 
 class Net(nn.Module):

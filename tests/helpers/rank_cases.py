@@ -9,9 +9,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from apinet_head import APIHead, APINet, api_loss, api_loss_terms, gather_features, mine_pairs
+from apinet_head import APIHead, APILoss, APINet, api_loss, api_loss_terms, gather_features, mine_pairs
 
 SIZE, DIM, CLASSES = 12, 16, 30  # SIZE images on each rank
+WEIGHTED = {"label_smoothing": 0.1, "class_weight": torch.arange(1.0, CLASSES + 1, dtype=torch.float64)}
 
 
 def world():
@@ -173,6 +174,32 @@ def accumulated_gradients():
     return gradients(net)
 
 
+def steps_with_class_weights():
+    """Loss and gradients with all logits at once (0), and with a few rows of them."""
+    features, labels = map(own, make_batch(world()))
+    found = {}
+    for rows in (0, 6):
+        head = make_head(gather=True)
+        model = DistributedDataParallel(head)
+        if rows:
+            loss = model(features, labels, criterion=APILoss(rows=rows, **WEIGHTED)).total
+        else:
+            loss = api_loss(model(features, labels), **WEIGHTED)
+        loss.backward()
+        found[rows] = {"loss": loss.detach(), "head": gradients(head)}
+    return found
+
+
+def mined_by_the_wrapper():
+    """Partners by pytorch-metric-learning's own search over all ranks: its keys are own rows, then those of others."""
+    from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper  # takes seconds in every process
+
+    from apinet_head.metric_learning import APIMiner
+
+    mined = DistributedMinerWrapper(APIMiner(), efficient=True)(*map(own, make_batch(world())))
+    return [rows.tolist() for rows in mined]
+
+
 NETS = [("batch", SIZE), ("batch", 4), ("batch", 5), ("group", None), ("group", 4)]
 CASES = {
     "usual": partial(step_of_head, lonely=False),
@@ -187,3 +214,4 @@ CASES = {
     "other dtypes": messages_for_other_dtypes,
     **{f"{norm} {chunk_size}": partial(steps_of_net, norm, chunk_size) for norm, chunk_size in NETS},
 }
+CASES_OF_TWO = {"class weights": steps_with_class_weights, "miner": mined_by_the_wrapper}

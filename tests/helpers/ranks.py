@@ -1,5 +1,6 @@
 """Runs functions on several processes at once, joined by torch.distributed with gloo."""
 
+import gc
 import os
 import socket
 import traceback
@@ -41,4 +42,8 @@ def _run(rank: int, world: int, port: int, cases: dict[str, Callable[[], Any]], 
         except Exception:
             found[name] = traceback.format_exc()
     torch.save(found, folder / f"{rank}.pt")
+    # What holds on to the group (DistributedDataParallel's reducers, in reference cycles) goes before it, and no rank
+    # closes its connections while another still uses them: either could abort a process at its end.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()

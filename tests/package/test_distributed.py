@@ -2,21 +2,46 @@
 
 import copy
 
+import group_cases
+import memory_on_ranks
 import pytest
 import reference
 import torch
-from rank_cases import CASES, DIM, NETS, SIZE, gradients, make_batch, make_head, make_images, make_net, two_steps
+from rank_cases import (
+    CASES,
+    CASES_OF_TWO,
+    DIM,
+    NETS,
+    SIZE,
+    WEIGHTED,
+    gradients,
+    make_batch,
+    make_head,
+    make_images,
+    make_net,
+    two_steps,
+)
 from ranks import on_ranks
 
 from apinet_head import api_loss, gather_features, mine_pairs
 
-WORLDS = (2, 3)
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What both ranks found in every case."""
+    return on_ranks(
+        2, CASES | group_cases.CASES | CASES_OF_TWO | memory_on_ranks.CASES, tmp_path_factory.mktemp("ranks")
+    )
 
 
-@pytest.fixture(scope="module", params=WORLDS)
-def ranks(request, tmp_path_factory):
-    """What every rank found in every case."""
-    return on_ranks(request.param, CASES, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, two_ranks, tmp_path_factory):
+    """What every rank found in every case that is for any number of ranks."""
+    return (
+        two_ranks
+        if request.param == 2
+        else on_ranks(request.param, CASES | group_cases.CASES, tmp_path_factory.mktemp("ranks"))
+    )
 
 
 def of(ranks, case):
@@ -133,6 +158,116 @@ def test_gradients_accumulate_without_reducing_in_between(ranks):
     (3 * api_loss(alone(make_images(len(ranks)), make_batch(len(ranks))[1]))).backward()
     for rank in of(ranks, "accumulated"):
         assert_close(rank, gradients(alone))
+
+
+def test_class_weights_are_those_of_the_whole_batch(two_ranks):
+    head, found = make_head(), of(two_ranks, "class weights")
+    loss = api_loss(head(*make_batch(len(two_ranks))), **WEIGHTED)
+    loss.backward()
+    for rows in (0, 6):
+        losses = torch.stack([rank[rows]["loss"] for rank in found])
+        assert_close(losses.mean(), loss.detach(), 1e-12)
+        assert losses.std() > 1e-3  # else the weights would not tell
+        for rank in found:
+            assert_close(rank[rows]["head"], gradients(head))
+
+
+def test_the_librarys_efficient_miner_leaves_out_own_rows(two_ranks):
+    features, labels = make_batch(len(two_ranks))
+    for number, (a1, positive, a2, negative) in enumerate(of(two_ranks, "miner")):
+        own_first = torch.arange(len(labels)).roll(-number * SIZE)  # as the library lays out its keys
+        keys, key_labels = features[own_first], labels[own_first]
+        pairs = mine_pairs(keys[:SIZE], key_labels[:SIZE], keys=keys, key_labels=key_labels, key_offset=0)
+        assert a1 + a2 == pairs.anchor[pairs.valid].tolist()
+        assert positive + negative == pairs.partner[pairs.valid].tolist()
+
+
+# Over a part of the ranks.
+
+
+@pytest.mark.parametrize("case", ["mesh", "groups", "world"])
+def test_head_over_a_group_is_the_head_on_the_batch_of_that_group(ranks, case):
+    copies = 1 if case == "world" else 2
+    size = len(ranks) // copies
+    features, labels = make_batch(size)
+    head = make_head()
+    loss = api_loss(head(features.requires_grad_(), labels), **WEIGHTED)
+    loss.backward()
+    expected = gradients(head)
+    for first in range(copies):
+        group = of(ranks, case)[first::copies]
+        for place, rank in enumerate(group):
+            assert rank["size"] == size
+            assert rank["offset"] == place * SIZE
+            assert torch.equal(rank["keys"], features.detach())
+            assert torch.equal(rank["key_labels"], labels)
+        means = {name: torch.stack([rank["head"][name] for rank in group]).mean(0) for name in expected}
+        torch.testing.assert_close(means, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(torch.stack([rank["loss"] for rank in group]).mean(), loss.detach())
+        found = torch.cat([rank["features"] for rank in group]) / size
+        torch.testing.assert_close(found, features.grad, rtol=0, atol=1e-10)
+
+
+def test_groups_that_do_not_fit_are_an_error(ranks):
+    for number, messages in enumerate(of(ranks, "errors")):
+        assert "TypeError: group must be a ProcessGroup or a DeviceMesh, got str" in messages["type"]
+        assert ("other" in messages) == (number > 0)
+        assert number == 0 or "ValueError: this process is not in the group" in messages["other"]
+
+
+# With a memory.
+
+
+@pytest.mark.parametrize("case", memory_on_ranks.CASES)
+def test_all_ranks_remember_the_images_of_all(two_ranks, case):
+    first, second = (rank[case] for rank in two_ranks)
+    assert isinstance(first, dict), first
+    for one, other in zip(first["memories"], second["memories"], strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
+    if case.startswith("no DDP"):
+        return  # the backbones drift apart; what each made of its images is nevertheless with both
+    # What is kept is what the common backbone of the time made of the images of both ranks, in their order.
+    last = first["memories"][-1]
+    assert int(last["num_pushed"]) == 2 * memory_on_ranks.SIZE * len(first["memories"])
+    labels = torch.cat([labels for _, labels in memory_on_ranks.batches(2)])
+    for turn, label in enumerate(labels.tolist()[-memory_on_ranks.MEMORY :], len(labels) - memory_on_ranks.MEMORY):
+        assert last["labels"][turn % memory_on_ranks.MEMORY] == label
+
+
+@pytest.mark.parametrize("wrap", ["DDP", "DDP without buffers"])
+def test_with_gather_it_is_one_process_with_the_whole_batch(two_ranks, wrap):
+    found = [rank[f"{wrap}, gather=True"] for rank in two_ranks]
+    net = memory_on_ranks.Net()
+    expected = memory_on_ranks.train(net, net)
+    torch.testing.assert_close((found[0]["losses"] + found[1]["losses"]) / 2, expected["losses"], rtol=0, atol=1e-10)
+    for rank in found:
+        torch.testing.assert_close(rank["weights"], expected["weights"], rtol=0, atol=1e-10)
+        for one, other in zip(rank["memories"], expected["memories"], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("wrap", ["DDP", "DDP without buffers"])
+def test_without_gather_each_rank_searches_its_own_batch_and_what_all_had_before(two_ranks, wrap):
+    found = [rank[f"{wrap}, gather=False"] for rank in two_ranks]
+    net = memory_on_ranks.Net()
+    net.head.memory = None
+    optimizer, past = torch.optim.SGD(net.parameters(), lr=0.1), []
+    for step, (images, labels) in enumerate(memory_on_ranks.batches(2)):
+        features = net.backbone(images)
+        losses = [
+            api_loss(net.head(x, y, **memory_on_ranks.with_past(x, y, past, memory_on_ranks.MEMORY)))
+            for x, y in zip(features.split(memory_on_ranks.SIZE), labels.split(memory_on_ranks.SIZE), strict=True)
+        ]
+        for rank, loss in zip(found, losses, strict=True):
+            torch.testing.assert_close(rank["losses"][step], loss.detach(), rtol=0, atol=1e-10)
+        optimizer.zero_grad()
+        (sum(losses) / 2).backward()
+        optimizer.step()
+        past.append((features, labels))
+    for rank in found:
+        weights = {name: parameter.detach() for name, parameter in net.named_parameters()}
+        torch.testing.assert_close(rank["weights"], weights, rtol=0, atol=1e-10)
 
 
 def test_one_process_needs_no_group():

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from memory_on_ranks import CASES, CLASSES, DIM, MEMORY, SIZE, Net, batches, train
-from ranks import on_ranks
+from memory_on_ranks import CLASSES, DIM, with_past
 
 from apinet_head import APIHead, APINet, FeatureMemory, api_loss, random_pairs
 
@@ -24,15 +23,6 @@ def make_batch(seed, size=6):
     return features.requires_grad_(), torch.randint(CLASSES, (size,), generator=generator)
 
 
-def with_past(features, labels, past, size=N):
-    """Keys: the batch, then the last `size` rows of the past."""
-    rows = [row for batch in past for row in zip(batch[0].detach(), batch[1], strict=True)][-size:]
-    if not rows:
-        return {"keys": features, "key_labels": labels, "key_offset": 0}
-    old, old_labels = (torch.stack(part) for part in zip(*rows, strict=True))
-    return {"keys": torch.cat([features, old]), "key_labels": torch.cat([labels, old_labels]), "key_offset": 0}
-
-
 def gradients(loss, head, features):
     return torch.autograd.grad(loss, [*head.parameters(), features])
 
@@ -43,7 +33,7 @@ def test_loss_and_gradients_are_those_with_the_past_as_keys(head_args):
     from_memory = 0
     for step in range(5):  # of 6 rows each: full, and once around, after two
         features, labels = make_batch(step)
-        output, expected = head(features, labels), plain(features, labels, **with_past(features, labels, past))
+        output, expected = head(features, labels), plain(features, labels, **with_past(features, labels, past, N))
         torch.testing.assert_close(output.logits_other, expected.logits_other)
         assert torch.equal(output.labels, expected.labels)
         assert torch.equal(output.valid, expected.valid)
@@ -186,60 +176,3 @@ def test_keys_beside_a_memory_are_refused():
         make_head(1.5)
     with pytest.raises(ValueError, match="memory must be at least 0, got -1"):
         make_head(-1)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return on_ranks(2, CASES, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_all_ranks_remember_the_images_of_all(ranks, case):
-    first, second = (rank[case] for rank in ranks)
-    assert isinstance(first, dict), first
-    for one, other in zip(first["memories"], second["memories"], strict=True):
-        for name in one:
-            torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
-    if case.startswith("no DDP"):
-        return  # the backbones drift apart; what each made of its images is nevertheless with both
-    # What is kept is what the common backbone of the time made of the images of both ranks, in their order.
-    last = first["memories"][-1]
-    assert int(last["num_pushed"]) == 2 * SIZE * len(first["memories"])
-    labels = torch.cat([labels for _, labels in batches(2)])
-    for turn, label in enumerate(labels.tolist()[-MEMORY:], len(labels) - MEMORY):
-        assert last["labels"][turn % MEMORY] == label
-
-
-@pytest.mark.parametrize("wrap", ["DDP", "DDP without buffers"])
-def test_with_gather_it_is_one_process_with_the_whole_batch(ranks, wrap):
-    found = [rank[f"{wrap}, gather=True"] for rank in ranks]
-    net = Net()
-    expected = train(net, net)
-    torch.testing.assert_close((found[0]["losses"] + found[1]["losses"]) / 2, expected["losses"], rtol=0, atol=1e-10)
-    for rank in found:
-        torch.testing.assert_close(rank["weights"], expected["weights"], rtol=0, atol=1e-10)
-        for one, other in zip(rank["memories"], expected["memories"], strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-10, equal_nan=True)
-
-
-@pytest.mark.parametrize("wrap", ["DDP", "DDP without buffers"])
-def test_without_gather_each_rank_searches_its_own_batch_and_what_all_had_before(ranks, wrap):
-    found = [rank[f"{wrap}, gather=False"] for rank in ranks]
-    net = Net()
-    net.head.memory = None
-    optimizer, past = torch.optim.SGD(net.parameters(), lr=0.1), []
-    for step, (images, labels) in enumerate(batches(2)):
-        features = net.backbone(images)
-        losses = [
-            api_loss(net.head(x, y, **with_past(x, y, past, MEMORY)))
-            for x, y in zip(features.split(SIZE), labels.split(SIZE), strict=True)
-        ]
-        for rank, loss in zip(found, losses, strict=True):
-            torch.testing.assert_close(rank["losses"][step], loss.detach(), rtol=0, atol=1e-10)
-        optimizer.zero_grad()
-        (sum(losses) / 2).backward()
-        optimizer.step()
-        past.append((features, labels))
-    for rank in found:
-        weights = {name: parameter.detach() for name, parameter in net.named_parameters()}
-        torch.testing.assert_close(rank["weights"], weights, rtol=0, atol=1e-10)

@@ -79,8 +79,10 @@ def test_a_criterion_gives_the_terms_of_the_loss(rows, gate, own):
     head, features, labels = make_case(gate=gate)
     labels[3] = 4  # class 3 has an image less, and one of class 4 more
     arguments = {"classifier": nn.Sequential(nn.Linear(DIM, 7, dtype=torch.float64), nn.Tanh())} if own else {}
-    terms = head(features, labels, criterion=APILoss(margin=0.2, rank_weight=0.7, rows=rows), **arguments)
-    expected = api_loss_terms(head(features, labels, **arguments), margin=0.2, rank_weight=0.7)
+    weight = torch.rand(7 if own else CLASSES, dtype=torch.float64)
+    settings = {"margin": 0.2, "rank_weight": 0.7, "label_smoothing": 0.1, "class_weight": weight}
+    terms = head(features, labels, criterion=APILoss(rows=rows, **settings), **arguments)
+    expected = api_loss_terms(head(features, labels, **arguments), **settings)
     assert isinstance(terms, LossTerms)
     torch.testing.assert_close(torch.stack(terms), torch.stack(expected), rtol=0, atol=1e-12)
     inputs = [features, *head.mutual.parameters()]

@@ -6,13 +6,10 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import on_ranks
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from apinet_head import APIHead, APILoss, APIOutput, api_loss, api_loss_terms
+from apinet_head import APILoss, APIOutput, api_loss_terms
 
 N, DIM, HIDDEN, CLASSES = 14, 11, 13, 9
 
@@ -366,66 +363,3 @@ def test_weight_gradient_is_one_buffer():
         APILoss(rows=8).of_features(gated, labels, valid, None, classifier).total.backward()
     assert len(set(big) - {classifier.weight.data_ptr()}) == 1
     assert classifier.weight.grad.data_ptr() in big
-
-
-def make_batch(size=24):
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(size, DIM, generator=generator, dtype=torch.float64)
-    return (
-        features,
-        torch.arange(size) // 2 % CLASSES,
-        torch.rand(CLASSES, generator=generator, dtype=torch.float64) ** 3,
-    )
-
-
-def make_head(**arguments):
-    torch.manual_seed(0)
-    return APIHead(DIM, CLASSES, hidden_dim=8, dropout=0.0, dtype=torch.float64, **arguments)
-
-
-@pytest.mark.parametrize("gate", ["pair", "single"])
-@pytest.mark.parametrize("rows", [None, 10])
-def test_criterion_of_a_head(gate, rows):
-    features, labels, weight = make_batch()
-    features.requires_grad_()
-    head = make_head(gate=gate)
-    settings = {"label_smoothing": 0.1, "class_weight": weight}
-    found = head(features, labels, criterion=APILoss(rows=rows, **settings))
-    expected = api_loss_terms(head(features, labels), **settings)
-    assert_same(found, expected)
-    learning = [features, *head.parameters()]
-    options = {"allow_unused": True, "materialize_grads": True}
-    assert_same(gradients(found.total, learning, **options), gradients(expected.total, learning, **options))
-
-
-def step_on_ranks():
-    """Losses and gradients of a rank, with all logits at once and a few rows of them."""
-    features, labels, weight = make_batch()
-    mine = slice(dist.get_rank() * 12, dist.get_rank() * 12 + 12)
-    found = {}
-    for rows in (0, 6):
-        head = make_head(gather=True)
-        model = DistributedDataParallel(head)
-        settings = {"label_smoothing": 0.1, "class_weight": weight}
-        if rows:
-            loss = model(features[mine], labels[mine], criterion=APILoss(rows=rows, **settings)).total
-        else:
-            loss = api_loss(model(features[mine], labels[mine]), **settings)
-        loss.backward()
-        found[rows] = [loss.detach(), *(parameter.grad for parameter in head.parameters())]
-    return found
-
-
-def test_class_weights_on_two_ranks(tmp_path):
-    ranks = [rank["step"] for rank in on_ranks(2, {"step": step_on_ranks}, tmp_path)]
-    features, labels, weight = make_batch()
-    head = make_head()
-    loss = api_loss(head(features, labels), label_smoothing=0.1, class_weight=weight)
-    loss.backward()
-    for rank in ranks:
-        assert isinstance(rank, dict), rank
-        for rows in (0, 6):
-            assert_same(rank[rows][1:], [parameter.grad for parameter in head.parameters()], 1e-10)
-    for rows in (0, 6):
-        assert_same([(ranks[0][rows][0] + ranks[1][rows][0]) / 2], [loss.detach()])
-    assert abs(ranks[0][0][0] - ranks[1][0][0]) > 1e-3  # else the weights would not tell

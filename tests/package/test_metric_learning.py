@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.samplers import MPerClassSampler
-from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
-from ranks import on_ranks
 from torch.utils.data import DataLoader, TensorDataset
 
 from apinet_head import APIHead, api_loss, api_loss_terms, mine_pairs
@@ -187,27 +185,6 @@ def test_embeddings_in_ref_emb_in_another_order_are_an_error():
         ValueError, match=r"ref_emb float64 \[15, 10\] on cpu holds the embeddings .* not in their order"
     ):
         APIMiner()(X, Y, X[order], Y[order])
-
-
-def test_efficient_miner_on_ranks_leaves_out_own_rows(tmp_path):
-    ranks = on_ranks(2, {"mined": mined_on_ranks}, tmp_path)
-    for number, rank in enumerate(ranks):
-        batch, other = (make_own(one) for one in (number, 1 - number))
-        keys, key_labels = (torch.cat(pair) for pair in zip(batch, other, strict=True))  # own rows first, as there
-        a1, p, a2, n = rank["mined"]
-        for same_class, rows in ((True, (a1, p)), (False, (a2, n))):
-            expected = nearest_elsewhere(*batch, keys, key_labels, range(SIZE), same_class)
-            assert list(zip(*rows, strict=True)) == expected
-
-
-def make_own(rank):
-    generator = torch.Generator().manual_seed(rank)
-    return torch.randn(SIZE, DIM, generator=generator, dtype=torch.float64), Y
-
-
-def mined_on_ranks():
-    wrapper = DistributedMinerWrapper(APIMiner(), efficient=True)
-    return [rows.tolist() for rows in wrapper(*make_own(torch.distributed.get_rank()))]
 
 
 def test_there_and_back_is_what_is_valid_of_mine_pairs():

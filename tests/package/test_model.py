@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from apinet_head import APIHead, APILoss, APINet, api_loss, api_loss_terms, mine_pairs
+from apinet_head import APIHead, APILoss, APINet, api_loss, mine_pairs
 
 IMAGES, LABELS = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1, 2, 2])
 
@@ -217,17 +217,6 @@ def test_arguments_of_the_head_pass_through(chunk_size):
     torch.testing.assert_close(found.logits_other, expected.logits_other)
     pairs = mine_pairs(features, LABELS, intra="dissimilar")
     assert net(IMAGES, LABELS, pairs=pairs).pairs is pairs
-
-
-@pytest.mark.parametrize("rows", [None, 4])
-def test_criterion_makes_the_loss_in_the_net(rows):
-    net = make_net(dropout=0.0).double()
-    images = IMAGES.double()
-    terms = net(images, LABELS, criterion=APILoss(rows=rows))
-    expected = api_loss_terms(net(images, LABELS))
-    assert type(terms) is type(expected)
-    for found, wanted in zip(terms, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 itself brings sympy, when distributed is imported")
