@@ -1,6 +1,6 @@
 """One batch across many ranks: a differentiable all-gather of features."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,10 @@ def group_name(group: "dist.ProcessGroup | DeviceMesh") -> str:
 
 
 def _find_group(name: str | None) -> "dist.ProcessGroup | None":
-    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+    group: dist.ProcessGroup | None = None
+    if name is not None:
+        group = cast(Any, dist.distributed_c10d)._resolve_process_group(name)
+    return group
 
 
 class _Gather(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""A timm backbone with the API-Net head on its pooled features: a whole classifier in one module."""
+"""A timm backbone with the API-Net head on its pooled features: a complete classifier in one module."""
 
 import copy
 import difflib
@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path, tree_map
 
 from apinet_head._checks import check_int, check_module, check_number, describe, shown
+from apinet_head._modules import is_plain, is_plain_linear
 from apinet_head.chunked import run_in_chunks
 from apinet_head.head import APIHead, APIOutput
 from apinet_head.loss import LossTerms
@@ -37,7 +38,7 @@ class APINet(
 ):
     """Backbone and `APIHead`, with `save_pretrained`, `from_pretrained` and `push_to_hub` of huggingface_hub.
 
-    It has the methods of a timm model, so that timm's functions take it: `timm.data.resolve_model_data_config(net)`,
+    It has the methods of a timm model, so that timm's functions accept it: `timm.data.resolve_model_data_config(net)`,
     `timm.optim.create_optimizer_v2(net, layer_decay=0.7)`.
 
     Args:
@@ -47,12 +48,12 @@ class APINet(
         chunk_size: images per chunk of the backbone, to save memory, see `ChunkedBackbone`; None for the whole batch.
         keep_chunks: number of chunks that are not recomputed, see `ChunkedBackbone`.
         backbone_args: further arguments of `timm.create_model`.
-        **head_args: further arguments of `APIHead`. `dim` is needed for a module that has no `num_features`; `device`
-            and `dtype` apply to the backbone too.
+        **head_args: further arguments of `APIHead`. A module without `num_features` needs `dim`; `device` and `dtype`
+            apply to the backbone too.
 
     Raises:
         ValueError: timm has no such model, the number of feature channels is unknown, or a value is out of range.
-        TypeError: the backbone is neither a name nor a module, there is no such argument, or one is of a wrong type.
+        TypeError: an argument is unknown or has the wrong type.
 
     Examples:
         >>> import torch
@@ -114,9 +115,6 @@ class APINet(
             backbone_lr: learning rate of the backbone.
             weight_decay: of all parameters, biases and norms included.
 
-        Raises:
-            ValueError: a rate or the decay is negative or not finite.
-
         Examples:
             >>> import torch
             >>> net = APINet("resnet18", num_classes=10)
@@ -131,10 +129,10 @@ class APINet(
         ]
 
     def to_deploy(self) -> nn.Module:
-        """A copy of backbone and classifier as a plain timm model in eval mode, which needs no apinet-head.
+        """A copy of backbone and classifier as a plain timm model in eval mode, which does not need apinet-head.
 
-        It gives the same logits [B,C], and its state dict loads into `timm.create_model(backbone, num_classes=C)`;
-        other backbones give a Sequential. Parametrisations are computed into the weights, `torch.compile` is left out.
+        Its logits [B,C] are the same, and its state dict loads into `timm.create_model(backbone, num_classes=C)`. For
+        other backbones it is a Sequential. Parametrisations are folded into the weights, `torch.compile` is removed.
 
         Raises:
             ValueError: the classifier is not a plain linear layer (none at all, an adapter, a hook), or the timm model
@@ -148,27 +146,26 @@ class APINet(
             True
         """
         head, classifier = _uncompiled(self.head), _uncompiled(self.head.classifier)
-        # The older weight_norm, spectral_norm and prune are hooks; some tools replace forward itself.
-        hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in (head, classifier))
-        linear = classifier if hooked else _plain_copy(classifier)
-        if hooked or type(head) is not APIHead or type(linear) is not nn.Linear:
+        # The older weight_norm, spectral_norm and prune are hooks, with which a module may not even be copied.
+        linear = _plain_copy(classifier) if is_plain(classifier, type(classifier)) else classifier
+        if not is_plain(head, APIHead) or not is_plain_linear(linear):
             raise ValueError(
                 f"to_deploy needs an APIHead with a plain linear classifier, got {type(classifier).__name__} in "
-                f"{type(head).__name__}{' with hooks' if hooked else ''}: set num_classes, remove hooks (prune.remove, "
-                f"remove_weight_norm), merge adapters (peft: merge_and_unload), or {OTHERWISE}"
+                f"{type(head).__name__}: set num_classes, remove hooks (prune.remove, remove_weight_norm), merge "
+                f"adapters (peft: merge_and_unload), or {OTHERWISE}"
             )
         return _with_classifier(_plain_copy(self.backbone), linear)
 
     def freeze_backbone(self: Self, frozen: bool = True, *, batch_norm: str = "train") -> Self:
-        """Freeze the backbone's weights, or let them learn again.
+        """Freeze the backbone's weights, or unfreeze them.
 
-        Freezing clears their gradients too, so that no optimiser moves them, not by weight decay either.
+        Freezing also clears their gradients, so that the optimiser skips them, weight decay included.
 
         Args:
-            frozen: False lets all of the backbone learn again, and ends `batch_norm="eval"`.
-            batch_norm: what the frozen backbone's BatchNorm does while the net trains. "train", as published: it
-                normalises by the batch and updates its running statistics. "eval": it normalises by its running
-                statistics, which stay as they are, under `torch.optim.swa_utils.update_bn` too.
+            frozen: False unfreezes the whole backbone, and its BatchNorm.
+            batch_norm: mode of the frozen backbone's BatchNorm while the net trains. "train", as published: normalise
+                by the batch and update the running statistics. "eval": normalise by the running statistics and leave
+                them unchanged, by `torch.optim.swa_utils.update_bn` too.
         """
         if batch_norm not in ("train", "eval"):
             raise ValueError(f"batch_norm must be 'train' or 'eval', got {batch_norm!r}")
@@ -182,12 +179,12 @@ class APINet(
         return self.train(self.training)
 
     def train(self: Self, mode: bool = True) -> Self:
-        """As nn.Module's, but BatchNorm fixed by `freeze_backbone` stays in eval mode."""
+        """As nn.Module.train, but BatchNorm fixed by `freeze_backbone` stays in eval mode."""
         super().train(mode)
         for module in self.backbone.modules():
             if self._batch_norm_fixed and isinstance(module, _BatchNorm):
                 module.eval()
-                # update_bn resets the statistics of every BatchNorm, and would not compute these anew.
+                # update_bn resets the statistics of every BatchNorm, but would not recompute these.
                 module.reset_running_stats = _keep_statistics  # type: ignore[method-assign]
         return self
 
@@ -200,12 +197,12 @@ class APINet(
 
     @property
     def num_features(self) -> int:
-        """Channels of `forward_features`, which timm also tells apart from D; D for other backbones."""
+        """Channels of `forward_features`, which in timm may differ from D."""
         return int(getattr(self.backbone, "num_features", self.dim))
 
     @property
     def pretrained_cfg(self) -> Any:
-        """The backbone's image size, mean, std and the like."""
+        """The backbone's image size, mean, std etc."""
         return self.backbone.pretrained_cfg
 
     def get_classifier(self) -> nn.Module:
@@ -213,7 +210,7 @@ class APINet(
         return self.head.classifier
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a new one for `num_classes` classes, 0 for none; optimisers don't know it."""
+        """Replace the classifier by a new one for `num_classes` classes, 0 for none. Optimisers must be recreated."""
         num_classes, like = check_int(num_classes, "num_classes", 0), next(self.parameters())
         self.head.classifier = (
             nn.Linear(self.dim, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
@@ -223,37 +220,37 @@ class APINet(
             self._arguments["num_classes"] = num_classes
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The backbone's features before pooling; the pooled ones [B,D], if it is not a timm model."""
+        """The backbone's features before pooling; the pooled ones [B,D] if it is not a timm model."""
         run: Callable[[Tensor], Tensor] = getattr(self.backbone, "forward_features", self.backbone)
         return run(images)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Class logits [B,C] from the output of `forward_features`; with pre_logits the pooled features [B,D]."""
+        """Class logits [B,C] from the output of `forward_features`, or with pre_logits the pooled features [B,D]."""
         pooled: Tensor = getattr(self.backbone, "forward_head", nn.Identity())(features)
         logits: Tensor = pooled if pre_logits else self.head(pooled)
         return logits
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Gradient checkpointing of the backbone, where it has it."""
+        """Enable gradient checkpointing in the backbone."""
         self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
 
     def no_weight_decay(self) -> set[str]:
-        """Names, or patterns of names, of the backbone's parameters that should have no weight decay."""
+        """Names, or patterns of names, of the backbone's parameters without weight decay."""
         prefix = "backbone." if _uncompiled(self.backbone) is self.backbone else "backbone._orig_mod."
         return {prefix + name for name in getattr(self.backbone, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """For layer decay: a function from a parameter's name to its layer's number; the head is the last layer."""
+        """A function from a parameter's name to its layer's number, for layer decay; the head is the last layer."""
         from timm.models._manipulate import group_with_matcher
 
         backbone, head = cast(Any, _uncompiled(self.backbone)), "the head"
         matcher = getattr(backbone, "group_matcher", lambda coarse: {"all": f"(?!{head})"})(coarse)
-        # With a name that nothing matches timm says itself where it would put the classifier.
+        # For a name that nothing matches, timm returns the layer of the classifier.
         names = [*((_plain_name(name), None) for name, _ in backbone.named_parameters()), (head, None)]
         layers = group_with_matcher(iter(names), matcher, reverse=True)
         return lambda name: layers.get(_plain_name(name).removeprefix("backbone."), layers[head])
 
-    # Saving and loading. huggingface_hub silently drops arguments of __init__ that JSON can't hold: keep all of them.
+    # Saving and loading. All arguments are kept here, as huggingface_hub silently drops those that JSON cannot hold.
 
     _arguments: dict[str, Any]
     _own_modules: dict[str, str]  # arguments that are modules, and their types
@@ -267,13 +264,15 @@ class APINet(
             for name, value in given.items()
             if name not in ("device", "dtype", *net._own_modules)
         }
+        if not isinstance(given.get("gather", True), bool):  # a process group
+            net._arguments["gather"] = True
         return net
 
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **kwargs: Any) -> str | None:
-        """Write weights and arguments to a folder, as huggingface_hub describes; `push_to_hub` does it too.
+        """Write weights and arguments to a folder, see huggingface_hub; used by `push_to_hub` too.
 
-        Your own modules (the backbone, `mutual`) are not written, only their weights: `from_pretrained` takes them
-        again. Devices and the local files that `backbone_args` names are not kept.
+        Your own modules (the backbone, `mutual`) must be passed to `from_pretrained` again, only their weights are
+        saved. Devices, process groups and local files in `backbone_args` are not saved.
 
         Raises:
             ValueError: the net could not be loaded as it is; the message names the part.
@@ -283,10 +282,10 @@ class APINet(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = {_plain_name(name): value for name, value in self.state_dict().items()}
-        save_torch_state_dict(state, save_directory, max_shard_size=2**60)  # one file: the mixin loads no others
+        save_torch_state_dict(state, save_directory, max_shard_size=2**60)  # the mixin loads a single file only
 
     def _config(self) -> dict[str, Any]:
-        """The arguments for config.json; ValueError unless they make this net again."""
+        """The arguments for config.json; ValueError if they would not recreate this net."""
         if lost := [
             f"{name}{keystr(path)}={shown(value)}"
             for name, argument in self._arguments.items()
@@ -307,45 +306,43 @@ class APINet(
         return config | ({"own_modules": self._own_modules} if self._own_modules else {})
 
     def _check_comes_back(self, config: dict[str, Any]) -> None:
-        """ValueError if a net made from the config differs from this one."""
+        """Raise ValueError if a net created from the config differs from this one."""
         own = {"backbone": self.backbone, "mutual": self.head.mutual}
         arguments = _from_json(config) | {name: own[name] for name in self._own_modules}
         with torch.random.fork_rng(devices=[]):
             try:
-                with torch.device("meta"):  # no values are needed
+                with torch.device("meta"):
                     loaded = type(self)(**arguments)
-            except Exception:  # but some models read them while they are made
+            except Exception:  # some models read values of their weights in __init__
                 loaded = type(self)(**arguments)
         here, there = _parts(self), _parts(loaded)
         for name in here | there:
             if here.get(name) != there.get(name):
                 raise ValueError(
                     f"{name or 'the net'} is {here.get(name, 'not there')} and would come back as "
-                    f"{there.get(name, 'nothing')}: it was changed after the net was made. Give an argument of "
-                    "APINet instead (for another number of classes: reset_classifier), undo what was put around a "
-                    f"layer (remove_parametrizations, merge_and_unload), or {BY_HAND}"
+                    f"{there.get(name, 'nothing')}: it was changed after the net was created. Use an argument of "
+                    "APINet instead (for another number of classes: reset_classifier), unwrap the layer "
+                    f"(remove_parametrizations, merge_and_unload), or {BY_HAND}"
                 )
 
     @classmethod
     def from_pretrained(cls: type[Self], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load what `save_pretrained` or `push_to_hub` wrote, in eval mode, as huggingface_hub describes.
+        """Load what `save_pretrained` or `push_to_hub` wrote, in eval mode, see huggingface_hub.
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the Hub.
-            **kwargs: the Hub's (`revision`, `token`, ...); arguments of APINet that replace the saved ones; your own
+            **kwargs: of the Hub (`revision`, `token`, ...); arguments of APINet that replace the saved ones; your own
                 modules (`backbone=`, `mutual=`).
 
         Raises:
             FileNotFoundError: there is no such folder or name, or no APINet in it.
             ValueError: one of your own modules is missing.
-            RuntimeError: the weights don't fit the net.
+            RuntimeError: the weights do not fit the net.
         """
         path = os.fspath(pretrained_model_name_or_path)
         try:
             net: Self = super().from_pretrained(path, **kwargs)
-        except HFValidationError:  # it only knows of names on the Hub
-            raise FileNotFoundError(NOT_FOUND.format(path)) from None
-        except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+        except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
             raise FileNotFoundError(NOT_FOUND.format(path)) from error
         return net
 
@@ -356,21 +353,21 @@ class APINet(
         own = (config or {}).get("own_modules", {})
         if missing := sorted(own.keys() - kwargs.keys()):
             raise ValueError(
-                f"{model_id} was saved with your own {', '.join(f'{name}={own[name]}' for name in missing)}: make it "
+                f"{model_id} was saved with your own {', '.join(f'{name}={own[name]}' for name in missing)}: create it "
                 f"again and pass from_pretrained(..., {', '.join(f'{name}=module' for name in missing)})"
             )
         inits = list(cls._hub_mixin_init_parameters.values())[1:]
         needed = {one.name for one in inits if one.default is one.empty and one.kind != one.VAR_KEYWORD}
         if not needed <= kwargs.keys():
             raise FileNotFoundError(NOT_FOUND.format(model_id))
-        # Strict, unlike the mixin: a missing weight is an error.
+        # Strict by default, unlike in the mixin.
         net: Self = super()._from_pretrained(model_id=model_id, strict=strict, **_from_json(kwargs))
         return net.eval()  # huggingface_hub before 1.0 does this for some formats only
 
 
 OTHERWISE = "deploy nn.Sequential(net.backbone, net.head.classifier)"
 NOT_FOUND = "{!r} is no folder with an APINet's config.json, nor the name of an APINet on the Hub that can be reached"
-BY_HAND = "save net.state_dict() with torch.save and make the net in your own code"
+BY_HAND = "save net.state_dict() with torch.save and create the net in your own code"
 LOSS_ARGS = ("margin", "rank_weight", "label_smoothing", "class_weight", "rows")
 
 
@@ -378,9 +375,7 @@ def _check_head_args(head_args: dict[str, Any]) -> None:
     known = [name for name in inspect.signature(APIHead).parameters if name != "num_classes"]
     for name in head_args:
         if name in LOSS_ARGS:
-            raise TypeError(
-                f"{name} is an argument of the loss: api_loss(net(images, labels), {name}=...), or APILoss({name}=...)"
-            )
+            raise TypeError(f"{name} is an argument of the loss: api_loss(output, {name}=...) or APILoss({name}=...)")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise TypeError(
@@ -398,39 +393,37 @@ def _timm_model(name: str, pretrained: bool, arguments: Mapping[str, Any]) -> nn
         if not re.match("Unknown model|Invalid pretrained tag", str(error)):
             raise
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), 5)
-        raise ValueError(
-            f"timm has no model {name!r}"
-            + (f", but {', '.join(near)}" if near else "; timm.list_models('*resnet*') lists the ResNets, for example")
-        ) from None
+        advice = f", but {', '.join(near)}" if near else "; timm.list_models() lists all"
+        raise ValueError(f"timm has no model {name!r}{advice}") from None
     return model
 
 
 def _feature_dim(backbone: nn.Module) -> int:
-    # timm: some architectures have a hidden layer between pooling and classifier, which widens the features.
+    # Some architectures in timm have a hidden layer between pooling and classifier, which widens the features.
     for name in ("head_hidden_size", "num_features"):
         dim = getattr(backbone, name, None)
         if isinstance(dim, int) and dim > 0:
             return dim
     raise ValueError(
-        f"cannot tell how many channels the features of {type(backbone).__name__} have: it has no num_features; "
-        "pass dim=, as in APINet(backbone, num_classes, dim=2048)"
+        f"the number of feature channels is unknown: {type(backbone).__name__} has no num_features; pass dim=, as in "
+        "APINet(backbone, num_classes, dim=2048)"
     )
 
 
 def _keep_statistics() -> None:
-    """In place of `reset_running_stats`; at module level, so that nets can be pickled."""
+    """Replaces `reset_running_stats`; at module level, so that nets can be pickled."""
 
 
 # Saving and loading.
 
 
 def _plain(value: Any) -> Any:
-    """A copy with Python numbers in place of numpy's."""
+    """A copy with numpy's numbers converted to Python's."""
     return tree_map(lambda item: item.item() if isinstance(item, np.generic) else item, value)
 
 
 def _without_files(arguments: Any) -> Any:
-    """`backbone_args` without the local files that the weights came from."""
+    """`backbone_args` without the local files that weights were loaded from."""
     if not isinstance(arguments, dict):
         return arguments
     files = ("checkpoint_path", "cache_dir", "file")
@@ -438,15 +431,15 @@ def _without_files(arguments: Any) -> Any:
 
 
 def _is_saveable(path: tuple[Any, ...], value: Any) -> bool:
-    """Whether a value, and the keys of the dicts around it, come back from JSON as they were."""
-    if isinstance(value, str) and value.startswith("local-dir:"):  # timm: that folder says what the model is
+    """Whether a value and the keys of the dicts around it survive JSON."""
+    if isinstance(value, str) and value.startswith("local-dir:"):  # in timm, a folder that defines the model
         return False
     keys = [entry.key for entry in path if isinstance(entry, MappingKey)]
     return isinstance(value, (bool, int, float, str, type(None))) and all(isinstance(key, str) for key in keys)
 
 
 def _from_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of config.json as `APINet` takes them; the weights come from the file, not from timm."""
+    """Arguments of config.json as `APINet` takes them; weights come from the file, not from timm."""
     arguments = {name: value for name, value in arguments.items() if name != "own_modules"}
     if "pretrained" in arguments:
         arguments["pretrained"] = False
@@ -458,14 +451,14 @@ def _from_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
-    """Tuples, as timm has them, in place of JSON's lists."""
+    """JSON's lists converted to tuples, which timm uses."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _parts(net: nn.Module) -> dict[str, str]:
-    """By name: type and settings of each module, dtype and shape of each tensor."""
+    """Type and settings of each module, dtype and shape of each tensor, by name."""
     modules = net.named_modules(remove_duplicate=False)
     parts = {name: f"{_kind(module)}({module.extra_repr()})" for name, module in modules}
     parts |= {name: describe(value).split(" on ")[0] for name, value in net.state_dict().items()}
@@ -473,17 +466,17 @@ def _parts(net: nn.Module) -> dict[str, str]:
 
 
 def _kind(module: nn.Module) -> str:
-    # SyncBatchNorm has the weights of BatchNorm, and computes the same.
+    # SyncBatchNorm has the same weights as BatchNorm, and loads as that.
     return "BatchNorm" if isinstance(module, _BatchNorm) else type(_uncompiled(module)).__name__
 
 
 def _plain_name(name: str) -> str:
-    """The name of a parameter or module without what torch.compile put into it."""
+    """The name of a parameter or module without the prefix of torch.compile."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
-    """The module that torch.compile was given, or the module itself."""
+    """The module inside torch.compile's wrapper, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 
@@ -491,13 +484,13 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:
-    """A copy in eval mode without torch.compile, with parametrisations computed into the weights."""
+    """A copy in eval mode without torch.compile, with parametrisations folded into the weights."""
     copied = copy.deepcopy(_uncompiled(module)).eval()
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
             setattr(parent, name, _uncompiled(child))
         if parametrize.is_parametrized(parent):
-            # Not by remove_parametrizations, which changes the class that the copy shares with the original.
+            # remove_parametrizations would modify the class that the copy shares with the original.
             weights = {name: getattr(parent, name).detach() for name in parent.parametrizations}  # type: ignore[union-attr]
             del parent.parametrizations
             parent.__class__ = type(parent).__bases__[0]
@@ -507,15 +500,15 @@ def _plain_copy(module: nn.Module) -> nn.Module:
 
 
 def _with_classifier(model: nn.Module, classifier: nn.Linear) -> nn.Module:
-    """The model with its classifier: in the place that timm has for it, else behind the model in a Sequential."""
+    """The model with its classifier: in timm's place for it, or behind the model in a Sequential."""
     if not hasattr(model, "reset_classifier"):
         return nn.Sequential(model, classifier).eval()
     trained = model.state_dict()
     pool = getattr(model, "global_pool", None)
-    pool = getattr(pool, "pool_type", pool)  # a layer that knows its name, or the name
+    pool = getattr(pool, "pool_type", pool)  # a layer with the name as attribute, or the name
     keep_pool = {"global_pool": pool} if isinstance(pool, str) else {}
     model.reset_classifier(classifier.out_features, **keep_pool)  # type: ignore[operator]
-    # Some models make their whole head anew: the trained weights come back, and what they leave out is the classifier.
+    # Some models recreate their whole head: restore the trained weights; those missing belong to the classifier.
     left_out = model.load_state_dict(trained, strict=False).missing_keys
     place = left_out[0].rpartition(".")[0] if left_out else ""
     own = model.get_submodule(place)
@@ -526,7 +519,7 @@ def _with_classifier(model: nn.Module, classifier: nn.Linear) -> nn.Module:
             f"{type(model).__name__} has not one place for a classifier {list(weight)}, but {', '.join(left_out)}: "
             f"{OTHERWISE}"
         )
-    # timm's classifier always has a bias, and may be a convolution of 1 x 1.
+    # timm's classifier always has a bias, and may be a 1 x 1 convolution.
     values = {"bias": torch.zeros_like(classifier.weight[:, 0]), **classifier.state_dict()}
     own.load_state_dict({name: value.reshape(shapes[name]) for name, value in values.items()})
     return model.to(classifier.weight).eval()
