@@ -1,7 +1,7 @@
-"""Which channels the gates of a pair of images open most, and heat maps of those channels."""
+"""The channels with the largest gates for a pair of images, and heat maps of those channels."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,15 @@ from apinet_head.pairs import Pairs
 
 
 class PairExplanation(NamedTuple):
-    """The gates of two images, with D channels of the features and k of them chosen, largest first.
+    """The gates of two images, and the k channels chosen by them, largest first.
 
     Attributes:
-        gates: [2,D], of each image, in (0, 1).
+        gates: [2,D], in (0, 1).
         channels: [2,k] int64, those with the largest gates.
         heatmaps: [2,k,H,W] in [0, 1], where in the image each of `channels` is active.
-        plain_channels: [2,k] int64, those with the largest pooled activations, chosen without gates.
+        plain_channels: [2,k] int64, those with the largest pooled activations, regardless of gates.
         plain_heatmaps: [2,k,H,W] in [0, 1], of `plain_channels`.
-        similarity: scalar, the cosine of the two features.
+        similarity: scalar, cosine of the two features.
     """
 
     gates: Tensor
@@ -35,28 +35,26 @@ class PairExplanation(NamedTuple):
 
 
 def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanation:
-    """The channels that the gates of two images open most, and where in the images those are active.
+    """The channels with the largest gates for two images, and where in the images these are active.
 
-    As in the paper's section "Visualization": the gates tell which channels distinguish the two images, and a channel's
-    map before pooling tells where it is active. A gate is one number per channel, so that it doesn't change a map that
-    is scaled to [0, 1]: `heatmaps` and `plain_heatmaps` differ in the choice of channels.
+    As in the paper's section "Visualization". A gate is one number per channel and does not change a map scaled to
+    [0, 1]: `heatmaps` and `plain_heatmaps` differ in the choice of channels.
 
-    The net runs in eval mode and without gradients; its modes, gradients and buffers are left unchanged. Its modules
-    may be quantised, compiled, or wrapped by adapters.
+    The net runs in eval mode without gradients; its modes, gradients and buffers are left unchanged. Its modules may
+    be quantised, compiled or wrapped by adapters.
 
     Args:
-        net: an `APINet` whose backbone pools a feature map over the image, as nearly all of timm's do.
-        images: [2,3,H,W], prepared as for training; the first is the anchor of the pair, the second its partner.
+        net: an `APINet` whose backbone pools a feature map, as nearly all of timm's do.
+        images: [2,3,H,W], preprocessed as for training: anchor and partner.
         top_k: k, number of channels, at most D.
 
     Returns:
-        A `PairExplanation`. Each heat map is scaled by itself, from its least value to its largest; a constant one is
-        0. Channels of equal gates come in ascending order.
+        A `PairExplanation`. Each heat map is scaled on its own from its minimum to its maximum; a constant one is 0.
 
     Raises:
-        ValueError: there are not two images, top_k is out of range, images and net differ in device or dtype, the
-            features are not finite, or the backbone has no feature map with the channels of the gates.
-        TypeError: net is no APINet, images are no tensor or top_k is no int.
+        ValueError: images are not two, top_k is out of range, images and net differ in device or dtype, features are
+            not finite, or the backbone has no feature map with the channels of the gates.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -69,24 +67,23 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
     _check(net, images, top_k)
     modes = [(module, module.training) for module in net.modules()]
     try:
-        with torch.no_grad():  # not inference_mode: its tensors could not be used in anything that learns
+        with torch.no_grad():  # not inference_mode, whose tensors autograd rejects
             net.eval()
             features, maps = features_and_maps(net.backbone, images)
             pair = Pairs(*(torch.tensor([value], device=images.device) for value in (0, 1, False, True)))
             gates = torch.cat(net.head.gates(features, pair))
     except (RuntimeError, ValueError) as error:
-        # Asked afterwards: only the net knows what it takes, if it is quantised or of several dtypes.
+        # Checked afterwards, as a quantised net may accept other dtypes than its own.
         _check_placement(net, images, error)
         raise
     finally:
-        for module, training in modes:  # a part of the net may be in another mode than the rest
+        for module, training in modes:  # parts of the net may be in different modes
             module.training = training
     if not (features.isfinite().all() and gates.isfinite().all()):
         raise ValueError(
-            f"nothing to explain: features or gates of the images, {describe(images)}, are not finite; check the "
-            "images and the weights of the net"
+            f"features or gates of the images, {describe(images)}, are not finite; check the images and the weights"
         )
-    # A stable sort: topk does not define the order of equal values, and the gates of inactive channels are all 1/2.
+    # A stable sort, unlike topk: the gates of all inactive channels are 1/2.
     channels, plain_channels = (
         values.sort(dim=1, descending=True, stable=True).indices[:, :top_k] for values in (gates, features)
     )
@@ -101,7 +98,7 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
 
 
 def _check(net: APINet, images: Tensor, top_k: int) -> None:
-    if not isinstance(getattr(net, "head", None), APIHead):  # a compiled APINet is none by its type
+    if not isinstance(getattr(net, "head", None), APIHead):  # a compiled APINet has another type
         inner = getattr(getattr(net, "module", None), "head", None)
         advice = ": pass its .module" if isinstance(inner, APIHead) else ""
         raise TypeError(f"net must be an APINet, got {type(net).__name__}{advice}")
@@ -114,7 +111,7 @@ def _check(net: APINet, images: Tensor, top_k: int) -> None:
 
 
 def _check_placement(net: nn.Module, images: Tensor, error: Exception) -> None:
-    """ValueError if nothing in the net has the device or the dtype of the images, which is then why it failed."""
+    """Raise ValueError if no tensor of the net has the device or the dtype of the images."""
     tensors = [*net.parameters(), *net.buffers()]
     devices = {tensor.device for tensor in tensors}
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
@@ -127,14 +124,14 @@ def _check_placement(net: nn.Module, images: Tensor, error: Exception) -> None:
 
 
 def heat_maps(maps: Tensor, channels: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Chosen channels [N,k] of feature maps [N,D,h,w], enlarged to an image of `size` and scaled to [0, 1]."""
+    """Channels [N,k] of feature maps [N,D,h,w], upsampled to `size` and scaled to [0, 1]."""
     rows = torch.arange(len(maps), device=maps.device)[:, None]
     chosen = maps[rows, channels].float()
-    # Before enlarging, whose rounding would be scaled up in a channel that is the same everywhere.
+    # Before upsampling, as scaling would amplify its rounding in a constant map.
     span = chosen.amax((2, 3), keepdim=True) - chosen.amin((2, 3), keepdim=True)
     varies = span > 1e-6 * chosen.abs().amax((2, 3), keepdim=True)
     large = F.interpolate(chosen, tuple(size), mode="bilinear", align_corners=False)
-    # From the least value and not from 0: after GELU or LayerNorm, activations are negative where there is nothing.
+    # From the minimum, not from 0: after GELU or LayerNorm, inactive values are negative.
     large = large - large.amin((2, 3), keepdim=True)
     return torch.where(varies, large / large.amax((2, 3), keepdim=True), torch.zeros_like(large))
 
@@ -145,27 +142,26 @@ def features_and_maps(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tens
     Raises:
         ValueError: the backbone has no such maps; the message says why.
     """
-    while isinstance(backbone, ChunkedBackbone) or hasattr(
-        backbone, "_orig_mod"
-    ):  # chunks and compiling don't pay here
-        backbone = backbone.backbone if isinstance(backbone, ChunkedBackbone) else backbone.get_submodule("_orig_mod")
+    while hasattr(backbone, "_orig_mod") or isinstance(backbone, ChunkedBackbone):
+        backbone = getattr(backbone, "_orig_mod", None) or cast(ChunkedBackbone, backbone).backbone
     name = type(backbone).__name__
-    # timm's name for the last map before pooling. The features are not pooled from it here: a norm may lie in between.
+    # timm's method for the last map. Features are not computed from it here, as a norm may follow the pooling.
     forward_features = getattr(backbone, "forward_features", None)
     if forward_features is None:
         raise ValueError(
-            f"{name} has no forward_features(images) that gives the feature map before pooling, [B, D, h, w]: take a "
-            "timm backbone, or give yours this method"
+            f"{name} has no forward_features(images) that returns the feature map before pooling, [B, D, h, w]: use a "
+            "timm backbone, or add this method"
         )
     _refuse_mixed_channels(backbone)
     maps = forward_features(images)
     features: Tensor = backbone(images)
     if not isinstance(maps, Tensor) or maps.ndim not in (3, 4):
-        got = describe(maps) if isinstance(maps, Tensor) else f"a {type(maps).__name__}"
-        raise ValueError(f"forward_features of {name} must give one map [B, D, h, w] or [B, tokens, D], got {got}")
+        raise ValueError(
+            f"forward_features of {name} must return one map [B, D, h, w] or [B, tokens, D], got {describe(maps)}"
+        )
     if maps.ndim == 3:
         maps = _fold_tokens(backbone, maps, images)
-    elif getattr(backbone, "output_fmt", None) == "NHWC":  # as timm's say; the shape could not tell
+    elif getattr(backbone, "output_fmt", None) == "NHWC":
         maps = maps.permute(0, 3, 1, 2)
     if maps.shape[1] != features.shape[1]:
         raise ValueError(
@@ -176,48 +172,44 @@ def features_and_maps(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tens
 
 
 MIXED = (
-    "a layer after the map mixes channels, so that a gate has no place in the image; take a backbone that pools last, "
-    "such as resnet, convnext, efficientnet, vit or swin"
+    "a layer after the map mixes channels, so that a gate has no location in the image; use a backbone that pools "
+    "last, such as resnet, convnext, efficientnet, vit or swin"
 )
 
 
 def _refuse_mixed_channels(backbone: nn.Module) -> None:
-    """ValueError for layers after the map that mix channels without changing their number."""
+    """Raise ValueError for layers after the map that mix channels without changing their number."""
     if getattr(backbone, "attn_pool", None) is not None:
         raise ValueError(
             f"{type(backbone).__name__} pools by attention (see backbone_args={{'global_pool': 'avg'}}): {MIXED}"
         )
     for name, module in backbone.named_modules():
-        # timm's name for a hidden layer before the classifier; a quantised one has state, but no parameters.
+        # timm's name for a hidden layer before the classifier; a quantised one has a state, but no parameters.
         if name.rpartition(".")[2] == "pre_logits" and module.state_dict():
-            raise ValueError(
-                f"{type(backbone).__name__} has a hidden layer ({name}) after its last feature map: {MIXED}"
-            )
+            raise ValueError(f"{type(backbone).__name__} has a hidden layer ({name}) after its last map: {MIXED}")
 
 
 def _fold_tokens(backbone: nn.Module, tokens: Tensor, images: Tensor) -> Tensor:
-    """[B,D,h,w] of [B,T,D]: prefix tokens (class, registers) dropped, the patches row by row.
+    """[B,T,D] as [B,D,h,w]: prefix tokens (class, registers) dropped, patches in rows.
 
-    Where the class token is the feature, no map was pooled; but its channels are those of the patches, for every block
-    adds to both alike.
+    If the class token is the feature, no map was pooled, but its channels are those of the patches.
     """
-    # feature_info also knows of patches that are merged on the way, and of images of another size than the backbone's;
-    # patch_embed.grid_size doesn't.
+    # Unlike patch_embed.grid_size, feature_info accounts for merged patches and other image sizes.
     try:
         reduction = backbone.feature_info[-1]["reduction"]  # type: ignore[index]
     except (AttributeError, IndexError, KeyError, TypeError):
         raise ValueError(
-            f"forward_features of {type(backbone).__name__} gives tokens, and without a feature_info such as timm's "
-            "(a list whose last item has 'reduction', the pixels per patch) their grid is unknown"
+            f"forward_features of {type(backbone).__name__} returns tokens, and without a feature_info as in timm (a list "
+            "whose last item has 'reduction', the pixels per patch) their grid is unknown"
         ) from None
     height, width = (math.ceil(side / reduction) for side in images.shape[-2:])
     prefix = getattr(backbone, "num_prefix_tokens", None)
-    if prefix is None:  # coat and volo have a class token in front, and don't say so
+    if prefix is None:  # coat and volo have a class token, but no such attribute
         prefix = max(tokens.shape[1] - height * width, 0)
     patches = tokens[:, prefix:]
     if patches.shape[1] != height * width:
         raise ValueError(
-            f"forward_features of {type(backbone).__name__} gives {tokens.shape[1]} tokens for {describe(images)}, "
+            f"forward_features of {type(backbone).__name__} returns {tokens.shape[1]} tokens for {describe(images)}, "
             f"{prefix} of them prefix tokens: the others are no grid of {height} x {width} patches"
         )
     return patches.transpose(1, 2).reshape(len(patches), -1, height, width)

@@ -1,7 +1,4 @@
-"""A memory of past batches to search for partners in.
-
-Wang, Zhang, Huang, Scott: "Cross-Batch Memory for Embedding Learning", CVPR 2020.
-"""
+"""A memory of past batches (Wang, Zhang, Huang, Scott: "Cross-Batch Memory for Embedding Learning", CVPR 2020)."""
 
 import math
 
@@ -14,29 +11,26 @@ from apinet_head._checks import check_device, check_dtype, check_features, check
 class FeatureMemory(nn.Module):
     """The last `size` features and labels of past batches, as `keys` for `mine_pairs` and `APIHead`.
 
-    A ring buffer on the device: the n-th row ever pushed, counted from 0, overwrites slot n % size. Shapes are fixed,
-    nothing synchronises, and the state dict holds all of it. Features are detached. Empty slots hold NaN, which is
-    never chosen as a partner: while the memory fills, a pair that finds no partner is not valid. `APIHead(memory=N)`
-    keeps one of these, and pushes and searches by itself.
+    A ring buffer on the device: row n, counted from the first one ever pushed, is stored in slot n % size. Shapes are
+    fixed, nothing synchronises, features are detached, and the state dict holds everything. Empty slots hold NaN and
+    are never partners. `APIHead(memory=N)` creates one, and pushes and searches by itself.
 
-    The features are those of past weights: the more the net has changed since, the less they say, and the oldest are
-    size / B steps old. So the paper starts the memory only after a warm-up of the net: until something is pushed,
-    nothing is found. An image that comes again while it is remembered may be paired with its own past feature, so
-    size should be well below an epoch.
+    The features are those of past weights, so start after a warm-up of the net. An image that comes again while it is
+    in the memory may be paired with its own past feature, so size should be well below an epoch.
 
     Args:
-        size: M, how many features to keep.
+        size: M, number of features to keep.
         dim: channels D of the features.
         device: of the memory.
-        dtype: of the kept features, into which others are converted.
+        dtype: to which features are converted.
 
     Attributes:
-        features: [M,D], NaN where nothing was pushed yet.
-        labels: [M] int64, -1 there.
-        num_pushed: 0-d int64, how many rows were ever pushed.
+        features: [M,D], NaN in empty slots.
+        labels: [M] int64, -1 in empty slots.
+        num_pushed: 0-d int64, number of rows ever pushed.
 
     Raises:
-        ValueError: size or dim is below 1, or dtype not one of features.
+        ValueError: size or dim is below 1, or dtype is not floating point.
         TypeError: size or dim is no int.
 
     Examples:
@@ -65,18 +59,14 @@ class FeatureMemory(nn.Module):
 
     @property
     def filled(self) -> Tensor:
-        """How many slots are in use, 0-d int64 on the device: they are the first ones, `features[:filled]`."""
+        """Number of slots in use, 0-d int64 on the device; these are `features[:filled]`."""
         return self.num_pushed.clamp(max=self.size)
 
     def push(self, features: Tensor, labels: Tensor) -> None:
-        """Keep a batch, over the oldest rows; of one larger than the memory, its last `size` rows.
-
-        Args:
-            features: [B,D], of any floating point dtype.
-            labels: [B], class indices of any integer dtype.
+        """Store features [B,D] and labels [B] over the oldest rows; of more than `size` rows, the last ones.
 
         Raises:
-            ValueError: shapes, dtypes or devices don't fit; the message shows what came.
+            ValueError: shapes, dtypes or devices do not match; the message shows what was passed.
         """
         check_features(features, dim=self.dim)
         check_labels(labels, features)
@@ -84,10 +74,10 @@ class FeatureMemory(nn.Module):
         self.push_unchecked(features, labels)
 
     def push_unchecked(self, features: Tensor, labels: Tensor) -> None:
-        """`push` of what was checked before."""
+        """`push` without the argument checks."""
         pushed = features.shape[0]
         features, labels = features.detach()[-self.size :], labels[-self.size :]
-        # No slot comes twice among them, so that the copy has one possible result.
+        # Only the last `size` rows: with a slot written twice, the result of the copy would not be defined.
         kept = torch.arange(pushed - features.shape[0], pushed, device=features.device)
         slots = (self.num_pushed + kept) % self.size
         self.features.index_copy_(0, slots, features.to(self.features.dtype))

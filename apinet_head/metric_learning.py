@@ -1,7 +1,4 @@
-"""Adapters for pytorch-metric-learning: its miners for our head, our mining for its losses.
-
-Needs `pip install pytorch-metric-learning`; nothing else in the package imports this.
-"""
+"""Adapters for pytorch-metric-learning: its miners for `APIHead`, `mine_pairs` for its losses."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +10,7 @@ from torch import Tensor
 from apinet_head._checks import check_device, check_integer, describe
 from apinet_head.pairs import Pairs, mine_pairs, searches_of
 
-if TYPE_CHECKING:  # that library has no types; its miners are modules
+if TYPE_CHECKING:  # the library has no types; its miners are modules
     from torch.nn import Module as BaseMiner
 else:
     try:
@@ -25,20 +22,20 @@ else:
 
 
 def pairs_from_tuple(indices: Sequence[Tensor]) -> Pairs:
-    """Converts the output of a miner of pytorch-metric-learning to `pairs=` for `APIHead`.
+    """Convert the output of a miner of pytorch-metric-learning to `pairs=` for `APIHead`.
 
-    All pairs are kept, as in that library's losses: an anchor may have several or none, and a triplet's anchor and
-    positive are repeated in each of their triplets. Empty tensors give a loss of 0.
+    All pairs are kept: an anchor may have several or none, and a triplet's anchor and positive are repeated in each of
+    their triplets. Empty tensors give a loss of 0.
 
     Args:
         indices: (anchors, positives, anchors, negatives) or (anchors, positives, negatives), rows of the batch. If the
             miner was given `ref_emb`, partners are rows of that: pass it to the head as `keys`.
 
     Returns:
-        Pairs with first all positive and then all negative pairs, all of them valid.
+        Pairs, the positive ones before the negative ones, all valid.
 
     Raises:
-        ValueError: there are not three or four integer vectors, or an anchor's partner is missing.
+        ValueError: there are not three or four integer vectors, or an anchor has no partner.
 
     Examples:
         >>> from pytorch_metric_learning.miners import MultiSimilarityMiner
@@ -49,8 +46,7 @@ def pairs_from_tuple(indices: Sequence[Tensor]) -> Pairs:
     """
     if len(indices) not in (3, 4):
         raise ValueError(
-            "a miner finds (anchor, positive, anchor, negative) or (anchor, positive, negative), "
-            f"got {len(indices)} items"
+            f"indices must be (anchor, positive, anchor, negative) or (anchor, positive, negative), got {len(indices)}"
         )
     a1, positive, *rest = indices
     a2, negative = rest if len(rest) == 2 else (a1, *rest)
@@ -68,11 +64,11 @@ def pairs_from_tuple(indices: Sequence[Tensor]) -> Pairs:
 class APIMiner(BaseMiner):
     """`mine_pairs` as a miner of pytorch-metric-learning, for any of its losses.
 
-    It uses Euclidean distances of the embeddings as they are, while that library normalises them to unit length by
-    default: pass `F.normalize(embeddings)` to find the same partners. Dropping the invalid pairs synchronises with the
-    device, as all miners of that library do.
+    Distances are Euclidean between the embeddings as they are, while that library normalises them to unit length by
+    default: pass `F.normalize(embeddings)` to find the same partners. As in all its miners, dropping invalid pairs
+    synchronises with the device.
 
-    With `ref_emb`, partners are searched there. Where it holds the whole batch in its order, as the memory of
+    With `ref_emb`, partners are searched there. If it holds the whole batch in order, as the memory of
     `CrossBatchMemory` and the rows of all ranks in `DistributedMinerWrapper(efficient=True)` do, no embedding is paired
     with its own copy.
 
@@ -81,7 +77,7 @@ class APIMiner(BaseMiner):
         inter: partner of another class, likewise.
 
     Raises:
-        ValueError: intra or inter is unknown, or both are None; when mining, `ref_emb` holds the embeddings in another
+        ValueError: intra or inter is unknown, or both are None; or in mining, `ref_emb` holds the embeddings in another
             order, so that each would be its own partner.
 
     Examples:
@@ -100,7 +96,7 @@ class APIMiner(BaseMiner):
     def mine(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four tensors of anchors, positives, anchors and negatives."""
+        """Anchors, positives, anchors and negatives."""
         mine = partial(mine_pairs, embeddings, labels, intra=self.intra, inter=self.inter)
         place = 0 if ref_emb is embeddings else _place_in(ref_emb, ref_labels, embeddings, labels)
         if ref_emb is embeddings:
@@ -108,7 +104,7 @@ class APIMiner(BaseMiner):
         elif place is None:
             pairs = mine(keys=ref_emb, key_labels=ref_labels)
         else:
-            # A batch in a ring buffer may wrap around its end: turn the buffer until the batch comes first.
+            # A batch may wrap around the end of a ring buffer: rotate the buffer until the batch comes first.
             pairs = mine(keys=ref_emb.roll(-place, 0), key_labels=ref_labels.roll(-place), key_offset=0)
             pairs = pairs._replace(partner=(pairs.partner + place) % len(ref_emb))
         positive, negative = pairs.valid & pairs.same_class, pairs.valid & ~pairs.same_class
@@ -117,7 +113,7 @@ class APIMiner(BaseMiner):
             if copies.all():
                 raise ValueError(
                     f"ref_emb {describe(ref_emb)} holds the embeddings {describe(embeddings)} themselves, but not in "
-                    "their order: each would be its own partner. Leave them out of it, or put them first"
+                    "their order: each would be its own partner. Remove them from ref_emb, or put them first"
                 )
         return pairs.anchor[positive], pairs.partner[positive], pairs.anchor[negative], pairs.partner[negative]
 
@@ -126,18 +122,18 @@ class APIMiner(BaseMiner):
 
 
 def _place_in(ref_emb: Tensor, ref_labels: Tensor, embeddings: Tensor, labels: Tensor) -> int | None:
-    """The row where the batch begins in ref_emb, going on at row 0 after the last; None if it isn't there.
+    """The row where the batch begins in ref_emb, which may wrap around its end; None if ref_emb lacks it.
 
-    The library tells this its losses and wrappers, but not its miners.
+    The library passes this position to its losses and wrappers, but not to its miners.
     """
     if embeddings.dtype != ref_emb.dtype or not 0 < len(embeddings) <= len(ref_emb):
         return None
-    # As bytes: a row with NaN equals its copy, too.
+    # Compared as bytes, so that a row with NaN equals its copy.
     rows, refs = (table.detach().contiguous().view(torch.uint8) for table in (embeddings, ref_emb))
     starts = (refs == rows[0]).all(1).nonzero()
     places = (starts + torch.arange(len(rows), device=rows.device)) % len(refs)
     places = places[(ref_labels[places] == labels).all(1)]
-    for place in places.flip(0):  # the newest first, if the memory holds the same batch twice
+    for place in places.flip(0):  # newest first, if the memory holds the same batch twice
         if torch.equal(refs[place], rows):
             return int(place[0])
     return None

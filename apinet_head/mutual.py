@@ -1,7 +1,4 @@
-"""Mutual vectors: what the two images of a pair have in common, and what not (paper, section 3.1, and the ablation).
-
-Each is a module that maps the two images' features [P,D] to the mutual vectors m [P,D] of the pairs.
-"""
+"""Mutual vectors m [P,D] of the features [P,D] of pairs of images (paper, section 3.1, and its ablation)."""
 
 from typing import Any, TypeGuard
 
@@ -13,7 +10,7 @@ from apinet_head._modules import is_plain, is_plain_linear
 
 
 class MutualMLP(nn.Module):
-    """m = fc2(drop(fc1([x_a, x_b]))), without an activation in between, as published (equation 1).
+    """m = fc2(drop(fc1([x_a, x_b]))), without an activation in between (equation 1, as published).
 
     Examples:
         >>> MutualMLP(dim=8, hidden_dim=4)(torch.zeros(3, 8), torch.zeros(3, 8)).shape
@@ -35,11 +32,10 @@ class MutualMLP(nn.Module):
     def of_rows(self, features: Tensor, rows: Tensor) -> Tensor:
         """`forward` of features[rows[0]] and features[rows[1]], for features [B,D], rows [2,P] and a plain `fc1`.
 
-        fc1 is linear: [x_a, x_b] W = x_a W_left + x_b W_right. Each image is in several pairs, so projecting it once
-        and gathering the short results costs less than gathering the pairs and projecting those.
+        [x_a, x_b] W = x_a W_left + x_b W_right: each image is projected once instead of once per pair.
         """
         weight, bias = self.fc1.weight, self.fc1.bias
-        # A row of the weight is [W_left, W_right] of one hidden channel; viewed as two rows, both take one product.
+        # A row of the weight is [W_left, W_right] of one hidden channel; viewed as two rows, one product computes both.
         projected = F.linear(features, weight.reshape(-1, features.shape[1]))
         left, right = projected.view(-1, weight.shape[0], 2).unbind(2)
         hidden = left.index_select(0, rows[0]) + right.index_select(0, rows[1])
@@ -48,12 +44,12 @@ class MutualMLP(nn.Module):
 
 
 def is_plain_mlp(mutual: nn.Module) -> TypeGuard[MutualMLP]:
-    """Whether `MutualMLP.of_rows` computes what calling the module would, side effects included."""
+    """Whether `MutualMLP.of_rows` is equivalent to calling the module."""
     return is_plain(mutual, MutualMLP) and is_plain_linear(mutual.fc1)
 
 
 class MutualIndividual(nn.Module):
-    """m = 1: no mutual vector, each image's gate is its own, g = sigmoid(x)."""
+    """m = 1: no mutual vector, the gate of an image is g = sigmoid(x)."""
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
         return torch.ones_like(anchor)
@@ -81,7 +77,7 @@ class MutualSquareDiff(nn.Module):
 
 
 class MutualWeighted(MutualMLP):
-    """m = w_a x_a + w_b x_b, the weights a softmax over the two outputs of an MLP on [x_a, x_b]."""
+    """m = w_a x_a + w_b x_b, with weights from a softmax over the two outputs of an MLP on [x_a, x_b]."""
 
     def __init__(self, dim: int, hidden_dim: int = 512, dropout: float = 0.5, **factory: Any) -> None:
         super().__init__(dim, hidden_dim, dropout, out_dim=2, **factory)
@@ -92,12 +88,11 @@ class MutualWeighted(MutualMLP):
 
 
 class MutualBilinear(nn.Module):
-    """m = compact bilinear pooling of x_a and x_b: a sketch of their outer product, in D numbers.
+    """m = compact bilinear pooling of x_a and x_b: a count sketch of their outer product, in D numbers.
 
-    Each vector is count-sketched (channel i is added to, or subtracted from, slot hash[i]); the circular convolution
-    of the two sketches, a product of their Fourier transforms, is a count sketch of the outer product. Gao, Beijbom,
-    Zhang, Darrell: "Compact Bilinear Pooling", CVPR 2016, algorithm 2. Hashes and signs are drawn from a fixed seed
-    and stored as buffers.
+    It is the circular convolution of the count sketches of the two vectors, computed by FFT (Gao, Beijbom, Zhang,
+    Darrell: "Compact Bilinear Pooling", CVPR 2016, algorithm 2). Hashes and signs come from a fixed seed and are stored
+    as buffers.
     """
 
     slots: Tensor
@@ -105,17 +100,16 @@ class MutualBilinear(nn.Module):
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        generator = torch.Generator("cpu").manual_seed(0)
-        device = torch.get_default_device() if device is None else device
+        generator, device = torch.Generator("cpu").manual_seed(0), device or torch.get_default_device()
         slots = torch.randint(dim, (2, dim), generator=generator, device="cpu")
         signs = torch.randint(2, (2, dim), generator=generator, device="cpu") * 2 - 1
         self.register_buffer("slots", slots.to(device))
         self.register_buffer("signs", signs.to(device=device, dtype=dtype or torch.get_default_dtype()))
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        if anchor.shape[0] == 0:  # not every FFT library transforms an empty batch
+        if anchor.shape[0] == 0:  # not every FFT library supports an empty batch
             return anchor * partner
-        # There is no Fourier transform of bfloat16, nor of float16 in every length.
+        # The FFT supports neither bfloat16 nor float16 of every length.
         dtype = torch.promote_types(anchor.dtype, torch.float32)
         spectra = [torch.fft.rfft(self._sketch(x.to(dtype), side)) for side, x in enumerate((anchor, partner))]
         mutual: Tensor = torch.fft.irfft(spectra[0] * spectra[1], n=anchor.shape[1])
@@ -138,7 +132,7 @@ MUTUALS = tuple(_KINDS)
 
 
 def make_mutual(name: str, dim: int, hidden_dim: int, dropout: float, **factory: Any) -> nn.Module:
-    """The mutual vector of that name; ValueError if there is none."""
+    """The module of that name; raises ValueError for an unknown one."""
     if not isinstance(name, str) or name not in MUTUALS:
         raise ValueError(f"mutual must be a module or one of {', '.join(map(repr, MUTUALS))}, got {name!r}")
     kind = _KINDS[name]

@@ -19,11 +19,11 @@ COUNTER = ".num_batches_tracked"
 def load_official_checkpoint(source: str | PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
     """A checkpoint of https://github.com/PeiqinZhuang/API-Net as a state dict for `APINet("resnet101", num_classes)`.
 
-    Files are read with `weights_only=True`: one that would run code is refused.
+    Files are read with `weights_only=True`, so that loading runs no code from them.
 
     Args:
-        source: the path of a checkpoint, or its content: a dict with a "state_dict", or that state dict itself, with
-            keys `conv.module.N...` (from DataParallel) or `conv.N...`, `map1`, `map2` and `fc`.
+        source: path of a checkpoint, or its content: a dict with a "state_dict", or that state dict itself, with keys
+            `conv.module.N...` (from DataParallel) or `conv.N...`, `map1`, `map2` and `fc`.
 
     Returns:
         Tensors on the CPU; the number of classes is `len(state["head.classifier.bias"])`.
@@ -33,7 +33,6 @@ def load_official_checkpoint(source: str | PathLike[str] | Mapping[str, Any]) ->
         TypeError: source is neither a path nor a dict.
 
     Examples:
-        >>> from apinet_head import APINet, load_official_checkpoint
         >>> state = load_official_checkpoint("model_best.pth.tar")  # doctest: +SKIP
         >>> APINet("resnet101", num_classes=200).load_state_dict(state)  # doctest: +SKIP
     """
@@ -44,14 +43,13 @@ def load_official_checkpoint(source: str | PathLike[str] | Mapping[str, Any]) ->
     if not isinstance(published, Mapping):
         raise ValueError(f"a checkpoint is a dict, or has one as state_dict, got {type(published).__name__}")
     _refuse("not keys of the published API-Net", [str(key) for key in published if not _rename(key)])
-    not_tensors = {key: value for key, value in published.items() if not isinstance(value, Tensor)}
-    _refuse("not tensors", [f"{key} is of {describe(value)}" for key, value in not_tensors.items()])
+    _refuse("not tensors", [f"{key} is {describe(v)}" for key, v in published.items() if not isinstance(v, Tensor)])
     keys = {_rename(key): key for key in published}
-    _refuse("weights that are there twice, with and without 'module.'", published.keys() - keys.values())
+    _refuse("given twice, with and without 'module.'", published.keys() - keys.values())
 
     state = {name: published[key] for name, key in keys.items()}
     expected = _expected_shapes(state)
-    # torch began to store these in 0.4.1.
+    # Stored since torch 0.4.1.
     state |= {name: torch.tensor(0) for name in expected.keys() - state.keys() if name.endswith(COUNTER)}
     _refuse("missing for the published ResNet-101", expected.keys() - state.keys())
     _refuse("not expected in the published ResNet-101", [keys[name] for name in state.keys() - expected.keys()])
@@ -64,12 +62,12 @@ def load_official_checkpoint(source: str | PathLike[str] | Mapping[str, Any]) ->
 
 
 def _read(path: str | PathLike[str]) -> Any:
-    with open(path, "rb") as file:  # outside of try: a wrong path has an error of its own
+    with open(path, "rb") as file:  # outside of try: a wrong path is another error
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except MemoryError:
             raise
-        except Exception as error:  # a file that is no checkpoint can fail in any way
+        except Exception as error:  # torch.load of a damaged file may raise anything
             raise ValueError(
                 f"{fspath(path)} cannot be read as a checkpoint: it is damaged, or holds more than tensors and plain "
                 "values. Download it again; if you trust it, pass torch.load(path, weights_only=False) instead"
@@ -77,7 +75,7 @@ def _read(path: str | PathLike[str]) -> Any:
 
 
 def _rename(key: Any) -> str:
-    """Our name for a published key, "" if there is none."""
+    """The name in `APINet` of a published key, "" if there is none."""
     key = key.removeprefix("module.") if isinstance(key, str) else ""
     head, _, rest = key.partition(".")
     if head in HEAD:
@@ -98,7 +96,7 @@ def _expected_shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _refuse(problem: str, names: Any) -> None:
-    """ValueError that lists the first names, if there are any."""
+    """Raise ValueError with the first names, if there are any."""
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ValueError(f"{problem}: {', '.join(sorted(names)[:5])}{more}")

@@ -24,14 +24,12 @@ SEARCHES = ("similar", "dissimilar", "random")
 class Pairs(NamedTuple):
     """P pairs of images, as tensors [P] on the features' device.
 
-    A pair without a possible partner has `valid` False and its anchor as its partner, so that gathers stay in range
-    and no wrong-class pair is ever trained on.
-
     Attributes:
-        anchor: row of the features, int64.
-        partner: row of the features, or of `keys` where those were given, int64.
-        same_class: whether the two are of one class, bool.
-        valid: whether the pair exists, bool.
+        anchor: int64, row of the features.
+        partner: int64, row of the features, or of `keys` if these were given.
+        same_class: bool, whether the two images are of one class.
+        valid: bool, whether the pair exists. One without a possible partner has its anchor as partner, so that gathers
+            stay in range.
     """
 
     anchor: Tensor
@@ -41,7 +39,7 @@ class Pairs(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Where partners are searched, if not in the batch alone: K rows of features, then those of a memory."""
+    """Where partners are searched, if not only in the batch: K rows of features, then those of a memory."""
 
     features: Tensor  # [K,D]
     labels: Tensor  # [K+N] int64
@@ -49,7 +47,7 @@ class Keys(NamedTuple):
     past: Tensor | None = None  # [N,D]
 
     def take(self, rows: Tensor) -> Tensor:
-        """Rows of all keys; the past, which may be much larger than the batch, needs no buffer for a gradient."""
+        """Rows of all keys, without concatenating: the memory may be much larger than the batch."""
         if self.past is None:
             return self.features.index_select(0, rows)
         size = self.features.shape[0]
@@ -72,37 +70,35 @@ def mine_pairs(
 ) -> Pairs:
     """Pair every image with one of its own class and one of another class (paper, section 3.2).
 
-    Distances are Euclidean, of detached features, in float32 at least, whatever autocast or
-    `torch.set_float32_matmul_precision` allow. Partners are exact: near neighbours, which a matrix product cannot tell
-    apart, are compared by subtraction, and rows far from the others don't affect the partners of these. Ties go to the
-    lowest index. Nothing is paired with itself. A row that is not finite is never chosen; its own pairs stay valid, so
-    that the loss turns non-finite, where a training loop can see it. Nothing synchronises with a GPU, and no shape
-    depends on the data.
+    Distances are Euclidean, between detached features, in float32 at least, regardless of autocast and
+    `torch.set_float32_matmul_precision`. Partners are exact: near neighbours are compared by subtraction, which avoids
+    cancellation, and outliers do not affect other rows. Ties go to the lowest index. No image is paired with itself. A
+    non-finite row is never chosen, but its own pairs stay valid, so that the loss becomes non-finite. Nothing
+    synchronises with a GPU, and no shape depends on the data.
 
     Args:
-        features: [B,D], float16, bfloat16, float32 or float64.
-        labels: [B], class indices of any integer dtype. A negative one means "no class": such an image is never a
-            partner, and its own pairs are not valid.
-        intra: the partner of the same class: "similar" (nearest), "dissimilar" (farthest), "random", or None for no
-            such pairs.
-        inter: likewise, the partner of another class.
-        keys: [M,D], where partners are searched instead of in `features` (all ranks, a memory of past batches).
-        key_labels: [M], the classes of `keys`.
-        key_offset: the row of `keys` that holds query 0, the others following, so that no image is paired with
-            itself; None if the queries are not in `keys`.
-        generator: source of "random" partners, on the features' device; None is torch's default one.
-        backend: "dense" (one [B,M] matrix of distances), "tiled" (tile by tile, with half the products and hardly any
-            memory beyond the features), "triton" (tiled, in fused kernels on a CUDA device), or "auto": "dense" for
-            small batches and under `torch.compile`, else "tiled".
+        features: [B,D], floating point.
+        labels: [B], class indices, integer dtype. A negative label means "no class": the image is never a partner, and
+            its own pairs are not valid.
+        intra: partner of the same class: "similar" (nearest), "dissimilar" (farthest), "random" or None (no such
+            pairs).
+        inter: partner of another class, likewise.
+        keys: [M,D], searched instead of `features`: features of other ranks or of past batches.
+        key_labels: [M], classes of the keys.
+        key_offset: the row of `keys` that is query 0, so that no row is paired with itself; None if the queries are not
+            in `keys`.
+        generator: for "random" partners, on the features' device; None for torch's default generator.
+        backend: "dense" (one [B,M] matrix of distances), "tiled" (half of the products, almost no memory beyond the
+            features), "triton" (tiled, in fused kernels for CUDA), or "auto".
 
     Returns:
-        Pairs with P = 2B: rows [0,B) the intra-class pairs in order of their anchors, rows [B,2B) the inter-class
-        pairs. P = B if one of the two is None. With `keys`, a pair that is not valid has partner
-        `key_offset + anchor`, or 0 without an offset.
+        Pairs with P = 2B: rows [0,B) the intra-class pairs in the order of their anchors, rows [B,2B) the inter-class
+        pairs; P = B if one of the two is None. With `keys`, a pair that is not valid has partner `key_offset + anchor`,
+        or 0 without an offset.
 
     Raises:
-        ValueError: an argument's shape, dtype, device or value doesn't fit; the message shows what came.
-        TypeError: an argument is of the wrong type.
+        ValueError: an argument's shape, dtype, device or value does not fit; the message shows what was passed.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> features = torch.tensor([[0.0], [1.0], [5.0], [9.0]])
@@ -130,9 +126,9 @@ def find_pairs(
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> Pairs:
-    """`mine_pairs` of checked arguments, int64 labels and the `searches_of` intra and inter."""
-    size = features.shape[0]  # not len(): export would take that for a constant
-    # All pairs at once, not one kind after the other: small batches cost a GPU as much as there are operations.
+    """`mine_pairs` of checked arguments, with int64 labels."""
+    size = features.shape[0]  # not len(), which export makes a constant
+    # All pairs at once: on a GPU, the time for small batches is the number of operations.
     pair = torch.arange(len(searches) * size, device=features.device)
     anchor = pair % size
     if size == 0:
@@ -151,21 +147,19 @@ def find_pairs(
 
 
 def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator | None = None) -> Pairs:
-    """Pairs drawn without regard to class, the paper's "Random" construction (section 4.1, ablation).
-
-    Both images are drawn uniformly, with replacement between pairs; the two of a pair differ.
+    """Pairs of two different images, drawn uniformly and regardless of class (paper, section 4.1: "Random").
 
     Args:
-        labels: [B], class indices of any integer dtype.
-        num_pairs: P, how many pairs to draw.
-        generator: source of randomness, on the labels' device; None is torch's default one.
+        labels: [B], class indices, integer dtype.
+        num_pairs: P, number of pairs.
+        generator: on the labels' device; None for torch's default generator.
 
     Returns:
-        Pairs with P = `num_pairs`. None is valid if B = 1, nor those of images with a negative label, of no class.
+        Pairs with P = `num_pairs`; not valid if B = 1 or if a label of the two is negative.
 
     Raises:
-        ValueError: labels are no integer vector, or none; num_pairs is negative; generator is on another device.
-        TypeError: labels are no tensor, num_pairs no int or generator no generator.
+        ValueError: labels are no integer vector, or empty; num_pairs is negative; generator is on another device.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> pairs = random_pairs(torch.tensor([0, 0, 1]), 4, generator=torch.Generator().manual_seed(0))
@@ -188,7 +182,7 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
 
 
 def check_pairs(pairs: Pairs, features: Tensor, keys: Tensor) -> None:
-    """Raise unless `pairs` are tensors [P], of anchors that are rows of `features` and partners that are of `keys`."""
+    """Raise unless `pairs` are tensors [P] with rows of `features` as anchors and rows of `keys` as partners."""
     if not isinstance(pairs, Pairs):
         raise TypeError(f"pairs must be a Pairs, got {type(pairs).__name__}")
     for name, rows, table in (("pairs.anchor", pairs.anchor, features), ("pairs.partner", pairs.partner, keys)):
@@ -203,20 +197,20 @@ def check_pairs(pairs: Pairs, features: Tensor, keys: Tensor) -> None:
 
 
 def searches_of(intra: str | None, inter: str | None) -> tuple[Search, ...]:
-    """The searches that `intra` and `inter` ask for; ValueError if one is unknown or there is none."""
+    """The searches for `intra` and `inter`; raises ValueError for an unknown value or if both are None."""
     for name, how in (("intra", intra), ("inter", inter)):
         if how is not None and how not in SEARCHES:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, SEARCHES))} or None, got {how!r}")
     searches = tuple(Search(how, same) for how, same in ((intra, True), (inter, False)) if how is not None)
     if not searches:
-        raise ValueError("intra and inter are both None: that leaves no pairs to mine")
+        raise ValueError("intra and inter are both None: there are no pairs to mine")
     return searches
 
 
 def checked_keys(
     features: Tensor, labels: Tensor, keys: Tensor | None, key_labels: Tensor | None, key_offset: int | None
 ) -> Keys | None:
-    """The keys that a caller gives, or None; raises unless they fit the features and labels."""
+    """The given keys, or None; raises unless they fit the features and labels."""
     if keys is None and key_labels is None and key_offset is None:
         return None
     if keys is None or key_labels is None:
@@ -227,16 +221,17 @@ def checked_keys(
     check_labels(key_labels, keys, "key_labels", "keys")
     size, room = features.shape[0], keys.shape[0] - features.shape[0]
     if keys.shape[0] == 0:
-        raise ValueError("keys must have at least one row to find partners in, got none")
-    if key_offset is not None:
-        check_int(key_offset, "key_offset")
-        if not 0 <= key_offset <= room:
-            raise ValueError(
-                f"key_offset, the row of the {keys.shape[0]} keys that is the first of the {size} queries, must be in "
-                f"[0, {room}], got {key_offset}; use None if keys don't hold the queries"
-            )
-    # With other images where the queries should be, one would be paired with itself, unnoticed.
-    if key_offset is not None and is_eager_cpu(labels) and is_eager_cpu(key_labels):
+        raise ValueError(f"keys must have at least one row, got {describe(keys)}")
+    if key_offset is None:
+        return Keys(keys, key_labels.long(), None)
+    check_int(key_offset, "key_offset")
+    if not 0 <= key_offset <= room:
+        raise ValueError(
+            f"key_offset, the row of the {keys.shape[0]} keys that is the first of the {size} queries, must be in "
+            f"[0, {room}], got {key_offset}; use None if the queries are not in keys"
+        )
+    # A wrong offset would silently pair images with themselves.
+    if is_eager_cpu(labels) and is_eager_cpu(key_labels):
         there = key_labels[key_offset : key_offset + size]
         if not torch.equal(there.long(), labels.long()):
             row = int((there != labels).nonzero()[0])

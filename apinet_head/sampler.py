@@ -1,4 +1,4 @@
-"""Balanced batches: n_classes classes with n_samples images each, so that every image has a same-class partner."""
+"""Balanced batches of n_classes classes x n_samples images, so that every image has a partner of its own class."""
 
 import hashlib
 import math
@@ -18,31 +18,30 @@ SETTINGS = ("seed", "n_classes", "n_samples", "n_batches", "n_images", "n_labels
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
-    """Index lists for `DataLoader(batch_sampler=...)`, not `sampler=`: n_classes distinct classes x n_samples images.
+    """Index lists for `DataLoader(batch_sampler=...)`: n_classes distinct classes x n_samples images per batch.
 
-    The classes of a batch are contiguous in it. Within a class, images are drawn in random order without replacement
-    until all were used, then reshuffled; a class with fewer than n_samples images repeats them. Classes are drawn in
-    the same way, so that all come up equally often in an epoch, to within one. (The paper, section 4, draws the classes
-    of each batch at random.)
+    The classes of a batch are contiguous. Within a class, images are drawn without replacement until all were used,
+    then reshuffled; a class with fewer than n_samples images repeats them. Classes are drawn in the same way, so that
+    in an epoch all occur equally often, to within one. (The paper, section 4, draws the classes of each batch
+    independently.)
 
-    The batches depend on `seed` and the epoch alone: call `set_epoch` before each. Under torch.distributed, each rank
-    takes its own `n_classes / world_size` classes of each global batch. Only classes that are drawn are shuffled, so
-    that epochs and resumed runs start at once, however many classes there are.
+    Batches depend on `seed` and the epoch alone: call `set_epoch` before each. Under torch.distributed, each rank takes
+    its own `n_classes / world_size` classes of each global batch.
 
     Args:
-        labels: the class of each image (not the data set itself): a sequence of ints, a tensor, an array or a pandas
-            Series. Images with a negative label have no class and are left out.
+        labels: class of each image: a sequence of ints, a tensor, an array or a pandas Series, not the data set. Images
+            with a negative label have no class and are left out.
         n_classes: classes in a global batch.
-        n_samples: images of each class; with 1, no image has a same-class partner.
+        n_samples: images of each class.
         n_batches: batches in an epoch; None for the number of images // the global batch size, at least 1.
-        seed: seed of the order.
-        rank: rank of this process; None asks torch.distributed, and is 0 without it.
-        world_size: number of processes; None likewise.
+        seed: of the order.
+        rank: of this process; None for that of torch.distributed, or 0.
+        world_size: number of processes; None for that of torch.distributed, or 1.
 
     Raises:
         ValueError: labels are not integers, there are fewer classes than n_classes, n_classes is not divisible by
             world_size, or a number is out of range.
-        TypeError: labels are no sequence, tensor or array, or a number is no int.
+        TypeError: an argument has the wrong type.
 
     Examples:
         >>> labels = [0, 0, 0, 1, 1, 2, 2, 2, 2]
@@ -67,7 +66,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
     ) -> None:
         values, order = _as_tensor(labels).sort(stable=True)
         negative = int((values < 0).sum())
-        # The images of class c, counted in ascending order of the labels, are _images[_starts[c]:][:_sizes[c]].
+        # The images of the c-th class in ascending order are _images[_starts[c]:][:_sizes[c]].
         self._images = order[negative:]
         self._sizes = torch.unique_consecutive(values[negative:], return_counts=True)[1]
         self._starts = self._sizes.cumsum(0) - self._sizes
@@ -100,11 +99,11 @@ class BalancedBatchSampler(Sampler[list[int]]):
                 stacklevel=2,
             )
         self.epoch: int = 0
-        self._start = 0  # batches of this epoch to skip, because a resumed run has trained on them
+        self._start = 0  # batches of this epoch that a resumed run skips
         self._drawn = 0
 
     def __len__(self) -> int:
-        """The number of batches that iteration yields; after `load_state_dict`, those left of the epoch."""
+        """Number of batches that iteration yields; after `load_state_dict`, the rest of the epoch."""
         return self.n_batches - self._start
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -112,7 +111,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         share, key = self.n_classes // self.world_size, f"{self.seed} {self.epoch}"
         class_deck = _Deck(self.n_labels, self.n_classes, key)
 
-        @lru_cache(maxsize=1 << 16)  # limits the memory; making a deck again takes microseconds
+        @lru_cache(maxsize=1 << 16)  # bounds memory; a deck is recreated within microseconds
         def image_deck(label: int, size: int) -> _Deck:
             return _Deck(size, self.n_samples, f"{key} {label}")
 
@@ -124,50 +123,47 @@ class BalancedBatchSampler(Sampler[list[int]]):
             for place, (label, start_row, size) in enumerate(
                 zip(mine, self._starts[mine].tolist(), self._sizes[mine].tolist(), strict=True), first
             ):
-                # A round has every class once: its number is how often this class was drawn before.
+                # Every class is drawn once per round.
                 times = (batch * self.n_classes + place) // self.n_labels
                 rows += [start_row + item for item in image_deck(label, size).hand(times)]
             yield self._images[rows].tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Iterate over the batches of this epoch from now on, from its first one unless just resumed within it."""
+        """Select the epoch to iterate over, from its first batch unless just resumed within it."""
         epoch = check_int(epoch, "epoch", 0)
         if epoch != self.epoch:
             self.epoch, self._start, self._drawn = epoch, 0, 0
 
     @property
     def sampler(self) -> "BalancedBatchSampler":
-        """Itself: Lightning, and some versions of accelerate, call `set_epoch` only on a batch sampler's `sampler`."""
+        """Itself: Lightning and some versions of accelerate call `set_epoch` only on `batch_sampler.sampler`."""
         return self
 
     def state_dict(self, batches_done: int | None = None) -> dict[str, Any]:
         """The position in the epoch, as ints.
 
         Args:
-            batches_done: batches of the epoch that were trained on. None for the number drawn, which is too large under
-                a DataLoader with workers, because they prefetch.
-
-        Raises:
-            ValueError: the epoch has fewer batches than that.
+            batches_done: number of batches trained on. None for the number drawn, which under a DataLoader with
+                workers is too large, because they prefetch.
         """
         done = self._drawn if batches_done is None else self._check_done(batches_done)
         return {"epoch": self.epoch, "batches_done": done, **self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume where `state_dict` was taken: the next iteration yields the rest of that epoch.
+        """Resume from `state_dict()`: the next iteration yields the rest of that epoch.
 
         Raises:
-            ValueError: entries are missing, or the state is of a sampler with other settings.
+            ValueError: entries are missing, or the sampler had other settings.
             TypeError: the state is no dict, or an entry no int.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"the state of a sampler is a dict, got {type(state).__name__}")
         if missing := [name for name in ("epoch", "batches_done", *SETTINGS) if name not in state]:
-            raise ValueError(f"no state of a sampler: without {', '.join(missing)}, got {shown(dict(state))}")
-        there, here = {name: check_int(state[name], name) for name in SETTINGS}, self._settings()
-        if other := [
-            f"{name}: {there[name]} there, {here[name]} here" for name in SETTINGS if there[name] != here[name]
-        ]:
+            raise ValueError(f"the state of the sampler lacks {', '.join(missing)}, got {shown(dict(state))}")
+        here = self._settings()
+        there = {name: check_int(state[name], name) for name in SETTINGS}
+        if there != here:
+            other = [f"{name}: {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
             raise ValueError(f"this state is of a sampler with other settings: {'; '.join(other)}")
         epoch, done = check_int(state["epoch"], "epoch", 0), self._check_done(state["batches_done"])
         self.epoch, self._start, self._drawn = epoch, done, done
@@ -184,26 +180,26 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
 def _as_tensor(labels: Sequence[int] | Tensor) -> Tensor:
     """The labels as int64 on the CPU."""
-    # A data set is refused unread: its items may be images to decode.
+    # A data set is rejected without reading items, which may decode images.
     if isinstance(labels, Dataset) or not (isinstance(labels, (Tensor, Sequence)) or hasattr(labels, "__array__")):
         raise TypeError(
-            f"labels must be a sequence of ints, or a tensor or array of them, got {type(labels).__name__}: of a data "
-            "set, pass the labels, such as dataset.targets or [label for _, label in dataset]"
+            f"labels must be a sequence of ints, or a tensor or array of them, got {type(labels).__name__}: pass the "
+            "labels of a data set, such as dataset.targets or [label for _, label in dataset]"
         )
     try:
-        # Python ints: arrays may hold objects or unsigned ints; the index of a pandas Series is no position.
+        # Via Python ints, as arrays may hold objects or unsigned ints, and a pandas Series has its own index.
         integers = torch.as_tensor(labels if isinstance(labels, Tensor) else np.asarray(labels).tolist(), device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:  # torch raises any of them
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"labels must be ints, or a tensor or array of them, got {shown(labels)}") from error
-    if integers.numel():  # of no labels at all, the dtype says nothing
+    if integers.numel():  # an empty list has a floating point dtype
         check_integer(integers)
     return integers.long()
 
 
 class _Deck:
-    """The items 0 to size - 1 in random order, dealt in hands of one size, and reshuffled once all are dealt.
+    """The items 0 to size - 1 in random order, dealt in hands of one size and reshuffled after each round.
 
-    No hand has an item twice, unless it is larger than the deck. A hand depends on its number and the key alone.
+    No hand has an item twice unless it is larger than the deck. A hand depends on its number and the key alone.
     """
 
     def __init__(self, size: int, hand: int, key: str) -> None:
@@ -219,13 +215,13 @@ class _Deck:
 
     def _round(self, which: int) -> Tensor:
         if which not in (self.round, self.round + 1):
-            # Go back to the last round that begins with a new hand, which does not depend on the rounds before.
+            # Restart at the last round that begins with a new hand, as it does not depend on the previous rounds.
             self.round = which - which % (self.hand_size // math.gcd(self.size, self.hand_size)) - 1
         while self.round < which:
             self.round += 1
             order = _permutation(self.size, f"{self.key} {self.round}")
             if begun := self.round * self.size % self.hand_size:
-                # The hand that began in the last round comes first, and must not get again what it holds.
+                # The first items complete the hand begun in the last round, so items that it holds are moved back.
                 held = set(self.order[-begun:].tolist())
                 first = sorted(order[: self.hand_size].tolist(), key=held.__contains__)
                 order[: self.hand_size] = torch.tensor(first, device="cpu")
@@ -235,5 +231,5 @@ class _Deck:
 
 def _permutation(size: int, key: str) -> Tensor:
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-    # On the CPU, whatever the default device: the order must not depend on it.
+    # On the CPU, so that the order does not depend on the default device.
     return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")

@@ -206,7 +206,7 @@ def explainable():
         (
             lambda: explain_pair(explainable(), IMAGES * NAN, top_k=1),
             ValueError,
-            r"nothing to explain.*\[2, 3, 4, 4\].*not finite",
+            r"features or gates.*\[2, 3, 4, 4\].*not finite",
         ),
         (lambda: explain_pair(explainable(), IMAGES, top_k=1.0), TypeError, r"top_k must be an int, got 1\.0"),
         (lambda: step_memory(FLAT, 4, 0), ValueError, r"image_size must be at least 1, got 0"),
@@ -224,8 +224,8 @@ def test_arguments_that_do_not_fit(call, error, message):
 
 RUBBISH = [
     ([], "the state of a sampler is a dict, got list"),
-    ({}, "no state of a sampler: without epoch, batches_done, seed"),
-    ({"epoch": 1, "batches_done": 0}, "no state of a sampler: without seed"),
+    ({}, "state of the sampler lacks epoch, batches_done, seed"),
+    ({"epoch": 1, "batches_done": 0}, "state of the sampler lacks seed"),
     ({"batches_done": NAN}, "batches_done must be an int, got nan"),
     ({"batches_done": 1.0}, r"batches_done must be an int, got 1\.0"),
     ({"epoch": None}, "epoch must be an int, got None"),

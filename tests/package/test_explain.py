@@ -321,7 +321,7 @@ def test_a_bright_corner_is_where_the_heat_is():
         ("test_mambaout", {}, r"hidden layer \(head.pre_logits\) after its last feature map"),
         ("test_vit3", {}, r"pools by attention.*global_pool"),
         ("pit_ti_224", {}, f"gives 1 tokens.*no grid of {'7 x 7' if NEWEST else '8 x 8'} patches"),
-        ("crossvit_9_240", {}, "must give one map.*got a list"),
+        ("crossvit_9_240", {}, "must return one map.*got list"),
     ],
 )  # fmt: skip
 def test_models_whose_gates_have_no_map_are_refused(model, args, why):
