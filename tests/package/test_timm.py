@@ -1,0 +1,177 @@
+"""`APINet` around timm's models and where timm takes a model: features, data settings, layer decay, optimisers."""
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from apinet_head import APINet
+
+# A model of every architecture module; in the quick suite of eight families.
+FAMILIES = ("resnet", "convnext", "efficientnet", "vision_transformer", "swin_transformer", "regnet", "volo", "levit")
+ARCHITECTURES = {module: names[0] for module in timm.list_modules() if (names := timm.list_models(module=module))}
+ARCHITECTURES["sequencer"] = "sequencer2d_s"  # the first takes 20 seconds to make
+each_module = pytest.mark.parametrize(
+    "module", [pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.slow) for name in ARCHITECTURES]
+)
+# There, many of timm's models ask for values of tensors on the meta device while they are made.
+on_meta = pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 can't make them on the meta device")
+# Two classifiers or more (distillation, scales, tokens), or layers that timm leaves out together with the classifier.
+MANY_PLACES = {
+    "crossvit", "efficientformer", "efficientformer_v2", "efficientvim", "efficientvit_msra", "iformer", "levit",
+    "metaformer", "repvit", "shvit", "swiftformer", "volo",
+}  # fmt: skip
+
+
+@on_meta
+@each_module
+def test_features_have_the_dim_apinet_says(module):
+    # The meta device computes shapes alone: ViT-G and ConvNeXt-XXL cost no more than ResNet-18.
+    with torch.device("meta"):
+        net = APINet(ARCHITECTURES[module], num_classes=7).eval()
+        images = torch.empty(2, *net.backbone.default_cfg["input_size"])
+        with torch.no_grad():
+            assert net.backbone(images).shape == (2, net.dim)
+            assert net(images).shape == (2, 7)
+            assert net(images, torch.empty(2, dtype=torch.long)).logits_self.shape == (8, 7)
+
+
+@on_meta
+@each_module
+def test_deployed_is_the_model_that_timm_makes(module):
+    with torch.device("meta"):
+        net = APINet(ARCHITECTURES[module], num_classes=7)
+        if module in MANY_PLACES:
+            with pytest.raises(ValueError, match=r"not one place for a classifier \[7, .*deploy nn.Sequential"):
+                net.to_deploy()
+            return
+        model, expected = net.to_deploy(), timm.create_model(ARCHITECTURES[module], num_classes=7)
+    # The same modules in the same places, and all weights have one to go to.
+    assert str(model) == str(expected.eval())
+    expected.load_state_dict(model.state_dict(), assign=True)
+
+
+# Of each kind one that is small, with its own way to normalise, to pool and to group layers.
+MODELS = {
+    "test_resnet": {}, "test_vit": {}, "test_convnext": {}, "tf_efficientnet_lite0": {}, "mobilenetv3_small_050": {},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "img_size": 64, "window_size": 2},
+    "deit_tiny_distilled_patch16_224": {"depth": 2}, "xcit_nano_12_p16_224": {"depth": 2},
+}  # fmt: skip
+GROUPED = [name for name in MODELS if name not in ("deit_tiny_distilled_patch16_224",)]
+
+
+def make_net(name="test_resnet", num_classes=5):
+    torch.manual_seed(0)
+    return APINet(name, num_classes, hidden_dim=8, backbone_args=MODELS[name]).eval()
+
+
+def images_for(net):
+    size = net.backbone.patch_embed.img_size[0] if hasattr(net.backbone, "patch_embed") else 96
+    return torch.randn(2, 3, size, size)
+
+
+def test_data_settings_are_the_backbones():
+    net = make_net("tf_efficientnet_lite0")
+    settings = timm.data.resolve_model_data_config(net)
+    assert settings == timm.data.resolve_model_data_config(net.backbone)
+    assert settings["mean"] == settings["std"] == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_is_its_two_halves(name):
+    net = make_net(name)
+    images = images_for(net)
+    with torch.no_grad():
+        features = net.forward_features(images)
+        assert torch.equal(net.forward_head(features), net(images))
+        assert torch.equal(net.forward_head(features, pre_logits=True), net.backbone.forward_head(features))
+        assert net.num_features in {features.shape[1], features.shape[-1]}
+    assert net.num_classes == 5
+
+
+def test_halves_of_a_module_that_is_not_of_timm():
+    net = APINet(nn.Sequential(nn.Flatten(), nn.Linear(12, 6)), 3, dim=6).eval()
+    images = torch.randn(2, 3, 2, 2)
+    features = net.forward_features(images)
+    assert torch.equal(features, net.backbone(images))
+    assert torch.equal(net.forward_head(features), net(images))
+    assert torch.equal(net.forward_head(features, pre_logits=True), features)
+    assert net.num_features == 6
+    assert not hasattr(net, "pretrained_cfg")
+    assert net.no_weight_decay() == set()
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, 9), (5, 0), (0, 4)])
+def test_reset_classifier_makes_another_of_the_same_dtype(before, after):
+    net = make_net(num_classes=before).bfloat16()
+    net.reset_classifier(after)
+    assert net.num_classes == net.head.num_classes == after
+    assert net.get_classifier() is net.head.classifier
+    assert net(torch.randn(2, 3, 64, 64).bfloat16()).shape == (2, after or net.dim)
+
+
+@pytest.mark.parametrize(("classes", "error"), [(-1, ValueError), ("9", TypeError)])
+def test_reset_classifier_refuses_what_is_no_count(classes, error):
+    with pytest.raises(error, match="num_classes must be"):
+        make_net().reset_classifier(classes)
+
+
+def test_gradient_checkpointing_reaches_the_backbone():
+    net = make_net()
+    net.set_grad_checkpointing()
+    assert net.backbone.grad_checkpointing
+    net.set_grad_checkpointing(False)
+    assert not net.backbone.grad_checkpointing
+
+
+def scales(model, groups):
+    """Of each parameter its scale of the learning rate and its weight decay, by its name in the plain model."""
+    names = {id(p): name.replace("_orig_mod.", "").removeprefix("backbone.") for name, p in model.named_parameters()}
+    return {names[id(p)]: (group.get("lr_scale"), group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", GROUPED)
+def test_layer_decay_is_that_of_the_plain_model(name, compiled):
+    net, plain = make_net(name), timm.create_model(name, num_classes=5, **MODELS[name])
+    if compiled:
+        net.backbone = torch.compile(net.backbone, backend="eager")
+    found = scales(net, param_groups_layer_decay(net, 0.05, net.no_weight_decay(), layer_decay=0.7))
+    none = getattr(plain, "no_weight_decay", set)()
+    expected = scales(plain, param_groups_layer_decay(plain, 0.05, none, layer_decay=0.7))
+    of_classifier = {key for key in expected if key not in found}
+    assert len(of_classifier) == 2
+    assert {key: value for key, value in found.items() if not key.startswith("head.") or key in expected} == {
+        key: value for key, value in expected.items() if key not in of_classifier
+    }
+    heads = [scale for key, (scale, _) in found.items() if key.startswith(("head.mutual", "head.classifier"))]
+    assert heads == 6 * [1.0]
+    assert len(found) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_weight_decay_leaves_out_what_the_backbone_leaves_out(name):
+    net, plain = make_net(name), timm.create_model(name, num_classes=0, **MODELS[name])
+    none = getattr(plain, "no_weight_decay", set)()
+    expected = scales(plain, param_groups_weight_decay(plain, 0.05, no_weight_decay_list=none))
+    found = scales(net, param_groups_weight_decay(net, 0.05, no_weight_decay_list=net.no_weight_decay()))
+    assert {key: found[key] for key in expected} == expected
+    assert found["head.classifier.weight"] == (None, 0.05)
+    assert found["head.classifier.bias"] == (None, 0.0)
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.8])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_optimiser_of_timm_holds_every_parameter_once(name, layer_decay):
+    net = make_net(name).train()
+    optimizer = create_optimizer_v2(net, "adamw", lr=0.1, weight_decay=0.05, layer_decay=layer_decay)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in net.parameters())
+
+
+def test_layer_decay_without_a_backbone_of_timm():
+    net = APINet(nn.Sequential(nn.Flatten(), nn.Linear(12, 6)), 3, dim=6)
+    found = scales(net, param_groups_layer_decay(net, 0.05, layer_decay=0.5))
+    assert found["head.classifier.weight"][0] == 1.0
+    assert found["1.weight"][0] == 0.5
