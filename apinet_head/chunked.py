@@ -199,7 +199,7 @@ class _Replay(AbstractContextManager[None]):
 
 def _version(tensor: Tensor) -> int | None:
     """The number of changes in place that autograd knows of; None if it does not count them."""
-    return None if tensor.is_inference() or is_lazy(tensor) else tensor._version
+    return None if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:

@@ -24,9 +24,13 @@ def one_after_the_other(backbone, images, chunk_size):
     return torch.cat([backbone(chunk) for chunk in images.split(chunk_size)])
 
 
-def chunked_and_plain(backbone, chunk_size=4):
+def chunked_and_plain(backbone, chunk_size=4, keep=1):
     plain = copy.deepcopy(backbone)
-    return ChunkedBackbone(backbone, chunk_size), lambda images: one_after_the_other(plain, images, chunk_size), plain
+    return (
+        ChunkedBackbone(backbone, chunk_size, keep=keep),
+        lambda images: one_after_the_other(plain, images, chunk_size),
+        plain,
+    )
 
 
 def assert_same_gradients(chunked, plain):

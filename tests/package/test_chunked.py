@@ -1,6 +1,7 @@
 """`ChunkedBackbone` against its chunks run one after the other, bit for bit in float64."""
 
 import copy
+import weakref
 
 import pytest
 import timm
@@ -23,10 +24,13 @@ BACKBONES = {
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize(("size", "chunk_size"), [(12, 4), (11, 4), (6, 6), (5, 8)])
-def test_features_gradients_and_statistics(name, size, chunk_size):
+@pytest.mark.parametrize(
+    ("size", "chunk_size", "keep"),
+    [(12, 4, 0), (12, 4, 1), (12, 4, 2), (11, 4, 0), (11, 4, 1), (11, 4, 2), (11, 4, 3), (6, 6, 1), (5, 8, 1)],
+)
+def test_features_gradients_and_statistics(name, size, chunk_size, keep):
     plain = BACKBONES[name]().train()
-    chunked = ChunkedBackbone(copy.deepcopy(plain), chunk_size)
+    chunked = ChunkedBackbone(copy.deepcopy(plain), chunk_size, keep=keep)
     images = [batch(size).requires_grad_() for _ in range(2)]
     torch.manual_seed(1)
     expected = one_after_the_other(plain, images[0], chunk_size)
@@ -55,8 +59,9 @@ def test_without_batch_norm_it_is_the_whole_batch():
         torch.testing.assert_close(one, other)
 
 
-def test_two_backward_passes_through_one_graph():
-    chunked, reference, plain = chunked_and_plain(small())
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_two_backward_passes_through_one_graph(keep):
+    chunked, reference, plain = chunked_and_plain(small(), keep=keep)
     for run in (chunked, reference):
         torch.manual_seed(1)
         loss = run(batch(10)).square().sum()
@@ -88,22 +93,39 @@ class Counting(nn.Module):
         return self.net(images)
 
 
-@pytest.mark.parametrize(
-    ("prepare", "forward", "backward"),
-    [
-        (lambda module: module, [4, 4, 2], [2, 4, 4]),
-        (lambda module: module.requires_grad_(False), [4, 4, 2], None),
-        (lambda module: module.eval(), [4, 4, 2], [2, 4, 4]),
-    ],
-)
-def test_each_chunk_runs_once_more_for_its_gradient_and_only_then(prepare, forward, backward):
-    counting = prepare(Counting())
-    features = ChunkedBackbone(counting, 4)(batch(10))
-    assert counting.calls == forward
-    assert features.requires_grad == (backward is not None)
-    if backward:
-        features.sum().backward()
-        assert counting.calls[3:] == backward
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(("keep", "backward"), [(0, [2, 4, 4]), (1, [4, 4]), (2, [4]), (3, []), (9, [])])
+def test_chunks_that_are_not_kept_run_once_more_for_their_gradient(mode, keep, backward):
+    counting = Counting().train(mode == "train")
+    features = ChunkedBackbone(counting, 4, keep=keep)(batch(10))
+    assert counting.calls == [4, 4, 2]
+    features.sum().backward()
+    assert counting.calls[3:] == backward
+
+
+def test_a_frozen_backbone_runs_once():
+    counting = Counting().requires_grad_(False)
+    assert not ChunkedBackbone(counting, 4)(batch(10)).requires_grad
+    assert counting.calls == [4, 4, 2]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_only_kept_chunks_hold_what_they_computed(keep):
+    held = []
+
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()).double())
+
+        def forward(self, images):
+            maps = images * self.weight
+            held.append(weakref.ref(maps))
+            return maps.exp().mean((1, 2, 3)) * maps.square().mean((1, 2, 3))
+
+    features = ChunkedBackbone(Holding(), 4, keep=keep)(batch(12))
+    assert [one() is not None for one in held] == [place >= 3 - keep for place in range(3)]
+    assert features.requires_grad
 
 
 def test_without_gradient_nothing_runs_twice():
@@ -113,10 +135,11 @@ def test_without_gradient_nothing_runs_twice():
     assert counting.calls == [4, 4, 2]
 
 
-def test_apinet_in_chunks_has_the_same_names_and_gradients():
+@pytest.mark.parametrize("keep", [{}, {"keep_chunks": 0}, {"keep_chunks": 2}])
+def test_apinet_in_chunks_has_the_same_names_and_gradients(keep):
     torch.manual_seed(0)
     whole = APINet("test_vit", 4, dropout=0.0, backbone_args={"img_size": 32}).double()
-    chunked = APINet("test_vit", 4, dropout=0.0, backbone_args={"img_size": 32}, chunk_size=3).double()
+    chunked = APINet("test_vit", 4, dropout=0.0, backbone_args={"img_size": 32}, chunk_size=3, **keep).double()
     chunked.load_state_dict(whole.state_dict())
     labels = torch.arange(8) % 4
     losses = [api_loss(net(batch(8), labels)) for net in (whole, chunked)]
@@ -171,6 +194,10 @@ def test_errors_show_what_came():
         ChunkedBackbone(small(), 0)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         APINet("test_resnet", 4, chunk_size=0)
+    with pytest.raises(ValueError, match="keep must be at least 0, got -1"):
+        ChunkedBackbone(small(), 4, keep=-1)
+    with pytest.raises(ValueError, match="keep_chunks must be at least 0, got -1"):
+        APINet("test_resnet", 4, chunk_size=2, keep_chunks=-1)
     for size, chunk_size in ((9, 4), (3, 1), (1, 4)):
         message = rf"chunk_size={chunk_size} leaves a chunk of one image of float64 \[{size}, 3, 32, 32\]"
         with pytest.raises(ValueError, match=message):

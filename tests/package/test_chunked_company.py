@@ -11,7 +11,12 @@ from torch import nn
 from apinet_head import APINet, ChunkedBackbone, api_loss
 
 
-def test_autocast_is_replayed():
+@pytest.fixture(params=[0, 1, 2], ids="keep {}".format)
+def keep(request):
+    return request.param
+
+
+def test_autocast_is_replayed(keep):
     backbone = small().float()
     plain = copy.deepcopy(backbone)
     images = batch(8).float()
@@ -20,7 +25,7 @@ def test_autocast_is_replayed():
         expected = one_after_the_other(plain, images, 4)
     torch.manual_seed(1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ChunkedBackbone(backbone, 4)(images)
+        found = ChunkedBackbone(backbone, 4, keep=keep)(images)
     assert torch.equal(found, expected)
     found.float().sum().backward()
     expected.float().sum().backward()
@@ -64,9 +69,9 @@ def test_gradients_of_exchanged_parameters_are_those_of_the_forward_pass():
         torch.testing.assert_close(exchanged[0][name].grad, value.grad)
 
 
-def test_gradients_accumulate_over_steps():
+def test_gradients_accumulate_over_steps(keep):
     plain = small()
-    chunked = ChunkedBackbone(copy.deepcopy(plain), 3)
+    chunked = ChunkedBackbone(copy.deepcopy(plain), 3, keep=keep)
     for size in (6, 9):
         torch.manual_seed(size)
         one_after_the_other(plain, batch(size), 3).sum().backward()
@@ -76,8 +81,8 @@ def test_gradients_accumulate_over_steps():
         assert torch.equal(one.grad, other.grad)
 
 
-def test_scaled_gradients_in_float16():
-    chunked, reference, plain = chunked_and_plain(small().float())
+def test_scaled_gradients_in_float16(keep):
+    chunked, reference, plain = chunked_and_plain(small().float(), keep=keep)
     images = batch(10).float()
     stepped = []
     for run, module in ((chunked, chunked), (reference, plain)):
@@ -110,7 +115,7 @@ def test_channels_last_stays():
             seen.append(images.is_contiguous(memory_format=torch.channels_last))
             return self.net(images)
 
-    chunked, reference, plain = chunked_and_plain(Watching())
+    chunked, reference, plain = chunked_and_plain(Watching(), keep=0)
     images = batch(10).to(memory_format=torch.channels_last)
     torch.manual_seed(1)
     reference(images).sum().backward()
@@ -123,10 +128,10 @@ def test_channels_last_stays():
 
 # Before that, hooks on saved tensors reach into the compiler.
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_backbone(backend):
+def test_compiled_backbone(backend, keep):
     torch._dynamo.reset()
     backbone = timm.create_model("test_resnet", num_classes=0).double()
-    chunked, reference, plain = chunked_and_plain(backbone)
+    chunked, reference, plain = chunked_and_plain(backbone, keep=keep)
     chunked.backbone = torch.compile(backbone, backend=backend)
     for size in (8, 10):  # of the second, the last chunk has another size
         reference(batch(size)).sum().backward()
@@ -140,7 +145,7 @@ def test_compiled_backbone(backend):
 @pytest.mark.skipif(
     not hasattr(torch.compiler, "set_stance"), reason="PyTorch before 2.6 can't leave out compiled code"
 )
-def test_a_last_chunk_of_another_size_needs_no_second_graph():
+def test_a_last_chunk_of_another_size_needs_no_second_graph(keep):
     torch._dynamo.reset()
     made = []
 
@@ -148,7 +153,7 @@ def test_a_last_chunk_of_another_size_needs_no_second_graph():
         made.append(graph)
         return graph.forward
 
-    chunked = ChunkedBackbone(torch.compile(small(), backend=backend), 4)
+    chunked = ChunkedBackbone(torch.compile(small(), backend=backend), 4, keep=keep)
     chunked(batch(10)).sum().backward()
     assert len(made) == 1
 
@@ -171,12 +176,12 @@ def test_compiled_net_leaves_its_chunks_as_they_are(compile_backbone):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_checkpointing_of_the_backbones_own(name):
+def test_checkpointing_of_the_backbones_own(name, keep):
     size = {"img_size": 32} if name == "test_vit" else {}
     backbone = timm.create_model(name, num_classes=0, drop_path_rate=0.3, **size).double().train()
     without = copy.deepcopy(backbone)
     backbone.set_grad_checkpointing()
-    chunked, reference, plain = chunked_and_plain(backbone)
+    chunked, reference, plain = chunked_and_plain(backbone, keep=keep)
     for run in (reference, chunked, lambda images: one_after_the_other(without, images, 4)):
         torch.manual_seed(1)
         run(batch(10)).sum().backward()
