@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from stand_ins import LoRA, StoredIn8Bits, hooked, prehooked, scaled, with_own_forward
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
 from torch.nn.utils import parametrizations, prune
@@ -30,56 +31,8 @@ def plainly(head, features, labels):
     return head.classifier(torch.cat([x + x * torch.sigmoid(mutual * x) for x in (a, b)]))
 
 
-class LoRA(nn.Module):
-    """As peft has it: the frozen layer, and beside it a product of two small ones."""
-
-    def __init__(self, base_layer, dtype=torch.float64):
-        super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
-        self.lora_a = nn.Linear(base_layer.in_features, 2, bias=False, dtype=dtype)
-        self.lora_b = nn.Linear(2, base_layer.out_features, bias=False, dtype=dtype)
-
-    @property
-    def weight(self):
-        return self.base_layer.weight
-
-    @property
-    def bias(self):
-        return self.base_layer.bias
-
-    def forward(self, x):
-        low = self.lora_b(self.lora_a(x.to(self.lora_a.weight.dtype)))
-        return self.base_layer(x) + low.to(x.dtype)
-
-
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return 3 * super().forward(x)
-
-
-def scaled(layer):
-    other = Scaled(layer.in_features, layer.out_features, dtype=layer.weight.dtype)
-    other.load_state_dict(layer.state_dict())
-    return other
-
-
 def without_bias(layer):
     return nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=layer.weight.dtype)
-
-
-def with_own_forward(layer):
-    layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)
-    return layer
-
-
-def hooked(layer):
-    layer.register_forward_hook(lambda _, inputs, output: output * 2)
-    return layer
-
-
-def prehooked(layer):
-    layer.register_forward_pre_hook(lambda _, inputs: inputs[0] + 1)
-    return layer
 
 
 STAND_INS = {
@@ -103,8 +56,6 @@ STAND_INS = {
 def test_what_stands_in_for_a_linear_is_called(name, place):
     head, features, labels = make_case()
     head.set_submodule(place, STAND_INS[name](head.get_submodule(place)))
-    if name == "LoRA":
-        nn.init.normal_(head.get_submodule(place).lora_b.weight)
     for part in head.modules():  # spectral_norm changes its vectors with every call in train mode
         part.training = "spectral" not in name
     learning = [parameter for parameter in head.parameters() if parameter.requires_grad]
@@ -230,20 +181,6 @@ def test_quantised_layers():
     for found, expected in zip(quantised.gates(features, pairs), head.gates(features, pairs), strict=True):
         torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
     torch.testing.assert_close(quantised.eval()(features), head.eval()(features), rtol=0.1, atol=0.1)
-
-
-class StoredIn8Bits(nn.Module):
-    """As bitsandbytes and others keep weights: integers, made into what the input is when called."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.scale = float(layer.weight.detach().abs().max()) / 127
-        weight = (layer.weight.detach() / self.scale).round().to(torch.int8)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(layer.bias.detach().float())
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias.to(x.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from stand_ins import LoRA, scaled, with_own_forward
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -116,22 +117,7 @@ def test_what_was_put_around_layers_is_computed_into_the_plain_model(change):
     assert torch.equal(net(images), expected)  # the net itself is as it was
 
 
-class LoRA(nn.Module):
-    """As peft has it: the layer, and a low-rank one beside it."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-        self.weight, self.bias = base_layer.weight, base_layer.bias
-        self.lora = nn.Linear(base_layer.in_features, base_layer.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base_layer(x) + self.lora(x)
-
-
-class Cosine(nn.Linear):
-    def forward(self, x):
-        return super().forward(nn.functional.normalize(x))
+CLASSIFIERS = [LoRA, scaled, with_own_forward]
 
 
 class Normalised(APIHead):
@@ -139,36 +125,20 @@ class Normalised(APIHead):
         return super().forward(nn.functional.normalize(features), *args, **kwargs)
 
 
-def lora(net):
-    net.head.classifier = LoRA(net.head.classifier)
-
-
-def cosine(net):
-    net.head.classifier = Cosine(net.dim, 5)
-
-
 def own_head(net):
     net.head = Normalised(net.dim, 5)
-
-
-def weight_norm(net):
-    nn.utils.weight_norm(net.head.classifier)
-
-
-def pruned(net):
-    prune.l1_unstructured(net.head.classifier, "weight", 0.5)
 
 
 def hook(net):
     net.head.register_forward_hook(lambda module, args, output: 2 * output)
 
 
-def other_forward(net):
-    net.head.classifier.forward = lambda x: nn.functional.linear(x, 2 * net.head.classifier.weight)
-
-
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("change", [lora, cosine, own_head, weight_norm, pruned, hook, other_forward])
+@pytest.mark.parametrize("change", [
+    own_head, hook, lambda net: nn.utils.weight_norm(net.head.classifier),
+    lambda net: prune.l1_unstructured(net.head.classifier, "weight", 0.5),
+    *(lambda net, make=make: setattr(net.head, "classifier", make(net.head.classifier)) for make in CLASSIFIERS),
+])  # fmt: skip
 def test_what_a_plain_model_cannot_compute_is_refused(change):
     net, images = make_case()
     change(net)

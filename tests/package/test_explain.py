@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
+from stand_ins import LoRA, StoredIn8Bits
 from torch import nn
 
 from apinet_head import APINet, ChunkedBackbone, Pairs
@@ -98,33 +99,6 @@ def test_heat_maps_are_the_channels_of_the_map(layout, size):
     torch.testing.assert_close(seen.similarity, one @ other / one.norm() / other.norm())
 
 
-class Adapter(nn.Module):
-    """LoRA on a Linear, as adapters are: it has no weight of its own, and computes more than what it wraps."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.base = linear
-        self.down = nn.Linear(linear.in_features, 2, bias=False)
-        self.up = nn.Linear(2, linear.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
-
-
-class Int8(nn.Module):
-    """A Linear whose parameter is int8, as some libraries store quantised weights."""
-
-    def __init__(self, linear):
-        super().__init__()
-        scale = linear.weight.detach().abs().max() / 127
-        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", linear.bias.detach())
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
-
-
 def replace_linears(module, make):
     for name, child in module.named_children():
         setattr(module, name, make(child)) if isinstance(child, nn.Linear) else replace_linears(child, make)
@@ -158,7 +132,7 @@ class Whitened(nn.Module):
 @pytest.mark.parametrize(
     "change",
     [
-        quantize_dynamically, lambda net: replace_linears(net, Int8), lambda net: replace_linears(net, Adapter),
+        quantize_dynamically, lambda net: replace_linears(net, StoredIn8Bits), lambda net: replace_linears(net, LoRA),
     ],
     ids=["dynamic", "int8", "adapter"],
 )  # fmt: skip
