@@ -1,8 +1,8 @@
-"""Runs a batch through the backbone in chunks: the memory of one chunk, the gradient of the whole batch."""
+"""Runs a batch through the backbone in chunks: the memory of some of them, the gradient of the whole batch."""
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -23,12 +23,16 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 class ChunkedBackbone(nn.Module):
     """Runs `backbone` on `chunk_size` images at a time, and recomputes all but the last chunks in the backward pass.
 
-    Of a chunk that is recomputed only images and features are kept until then. Peak memory is that of `keep` chunks,
-    and of one at least; the cost is another forward pass of the others. The last chunk is kept for nothing, because its
-    backward pass comes first. Features and gradients are exactly those of the chunks one after the other: RNG state
-    (dropout, drop-path) and autocast are restored for the recomputation. BatchNorm normalises each chunk by its own
-    statistics, and its running statistics end as after one pass over the chunks. 8 chunks of 15 are what the published
-    training computes on 8 GPUs.
+    Of a recomputed chunk only images and features are kept in between. Peak memory is that of `keep` chunks, and of one
+    at least; the cost is another forward pass of the others. The last chunk is kept at no cost in memory, because its
+    backward pass comes first.
+
+    Features and gradients are exactly those of the chunks one after the other, and so are buffers in the end: BatchNorm
+    normalises each chunk by its own statistics, and 8 chunks of 15 are what the published training computes on 8 GPUs.
+    A chunk is recomputed under the autocast, the buffers and the random states that it first saw: those of torch, numpy
+    and Python, and `torch.Generator`s that are attributes of modules. Buffers are copied for this once, and those that
+    change once for each chunk. Other state that forward changes, such as a counter in a plain attribute, is not
+    replayed; nor are changes of weights through `.data` noticed.
 
     Without gradients nothing is recomputed. Compile the backbone, not this module, whose chunks `torch.compile` leaves
     alone (a last chunk of another size runs uncompiled, from PyTorch 2.6 on). Gradient checkpointing of the backbone's
@@ -43,6 +47,7 @@ class ChunkedBackbone(nn.Module):
 
     Raises:
         ValueError: chunk_size is below 1, or keep below 0.
+        RuntimeError: in the backward pass, if weights or `train()` and `eval()` have changed since forward.
         TypeError: chunk_size or keep is no int, or backbone no module.
 
     Examples:
@@ -95,7 +100,7 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int, keep: in
     if functional or not learns:
         outputs = [backbone(chunk) for chunk in chunks]
     else:
-        first_pass = _FirstPass(backbone, modules)
+        first_pass = _FirstPass(modules)
         outputs = []
         for place, chunk in enumerate(chunks):
             # A last chunk of another size would be compiled anew, maybe to a graph that saves other tensors.
@@ -119,27 +124,29 @@ Buffers = list[dict[str, Tensor | None]]  # of each module, by name
 class _FirstPass:
     """What a forward pass over the chunks began with, and copies of the buffers as it goes on."""
 
-    def __init__(self, backbone: nn.Module, modules: list[nn.Module]) -> None:
-        self.backbone, self.modules = backbone, modules
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
         self.training = [module.training for module in modules]
         self.weights = [{name: (p, _version(p)) for name, p in m._parameters.items() if p is not None} for m in modules]
         self.randomness = _randomness(modules)
         self.copies: dict[int, tuple[Tensor, int | None, Tensor]] = {}  # of a buffer by its id: itself, version, copy
 
     def buffers(self) -> Buffers:
-        """Copies of the buffers as they are now; what has not changed since is not copied again."""
-        buffers = {id(one): (name, one) for m in self.modules for name, one in m._buffers.items() if one is not None}
-        # Kernels update running statistics without a trace in their version.
-        same = {
-            key: self.copies[key]
-            for key, (name, one) in buffers.items()
-            if key in self.copies and self.copies[key][1] == _version(one) is not None and name not in RUNNING
-        }
-        stale = [one for key, (_, one) in buffers.items() if key not in same]
-        copied = zip(stale, _copies(stale), strict=True)
-        self.copies = same | {id(one): (one, _version(one), copy) for one, copy in copied}
+        """Copies of the buffers as they are now; what has not changed since the last time is not copied again."""
+        stale, copies = {}, {}
+        for module in self.modules:
+            for name, buffer in module._buffers.items():
+                known = self.copies.get(id(buffer))
+                # Kernels change running statistics behind the back of the version.
+                if known is not None and name not in RUNNING and known[1] == _version(known[0]) is not None:
+                    copies[id(buffer)] = known
+                elif buffer is not None:
+                    stale[id(buffer)] = buffer
+        for buffer, copied in zip(stale.values(), _copies(stale.values()), strict=True):
+            copies[id(buffer)] = buffer, _version(buffer), copied
+        self.copies = copies
         return [
-            {name: None if one is None else self.copies[id(one)][2] for name, one in module._buffers.items()}
+            {name: None if one is None else copies[id(one)][2] for name, one in module._buffers.items()}
             for module in self.modules
         ]
 
@@ -150,7 +157,7 @@ class _FirstPass:
                 raise RuntimeError(
                     f"{type(module).__name__} of the backbone was in {'train' if training else 'eval'} mode in the "
                     "forward pass and is not in its backward pass, which recomputes chunks: call train() or eval() "
-                    "after backward()"
+                    "after backward(), or keep all chunks"
                 )
             for name, (weight, version) in weights.items():
                 now = module._parameters.get(name)
@@ -181,7 +188,7 @@ class _Replay(AbstractContextManager[None]):
         self.random_found = [get() for get, _ in self.first_pass.randomness]
         # Other tensors in the buffers' places, not other values in the buffers, which other graphs may have saved.
         distinct = {id(one): one for buffers in self.seen for one in buffers.values() if one is not None}
-        fresh = dict(zip(distinct, _copies(list(distinct.values())), strict=True))
+        fresh = dict(zip(distinct, _copies(distinct.values()), strict=True))
         self._put([{name: fresh.get(id(one)) for name, one in buffers.items()} for buffers in self.seen], self.random)
 
     def __exit__(self, *_: object) -> None:
@@ -202,7 +209,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
+def _copies(tensors: Collection[Tensor]) -> list[Tensor]:
     """Copies of tensors, in few launches of kernels: a ResNet-101 has 312 buffers."""
     with torch.no_grad():
         copies = [torch.empty_like(tensor) for tensor in tensors]
