@@ -1,15 +1,21 @@
 """Backends behind `mine_pairs`: the same function under the same contract."""
 
+from importlib.util import find_spec
+
 import torch
+from torch import Tensor
 
 from apinet_head.mining import plain
 from apinet_head.mining.draw import draw
-from apinet_head.mining.query import Backend, Found, Query, Search, finite_rows
+from apinet_head.mining.query import Backend, Found, Query, Search, finite_rows, is_exporting
 
-# From so many rows on, "tiled" is quicker than "dense" for a batch searched in itself, by benchmarks/mining.py. Other
-# devices are not measured yet: there the matrix of distances just may not get large (64 MiB in float32).
+# From so many rows on, "tiled" is quicker than "dense" on a CPU for a batch searched in itself. On an H200 the two are
+# equally quick there, and the matrix of distances just may not get large (64 MiB in float32).
 TILED_FROM = {"cpu": 1024}
 TILED_FROM_ELSEWHERE = 4096
+# Compute capabilities of the GPUs on which benchmarks/mining.py has found "triton" to be the quickest.
+TRITON_ON = ((9, 0),)
+HAS_TRITON = find_spec("triton") is not None
 
 
 def _triton(query: Query) -> Found:
@@ -32,7 +38,7 @@ __all__ = ["BACKENDS", "Backend", "Found", "Query", "Search", "choose", "find"]
 def find(backend: str, query: Query, generator: torch.Generator | None) -> Found:
     """The results of all searches, those for a "random" partner included."""
     if backend == "auto":
-        backend = choose(query.features.device.type, *query.shape)
+        backend = choose(query)
     measured = tuple(search for search in query.searches if search.how != "random")
     if len(measured) == len(query.searches):
         return BACKENDS[backend](query)
@@ -48,10 +54,25 @@ def find(backend: str, query: Query, generator: torch.Generator | None) -> Found
     return Found(torch.stack(partners), torch.stack(valids))
 
 
-def choose(device_type: str, queries: int, keys: int) -> str:
-    """The backend that "auto" means for so many queries and keys."""
+def choose(query: Query) -> str:
+    """The backend that "auto" means for this query."""
+    if _suits_triton(query.features):
+        return "triton"
     # Under compile or export sizes may be symbolic, and tiles are counted in Python.
     if torch.compiler.is_compiling():
         return "dense"
-    rows = TILED_FROM.get(device_type, TILED_FROM_ELSEWHERE)
+    queries, keys = query.shape
+    rows = TILED_FROM.get(query.features.device.type, TILED_FROM_ELSEWHERE)
     return "tiled" if queries * keys >= rows**2 else "dense"
+
+
+def _suits_triton(features: Tensor) -> bool:
+    # A CUDA tensor may be a fake one, on a machine without a GPU. An exported program should need no operator of ours.
+    if not (HAS_TRITON and features.is_cuda and torch.cuda.is_available()) or is_exporting():
+        return False
+    if features.dtype == torch.float64 or (
+        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    properties = torch.cuda.get_device_properties(features.device)
+    return (properties.major, properties.minor) in TRITON_ON

@@ -1,11 +1,11 @@
-"""Pair mining in plain PyTorch, tile by tile; a small batch is one tile.
+"""Pair mining in plain PyTorch, tile by tile; a small batch is a single tile.
 
     d_ij   = |q_i|² + |k_j|² - 2 q_i·k_j
     best_i = min_j (±d_ij, j)       over the candidates j of query i: + for the nearest, - for the farthest
 
-Distances are symmetric: where a batch is searched in itself, a tile above the diagonal holds candidates for its rows
-and for its columns, so half of the products serve all queries. Memory beyond the features is a few tiles. Candidates
-whose distances are equal to within rounding are compared again, by subtraction (`exact.py`).
+Distances are symmetric: in a batch searched in itself, a tile above the diagonal serves both its rows and its columns,
+which halves the products. Extra memory is a few tiles. Candidates whose distances are equal to within rounding are
+compared again, by subtraction (`exact.py`).
 """
 
 import torch
@@ -26,16 +26,16 @@ from apinet_head.mining.rows import (
 )
 
 SMALL = 2**27  # multiplications: 256 rows of 2048
-CROWD = 16  # candidates a query within rounding, from which on multiplying again in float64 is quicker
+CROWD = 16  # from so many candidates per query within rounding on, products in float64 are faster
 
 
 def mine_dense(query: Query) -> Found:
-    """Search all at once, with one [B,M] matrix of distances."""
+    """Search with one [B,M] matrix of distances."""
     return _mine(query, None)
 
 
 def mine_tiled(query: Query, *, tile: int | None = None) -> Found:
-    """Search in tiles of side `tile`; None for what stays in a CPU's caches, or elsewhere takes few launches."""
+    """Search in tiles of side `tile`; None for one that fits a CPU's caches, or needs few launches elsewhere."""
     return _mine(query, tile or (512 if query.features.device.type == "cpu" else 4096))
 
 
@@ -43,13 +43,13 @@ def _mine(query: Query, tile: int | None) -> Found:
     device_type = query.features.device.type
     with no_autocast(device_type), no_reduced_precision(device_type):
         if is_eager_cpu(query.features):
-            return _mine_seen(query, tile)
+            return _mine_eager_cpu(query, tile)
         rows = about_the_bulk(query, tile, torch.float64 if is_small(query) else None)
         return _search((_Best if rows.dtype == torch.float64 else _Closest)(query, rows, tile), tile)
 
 
-def _mine_seen(query: Query, tile: int | None) -> Found:
-    """`_mine` where values can be looked at: most batches need no preparation, and some need float64."""
+def _mine_eager_cpu(query: Query, tile: int | None) -> Found:
+    """`_mine` where values can be read: most batches need no preparation, and some need float64."""
     rows = as_they_are(query, tile)
     if rows is not None:
         found = _search(near := _Near(query, rows, tile), tile)
@@ -59,19 +59,19 @@ def _mine_seen(query: Query, tile: int | None) -> Found:
 
 
 def is_small(query: Query) -> bool:
-    """Whether products in float64, slow on most GPUs, take less time than comparing again what float32 leaves open."""
-    if is_exporting():  # the program may be for batches of any size
+    """Whether products in float64, slow on most GPUs, are faster than comparing candidates again after float32."""
+    if is_exporting():  # the program may run on batches of any size
         return False
     (count, size), dim = query.shape, query.rows.shape[1]
     return query.features.device.type != "mps" and count * size * dim <= SMALL
 
 
 def _search(best: "_Best", tile: int | None) -> Found:
-    """Offer all distances to the queries, tile by tile, and take what they choose."""
+    """Compute all distances tile by tile, and keep the best partners."""
     query, rows = best.query, best.rows
     symmetric, usable = query.keys is None, rows.usable
-    # Tiles come so that each row meets its candidates in ascending order: first, as a column, those before its own
-    # tile, then the others. So the first of equal distances is that of the lowest index.
+    # In this order of tiles each query sees its candidates in ascending order (as a column those before its own tile,
+    # then as a row the others), so that of equal distances the one of the lowest index comes first.
     for down in _parts(query.features, tile):
         queries = rows.queries(down)
         for across in _parts(query.rows, tile, down.start if symmetric else 0):
@@ -84,7 +84,7 @@ def _search(best: "_Best", tile: int | None) -> Found:
             else:
                 distance = subtract_products(rows.squares[across], queries, rows.keys(across))
             distance.add_(rows.query_squares[down, None])
-            if rows.odd:  # a query that is not finite still finds some partner
+            if rows.odd:  # a non-finite query still gets a partner
                 distance.nan_to_num_(0.0, 0.0, 0.0)
             cost = flip(query.searches, distance.expand(len(query.searches), -1, -1))
             candidate = _candidates(query, down, across)
@@ -103,7 +103,7 @@ def _parts(rows: Tensor, tile: int | None, start: int = 0) -> list[slice]:
 
 
 def _candidates(query: Query, down: slice, across: slice) -> Tensor:
-    """Which keys are of the class that each search asks for, and not the query itself [S,rows,columns]."""
+    """Candidate mask [S,rows,columns]: keys of the class that the search asks for, without the query itself."""
     same = query.labels[down, None] == query.key_labels[across]
     candidate = torch.stack([same if search.same_class else ~same for search in query.searches])
     if query.key_offset is not None:
@@ -118,20 +118,24 @@ def _masked(cost: Tensor, candidate: Tensor, usable: Tensor | None) -> Tensor:
 
 
 class _Best:
-    """The best partner so far of each query in each search, [S,B]."""
+    """The best partner so far of each query in each search, [S,B].
+
+    Attributes:
+        crowded: whether the search is given up, as too many candidates are within rounding.
+    """
 
     crowded = False
 
     def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
         self.query, self.rows, self.tile = query, rows, tile
-        if tile is None:  # all queries choose but once
+        if tile is None:  # `take` is called only once
             return
         shape, device = (len(query.searches), query.features.shape[0]), query.features.device
         self.cost = torch.full(shape, torch.inf, dtype=rows.dtype, device=device)
         self.partner = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
-        """Let the queries choose from their costs [S,rows,columns], where the keys from `first` on are.
+        """Update the queries from their costs [S,rows,columns] for the keys from `first` on.
 
         Returns:
             The lowest of these costs [S,rows].
@@ -148,7 +152,7 @@ class _Best:
         return lowest
 
     def _take_few(self, queries: slice, cost: Tensor, first: int) -> Tensor:
-        """`take` on a CPU, which finds minima ten times as fast as where they are: asked only where one is better."""
+        """`take` on a CPU, where amin is ten times as fast as argmin, which is computed only for improved rows."""
         lowest = cost.amin(2)
         better = lowest < self.cost[:, queries]
         self.cost[:, queries][better] = lowest[better]
@@ -160,11 +164,7 @@ class _Best:
 
 
 class _Near(_Best):
-    """The same, and all candidates that rounding may hide behind the best: for those, subtraction decides.
-
-    Attributes:
-        crowded: they are too many, and the search is given up.
-    """
+    """As `_Best`, with all candidates that rounding may hide behind the best; subtraction decides among those."""
 
     def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
         super().__init__(query, rows, tile)
@@ -173,7 +173,7 @@ class _Near(_Best):
     def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
         lowest = super().take(queries, cost, first)
         squares = self.rows.query_squares[queries]
-        # Where a later tile may have a better one yet, sooner than it matters.
+        # A later tile may have a better candidate: collect with a safety factor.
         cancelled = CANCELLED if self.tile is None else CANCELLED / 2
         if (flip(self.query.searches, lowest) * cancelled < squares).any():
             margin = slack(self.query, self.cost[:, queries], squares, cancelled)
@@ -198,7 +198,7 @@ class _Near(_Best):
 
 
 class _Closest(_Best):
-    """The few best candidates of each query, as many for all, so that no number has to be waited for."""
+    """The few best candidates of each query, a fixed number, so that nothing synchronises."""
 
     def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
         super().__init__(query, rows, tile)
@@ -207,7 +207,7 @@ class _Closest(_Best):
     def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
         costs, keys = _closest(cost)
         keys = keys + first
-        if self.tile is not None:  # the best of this tile and of those before, in lists of one length
+        if self.tile is not None:  # merge with the best of the previous tiles, in lists of fixed length
             before = self.closest.get(queries.start, (costs[..., :0], keys[..., :0]))
             costs, order = torch.cat([before[0], costs], 2).sort(dim=2, stable=True)
             keys = torch.cat([before[1], keys], 2).gather(2, order)
@@ -225,10 +225,10 @@ class _Closest(_Best):
 
 
 def _closest(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest costs along the last dimension, and where they are: of the lowest the first, then the others."""
-    lowest = cost.min(2, keepdim=True)  # topk doesn't say which of equal ones it takes
+    """The lowest costs along the last dimension and their indices; the first of the lowest comes first."""
+    lowest = cost.min(2, keepdim=True)  # the order of topk is undefined for equal values
     most = CLOSEST + 1
-    if torch.compiler.is_compiling():  # the number of columns may be symbolic, and is not to be looked at
+    if torch.compiler.is_compiling():  # sizes may be symbolic
         cost = F.pad(cost, (0, most), value=torch.inf)
     else:
         most = min(most, cost.shape[2])

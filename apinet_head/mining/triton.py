@@ -1,7 +1,8 @@
-"""Pair mining in fused Triton kernels, for CUDA: no matrix of distances in memory, few launches.
+"""Pair mining in Triton kernels, for CUDA: no matrix of distances in memory, few launches.
 
-See `triton_search` for the formulas, and `plain` for the same in plain PyTorch. Memory beyond the features is a copy
-of them in order of class, as large as in float32, and what the last comparison by subtraction takes.
+A small batch takes one launch (`triton_direct`). A large one is searched on tensor cores (`triton_search`), and the
+few best candidates of each query are compared again (`triton_direct`). `plain` is the same in plain PyTorch. Memory
+beyond the features is for large batches a copy of them in order of class, as large as in float32.
 """
 
 import os
@@ -13,20 +14,24 @@ from torch import Tensor
 
 from apinet_head._checks import describe
 from apinet_head.mining import plain
-from apinet_head.mining.exact import CLOSEST, best_of
-from apinet_head.mining.query import Found, Query, Search, finite_rows
+from apinet_head.mining.query import Found, Query, finite_rows
 from apinet_head.mining.rows import bulk
+from apinet_head.mining.triton_direct import choose, search_directly
 from apinet_head.mining.triton_rows import lay_out
-from apinet_head.mining.triton_search import NOBODY, search
+from apinet_head.mining.triton_search import NOBODY, SLOTS, search
 from apinet_head.mining.triton_tiles import Tiles, tiles_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIGNS = {"similar": 1, "dissimilar": -1}
-ROWS, CHANNELS = (16, 32) if INTERPRETED else (4, 512)  # what one program reads at a time; ROWS divides the tiles
+# What one program reads at a time, in `lay_out`, where ROWS divides the tiles, and by subtraction.
+ROWS, CHANNELS = (16, 32) if INTERPRETED else (4, 512)
+DIRECT_ROWS, DIRECT_CHANNELS = (128, 128) if INTERPRETED else (16, 256)
+# Up to so many differences for a query, and for all, subtracting takes less time than tensor cores and what they need.
+DIRECT_OF_ONE, DIRECT = 2**20, 2**29
 
 
 def mine(query: Query) -> Found:
-    """Search with the kernels, but for what plain PyTorch does in few operations, or in float64.
+    """Search with the kernels; float64, for which tensor cores are no place, in plain PyTorch.
 
     Raises:
         ValueError: the features are not on a CUDA device, or on one that is too old.
@@ -37,12 +42,25 @@ def mine(query: Query) -> Found:
             f"backend='triton' needs features on a CUDA device, got {describe(features)}: move them there, or take "
             "backend='auto'; to debug on a CPU, set the environment variable TRITON_INTERPRET=1 before Python starts"
         )
-    if plain.is_small(query):
-        return plain.mine_dense(query)
-    if features.dtype == torch.float64:  # tensor cores are no place for it
-        return plain.mine_tiled(query)
+    if features.dtype == torch.float64:
+        return plain.mine_dense(query) if plain.is_small(query) else plain.mine_tiled(query)
     signs = {asked.same_class: SIGNS[asked.how] for asked in query.searches}
     return Found(*find_partners(*query[:5], signs.get(True, 0), signs.get(False, 0)))
+
+
+class _Job(NamedTuple):
+    """Arguments of `find_partners`, ready for the kernels, and the results to fill."""
+
+    features: Tensor
+    labels: Tensor
+    keys: Tensor
+    key_labels: Tensor
+    symmetric: bool  # the features are searched among themselves
+    offset: int  # of query 0 in the keys; the number of keys, which is the index of none, if queries are not among them
+    intra: int
+    inter: int
+    partner: Tensor
+    valid: Tensor
 
 
 class _InOrder(NamedTuple):
@@ -73,14 +91,19 @@ def find_partners(
     inter: int,
 ) -> tuple[Tensor, Tensor]:
     """Partners and valid, [searches,B] each. `intra`, `inter`: 1 for the nearest, -1 for the farthest, 0 for none."""
-    names = {sign: how for how, sign in SIGNS.items()}
-    searches = tuple(Search(names[sign], same) for sign, same in ((intra, True), (inter, False)) if sign)
-    query = Query(features, labels, keys, key_labels, key_offset, searches)
+    features, size = _with_adjacent_channels(features), len(key_labels)
+    partner = torch.empty(abs(intra) + abs(inter), len(features), dtype=torch.int64, device=features.device)
+    job = _Job(
+        features, labels.contiguous(), features if keys is None else _with_adjacent_channels(keys),
+        key_labels.contiguous(), keys is None, size if key_offset is None else key_offset, intra, inter,
+        partner, torch.empty_like(partner, dtype=torch.bool),
+    )  # fmt: skip
     with _on(features.device):
-        best, scale = _candidates(query, intra, inter)
-        is_candidate = best != NOBODY.value
-        partner = best_of(query, scale, best & 0xFFFFFFFF, is_candidate)
-    return partner, is_candidate.any(2) & (labels >= 0)
+        if is_direct(len(features), *job.keys.shape):
+            _search_directly(job)
+        else:
+            _search_on_tensor_cores(job)
+    return job.partner, job.valid
 
 
 @find_partners.register_fake
@@ -97,32 +120,47 @@ def _(
     return features.new_empty(size, dtype=torch.int64), features.new_empty(size, dtype=torch.bool)
 
 
-def _candidates(query: Query, intra: int, inter: int) -> tuple[Tensor, Tensor]:
-    """A few near candidates of each query, as `triton_search` packs them [searches,B,CLOSEST], and the rows' scale."""
-    (count, size), device = query.shape, query.features.device
+def is_direct(queries: int, keys: int, dim: int) -> bool:
+    """Whether all distances are computed by subtraction."""
+    return keys * dim <= DIRECT_OF_ONE and queries * keys * dim <= DIRECT
+
+
+def _search_directly(job: _Job) -> None:
+    count, size, dim = len(job.features), *job.keys.shape
+    search_directly[(count,)](
+        job.features, job.keys, job.labels, job.key_labels, job.partner, job.valid, count, size, job.offset, dim,
+        job.features.stride(0), job.keys.stride(0), INTRA=job.intra, INTER=job.inter, ROWS=DIRECT_ROWS,
+        CHANNELS=DIRECT_CHANNELS, num_warps=8,
+    )  # fmt: skip
+
+
+def _search_on_tensor_cores(job: _Job) -> None:
+    (count, dim), size, device = job.features.shape, len(job.keys), job.features.device
     tiles = tiles_for(_capability(device), count * size)
-    usable = finite_rows(query.rows) & (query.key_labels >= 0)
-    centre, scale = (value.float() for value in bulk(query.rows, usable))
-    among = found = _in_order(query.rows, query.key_labels, usable, centre, scale, tiles)
-    if query.keys is not None:
-        usable = finite_rows(query.features) & (query.labels >= 0)
-        found = _in_order(query.features, query.labels, usable, centre, scale, tiles)
+    usable = finite_rows(job.keys) & (job.key_labels >= 0)
+    centre, scale = (value.float() for value in bulk(job.keys, usable))
+    among = found = _in_order(job.keys, job.key_labels, usable, centre, scale, tiles)
+    if not job.symmetric:
+        usable = finite_rows(job.features) & (job.labels >= 0)
+        found = _in_order(job.features, job.labels, usable, centre, scale, tiles)
     height, width = _parts(count, tiles.side), _parts(size, tiles.side)
-    grid = (height + 1) // 2 * (width + 1) if query.keys is None else height * width
-    best = torch.full((len(query.searches), count, CLOSEST), NOBODY.value, dtype=torch.int64, device=device)
+    grid = (height + 1) // 2 * (width + 1) if job.symmetric else height * width
+    best = torch.full((len(job.partner), count, SLOTS.value), NOBODY.value, dtype=torch.int64, device=device)
     search[(grid,)](
         found.y, among.y, found.weights, among.weights, among.squares, found.origin, among.origin,
         torch.searchsorted(among.classes, found.classes, out_int32=True),
         torch.searchsorted(among.classes, found.classes, out_int32=True, right=True),
-        best, count, size, among.y.shape[2], size if query.key_offset is None else query.key_offset,
-        INTRA=intra, INTER=inter, SYMMETRIC=query.keys is None,
+        best, count, size, among.y.shape[2], job.offset, INTRA=job.intra, INTER=job.inter, SYMMETRIC=job.symmetric,
         SIDE=tiles.side, CHANNELS=tiles.channels, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return torch.empty_like(best).index_copy_(1, found.order, best), scale
+    choose[(count, len(job.partner))](
+        best, found.order, job.features, job.keys, job.labels, job.partner, job.valid, count, dim,
+        job.features.stride(0), job.keys.stride(0), FIRST_SIGN=job.intra or job.inter, SECOND_SIGN=job.inter,
+        CHANNELS=DIRECT_CHANNELS, num_warps=4,
+    )  # fmt: skip
 
 
 def _in_order(x: Tensor, labels: Tensor, usable: Tensor, centre: Tensor, scale: Tensor, tiles: Tiles) -> _InOrder:
-    x = x if x.stride(1) == 1 else x.contiguous()
     length, width = _parts(x.shape[0], tiles.side) * tiles.side, _parts(x.shape[1], tiles.channels) * tiles.channels
     classes, order = labels.sort(stable=True)
     y = x.new_empty((length, 2, width), dtype=torch.float16)
@@ -133,6 +171,10 @@ def _in_order(x: Tensor, labels: Tensor, usable: Tensor, centre: Tensor, scale: 
         ROWS=ROWS, CHANNELS=CHANNELS,
     )  # fmt: skip
     return _InOrder(classes, order, origin, y, weights, squares)
+
+
+def _with_adjacent_channels(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _parts(size: int, part: int) -> int:

@@ -14,7 +14,7 @@ from reference import candidates
 from strategies import DENORMAL, DTYPES, KINDS, batches, make_batch
 
 from apinet_head import mine_pairs, mining, random_pairs
-from apinet_head.mining import BACKENDS, Query, Search, choose, plain, rows
+from apinet_head.mining import BACKENDS, TILED_FROM, Query, Search, choose, plain, rows
 from apinet_head.mining.draw import draw
 from apinet_head.mining.query import finite_rows
 
@@ -223,11 +223,20 @@ def test_backends_agree_on_a_larger_batch(backend):
 
 
 def test_auto_takes_tiles_for_large_batches_and_never_for_a_graph():
-    assert [choose("cpu", size, size) for size in (120, 8192)] == ["dense", "tiled"]
-    assert choose("cpu", 120, 65536) == "tiled"
-    assert [choose("cuda", size, size) for size in (120, 65536)] == ["dense", "tiled"]
-    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
-        assert choose("cpu", 65536, 65536) == "dense"
+    def chosen(queries, keys):
+        features, labels = (
+            torch.empty(queries, 4, device="meta"),
+            torch.empty(queries, dtype=torch.int64, device="meta"),
+        )
+        among, key_labels = features.new_empty(keys, 4), labels.new_empty(keys)
+        return choose(Query(features, labels, among, key_labels, None, (Search("similar", True),)))
+
+    with mock.patch.dict(TILED_FROM, {"meta": TILED_FROM["cpu"]}):
+        assert [chosen(size, size) for size in (120, 8192)] == ["dense", "tiled"]
+        assert chosen(120, 65536) == "tiled"
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+            assert chosen(65536, 65536) == "dense"
+    assert [chosen(size, size) for size in (120, 65536)] == ["dense", "tiled"]
 
 
 @each_backend

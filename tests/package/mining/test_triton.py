@@ -75,11 +75,12 @@ def test_compiles_without_spills(capability, intra, monkeypatch, tmp_path):
     assert set(TILES) == {0, *SHARED_MEMORY}
     kernels = compile_kernels(monkeypatch, capability)
     features, labels = torch.zeros(200, 2048, dtype=torch.bfloat16), torch.zeros(200, dtype=torch.long)
-    for few in (1 << 60, 0):
+    for few, direct in ((1 << 60, 0), (0, 0), (0, backend.DIRECT)):
         monkeypatch.setattr(triton_tiles, "FEW", few)
+        monkeypatch.setattr(backend, "DIRECT", direct)
         backend.find_partners(features, labels, None, labels, 0, intra, -intra)
         backend.find_partners(features, labels, features.float(), labels, None, intra, -intra)
-    assert set(kernels) == {"lay_out", "search"}
+    assert set(kernels) == {"lay_out", "search", "choose", "search_directly"}
     for kernel in [kernel for runs in kernels.values() for kernel in runs]:
         assert memory_of_threads(kernel, tmp_path) == (0, 0)
         assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024

@@ -9,24 +9,25 @@ from reference import check_partners
 from strategies import KINDS, make_batch
 
 from apinet_head import mine_pairs
-from apinet_head.mining import BACKENDS, plain
+from apinet_head.mining import BACKENDS
 
 pytest.importorskip("triton")
 
 from apinet_head.mining import triton as backend
 
-# The kernels, whatever the size: small searches are plain PyTorch's. "large": a few candidates are compared again.
+# Whatever the size, on tensor cores; small searches are done by subtraction alone.
 KERNELS = "triton, large"
-BACKENDS[KERNELS] = mock.patch.object(plain, "SMALL", 0)(backend.mine)
+BACKENDS[KERNELS] = mock.patch.object(backend, "DIRECT", 0)(backend.mine)
+EITHER = pytest.mark.parametrize("kernels", ["triton", KERNELS])
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float64 is plain PyTorch's
 
 
-def check_on_gpu(features, labels, *, intra="similar", inter="similar"):
+def check_on_gpu(features, labels, kernels, *, intra="similar", inter="similar"):
     """Compare with float64, where rounding of products about the middle of the rows may let another partner win."""
     exact = features.double()
-    found = mine_pairs(features, labels, intra=intra, inter=inter, backend=KERNELS)
+    found = mine_pairs(features, labels, intra=intra, inter=inter, backend=kernels)
     expected = mine_pairs(exact, labels, intra=intra, inter=inter, backend="tiled")
     assert torch.equal(found.valid, expected.valid)
     finite = exact.isfinite().all(1)
@@ -43,26 +44,28 @@ def check_on_gpu(features, labels, *, intra="similar", inter="similar"):
     assert ((distance - least).abs() <= allowed).all()
 
 
+@EITHER
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_adversarial_on_cuda(kind, dtype):
+def test_adversarial_on_cuda(kind, dtype, kernels):
     for size, dim in ((1, 1), (2, 3), (120, 64), (513, 2048), (2000, 333), (4099, 2048)):
         features, labels = make_batch(seed=size, size=size, dim=dim, classes=size // 4 + 1, dtype=dtype, kind=kind)
         if kind == "huge":
             features = features / dim**0.5  # their squares must be float64
         if not features.isfinite().all(1).any():
             continue
-        check_on_gpu(features.cuda(), labels.cuda())
-        check_on_gpu(features.cuda(), labels.cuda(), intra="dissimilar", inter="dissimilar")
+        check_on_gpu(features.cuda(), labels.cuda(), kernels)
+        check_on_gpu(features.cuda(), labels.cuda(), kernels, intra="dissimilar", inter="dissimilar")
 
 
+@EITHER
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [None, 100])
-def test_keys_elsewhere_on_cuda(offset, dtype):
+def test_keys_elsewhere_on_cuda(offset, dtype, kernels):
     keys, key_labels = make_batch(seed=1, size=1000, dim=100, classes=50, dtype=dtype, kind="offset")
     features, labels = keys[100:230], key_labels[100:230]
     pairs = mine_pairs(features.cuda(), labels.cuda(), keys=keys.cuda(), key_labels=key_labels.cuda(),
-                       key_offset=offset, inter="dissimilar", backend=KERNELS)  # fmt: skip
+                       key_offset=offset, inter="dissimilar", backend=kernels)  # fmt: skip
     for row, how, same in ((0, "similar", True), (130, "dissimilar", False)):
         partner, valid = (field[row : row + 130].cpu() for field in (pairs.partner, pairs.valid))
         check_partners(partner, valid, features, labels, how=how, same_class=same, keys=keys, key_labels=key_labels,
