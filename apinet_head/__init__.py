@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-# These pull in huggingface_hub and timm; who only wants the head should not wait for them.
+# Imported on first use, as they import huggingface_hub and timm, which the head does not need.
 _ON_FIRST_USE = {
     "APINet": "apinet_head.model",
     "PairExplanation": "apinet_head.explain",

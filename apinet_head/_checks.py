@@ -1,4 +1,4 @@
-"""Checks of arguments that cost nothing on the device: they read shapes, dtypes and devices, never values."""
+"""Argument checks that read shapes, dtypes and devices, never values, and so do not synchronise."""
 
 import math
 import reprlib
@@ -11,7 +11,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe(value: object) -> str:
-    """`float32 [30, 2048] on cpu`, as every error message shows a tensor; of anything else its type."""
+    """A tensor as `float32 [30, 2048] on cpu`, anything else by its type."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
@@ -26,12 +26,12 @@ def check_tensor(tensor: Tensor, name: str, shape: str, advice: str = "") -> Non
 
 
 def check_features(features: Tensor, name: str = "features", dim: int | None = None) -> None:
-    """Raise unless `features` is a floating point [B,D], with D = dim where that is given."""
+    """Raise unless `features` is a floating point [B,D], with D = dim if given."""
     check_tensor(features, name, "[B, D]", ": take the pooled features of it")
     if features.ndim != 2:
         advice = ": pool it first, for example x.mean((2, 3))" if features.ndim == 4 else ""
         raise ValueError(f"{name} must be [B, D], got {describe(features)}{advice}")
-    if features.dtype not in FLOATS:  # float8 among them, which can't even be added
+    if features.dtype not in FLOATS:  # such as float8, which does not support addition
         raise ValueError(
             f"{name} must be of a floating point dtype, float16, bfloat16, float32 or float64, got {describe(features)}"
         )
@@ -82,7 +82,7 @@ def check_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> N
 
 
 def check_generator(generator: torch.Generator | None, tensor: Tensor, owner: str) -> None:
-    """Raise unless `generator` is None or one on the device of `tensor`, which is the `owner`'s."""
+    """Raise unless `generator` is None or on the device of `tensor`."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator is not None and generator.device.type != tensor.device.type:
@@ -97,13 +97,13 @@ def check_module(module: nn.Module, name: str) -> None:
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raise ValueError unless `dtype` is None or one that features may have."""
+    """Raise ValueError unless `dtype` is None or a floating point dtype."""
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be float16, bfloat16, float32, float64 or None, got {dtype!r}")
 
 
 def check_int(value: int, name: str, least: int | None = None) -> int:
-    """The value as a Python int (a traced one as it is); raises unless it is an integer and at least `least`."""
+    """The value as a Python int (or SymInt); raises unless it is an integer and at least `least`."""
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {shown(value)}")
     if least is not None and value < least:
@@ -112,7 +112,7 @@ def check_int(value: int, name: str, least: int | None = None) -> int:
 
 
 def check_number(value: float, name: str, least: float = -math.inf, most: float = math.inf) -> float:
-    """The value as a Python float (a traced one as it is); raises unless it is a finite number in [least, most]."""
+    """The value as a Python float (or SymFloat); raises unless it is a finite number in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     if not (math.isfinite(value) and least <= value <= most):
@@ -122,5 +122,5 @@ def check_number(value: float, name: str, least: float = -math.inf, most: float 
 
 
 def shown(value: object) -> str:
-    """What came in place of something else, in short."""
+    """A wrong argument in an error message."""
     return describe(value) if isinstance(value, Tensor) else reprlib.repr(value)

@@ -1,11 +1,11 @@
 """The loss of a linear classifier, some rows of logits at a time, as in fused linear cross-entropy.
 
-Gradients are computed in the forward pass, while the logits of a part exist; the weight's is summed up in one buffer,
-and the backward pass only scales (Liger-Kernel, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009). With z the
+Gradients are computed in the forward pass, while a part of the logits exists, and the weight's is accumulated in one
+buffer; the backward pass only scales (Liger-Kernel, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009). With z the
 logits of a row, p their softmax, y the label, w the class weights and s the label smoothing:
 
     d cross_entropy / d z_k = p_k ((1-s) w_y + s/C sum(w)) - [k=y] (1-s) w_y - s/C w_k
-    d p_y / d z_k = p_y ([k=y] - p_k),  which the ranking takes where p_other_y - p_self_y + margin > 0
+    d p_y / d z_k = p_y ([k=y] - p_k),  in the ranking term where p_other_y - p_self_y + margin > 0
 """
 
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Until the backward pass, gradients are this many times num_rows too large: in float16 those of unlikely classes, about
-# 1/C, would vanish otherwise.
+# Until the backward pass, gradients are scaled by _LIFT * num_rows: those of unlikely classes, about 1/C, would
+# underflow in float16.
 _LIFT = 16
-_BLOCK = 4096  # classes at a time, where a product is added to a buffer of another dtype
+_BLOCK = 4096  # classes at a time when adding a product to a buffer of another dtype
 
 
 class Settings(NamedTuple):
-    """The numbers a loss is made with, see `api_loss_terms`."""
+    """See `api_loss_terms`."""
 
     margin: float
     rank_weight: float
@@ -29,7 +29,7 @@ class Settings(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Labels [N] in [0,C), valid [N], class weights [C], and what sums over rows are divided by: inf without rows."""
+    """Labels [N] in [0,C), valid [N], class weights [C], and the divisors of sums over rows: infinity for no rows."""
 
     labels: Tensor
     valid: Tensor
@@ -99,12 +99,12 @@ class _LinearLoss(torch.autograd.Function):
             ctx.is_used = True
         num_rows, *gradients = ctx.saved_tensors
         scale = gradient / (_LIFT * num_rows)
-        # In place: a second buffer of the weight's size would be half of the step's memory.
+        # In place, as a second buffer of the weight's size would be half of the step's memory.
         return *(None if kept is None else kept.mul_(scale) for kept in gradients), *[None] * 5
 
 
 def _to_gradient(logits: Tensor, targets: Targets, settings: Settings) -> Tensor:
-    """Sums [2] of the losses of logits [G,n,C], which become their own gradient: one buffer serves all."""
+    """Sums [2] of the losses of logits [G,n,C], which are overwritten by their gradient to save memory."""
     (margin, rank_weight, smoothing), (labels, valid, class_weight, num_rows, weight_sum) = settings, targets
     w = logits.new_ones(logits.shape[2]) if class_weight is None else class_weight
     at_label, counts = labels.expand(len(logits), -1)[..., None], valid[:, None]
@@ -133,7 +133,7 @@ def _to_gradient(logits: Tensor, targets: Targets, settings: Settings) -> Tensor
 
 
 def _add_product(buffer: Tensor, a: Tensor, b: Tensor) -> None:
-    """buffer += a @ b, without a second matrix of that size."""
+    """buffer += a @ b without a temporary of that size."""
     if buffer.dtype == a.dtype:
         buffer.addmm_(a, b)
         return

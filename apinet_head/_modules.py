@@ -1,4 +1,4 @@
-"""The modules of a head: when their weights may be read instead of calling them, and how a classifier is called."""
+"""When the weights of a module may be read instead of calling it, and how a classifier is called."""
 
 from collections.abc import Callable
 from typing import TypeGuard, TypeVar
@@ -14,7 +14,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
-    """Whether calling the module runs the `forward` of its class and nothing else: no subclass, no hooks."""
+    """Whether calling the module only runs the `forward` of this class: no subclass, no hooks."""
     return (
         type(module) is kind
         and "forward" not in module.__dict__
@@ -25,10 +25,10 @@ def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
 
 
 def is_plain_linear(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether calling the layer is `F.linear` with its weight and bias and nothing else, so that these may be read.
+    """Whether calling the layer is just `F.linear` with its weight and bias, so that these may be read.
 
-    Not so for an adapter or a quantised layer in its place, a parametrisation, a hook (pruning and the older
-    weight_norm are hooks), or a weight that is a DTensor or of another subclass of Tensor.
+    False for an adapter or quantised layer in its place, a parametrisation, a hook (pruning and the older weight_norm
+    are hooks), or a weight that is a DTensor or another subclass of Tensor.
     """
     return is_plain(layer, nn.Linear) and all(
         type(weight) in (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)

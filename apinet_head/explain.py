@@ -186,7 +186,7 @@ def _refuse_mixed_channels(backbone: nn.Module) -> None:
     for name, module in backbone.named_modules():
         # timm's name for a hidden layer before the classifier; a quantised one has a state, but no parameters.
         if name.rpartition(".")[2] == "pre_logits" and module.state_dict():
-            raise ValueError(f"{type(backbone).__name__} has a hidden layer ({name}) after its last map: {MIXED}")
+            raise ValueError(f"{type(backbone).__name__} has a hidden layer ({name}) after its feature map: {MIXED}")
 
 
 def _fold_tokens(backbone: nn.Module, tokens: Tensor, images: Tensor) -> Tensor:
@@ -199,8 +199,8 @@ def _fold_tokens(backbone: nn.Module, tokens: Tensor, images: Tensor) -> Tensor:
         reduction = backbone.feature_info[-1]["reduction"]  # type: ignore[index]
     except (AttributeError, IndexError, KeyError, TypeError):
         raise ValueError(
-            f"forward_features of {type(backbone).__name__} returns tokens, and without a feature_info as in timm (a list "
-            "whose last item has 'reduction', the pixels per patch) their grid is unknown"
+            f"forward_features of {type(backbone).__name__} returns tokens, and without a feature_info as in timm "
+            "(its last item has 'reduction', the pixels per patch) their grid is unknown"
         ) from None
     height, width = (math.ceil(side / reduction) for side in images.shape[-2:])
     prefix = getattr(backbone, "num_prefix_tokens", None)

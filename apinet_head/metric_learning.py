@@ -46,7 +46,8 @@ def pairs_from_tuple(indices: Sequence[Tensor]) -> Pairs:
     """
     if len(indices) not in (3, 4):
         raise ValueError(
-            f"indices must be (anchor, positive, anchor, negative) or (anchor, positive, negative), got {len(indices)}"
+            "indices must be (anchor, positive, anchor, negative) or (anchor, positive, negative), "
+            f"got {len(indices)} items"
         )
     a1, positive, *rest = indices
     a2, negative = rest if len(rest) == 2 else (a1, *rest)

@@ -1,6 +1,7 @@
 """Mutual vectors m [P,D] of the features [P,D] of pairs of images (paper, section 3.1, and its ablation)."""
 
-from typing import Any, TypeGuard
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -48,32 +49,25 @@ def is_plain_mlp(mutual: nn.Module) -> TypeGuard[MutualMLP]:
     return is_plain(mutual, MutualMLP) and is_plain_linear(mutual.fc1)
 
 
-class MutualIndividual(nn.Module):
-    """m = 1: no mutual vector, the gate of an image is g = sigmoid(x)."""
+class MutualFormula(nn.Module):
+    """m as a function of x_a and x_b without parameters, one of FORMULAS."""
+
+    FORMULAS: ClassVar[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+        "individual": lambda anchor, partner: torch.ones_like(anchor),  # no mutual vector: g = sigmoid(x)
+        "square_diff": lambda anchor, partner: (anchor - partner).square(),
+        "sum": torch.add,
+        "product": torch.mul,
+    }
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        return torch.ones_like(anchor)
+        return self.FORMULAS[self.name](anchor, partner)
 
-
-class MutualSum(nn.Module):
-    """m = x_a + x_b."""
-
-    def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        return anchor + partner
-
-
-class MutualProduct(nn.Module):
-    """m = x_a * x_b."""
-
-    def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        return anchor * partner
-
-
-class MutualSquareDiff(nn.Module):
-    """m = (x_a - x_b)^2."""
-
-    def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        return (anchor - partner).square()
+    def extra_repr(self) -> str:
+        return repr(self.name)
 
 
 class MutualWeighted(MutualMLP):
@@ -119,23 +113,13 @@ class MutualBilinear(nn.Module):
         return torch.zeros_like(x).index_add(1, self.slots[side], x * self.signs[side].to(x.dtype))
 
 
-_KINDS: dict[str, type[nn.Module]] = {
-    "mlp": MutualMLP,
-    "individual": MutualIndividual,
-    "bilinear": MutualBilinear,
-    "square_diff": MutualSquareDiff,
-    "sum": MutualSum,
-    "product": MutualProduct,
-    "weighted": MutualWeighted,
-}
-MUTUALS = tuple(_KINDS)
+MUTUALS = ("mlp", "weighted", "bilinear", *MutualFormula.FORMULAS)
 
 
 def make_mutual(name: str, dim: int, hidden_dim: int, dropout: float, **factory: Any) -> nn.Module:
     """The module of that name; raises ValueError for an unknown one."""
     if not isinstance(name, str) or name not in MUTUALS:
         raise ValueError(f"mutual must be a module or one of {', '.join(map(repr, MUTUALS))}, got {name!r}")
-    kind = _KINDS[name]
-    if issubclass(kind, MutualMLP):
-        return kind(dim, hidden_dim, dropout, **factory)
-    return MutualBilinear(dim, **factory) if kind is MutualBilinear else kind()
+    if name in ("mlp", "weighted"):
+        return (MutualMLP if name == "mlp" else MutualWeighted)(dim, hidden_dim, dropout, **factory)
+    return MutualBilinear(dim, **factory) if name == "bilinear" else MutualFormula(name)

@@ -35,12 +35,6 @@ def test_features_that_are_all_nan_give_a_loss_that_is():
     assert api_loss(head()(torch.full((2, 8), torch.nan), torch.zeros(2, dtype=torch.long))).isnan()
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
-def test_labels_of_any_integer_dtype_give_the_same_loss(dtype):
-    net = head(dropout=0.0)
-    assert torch.equal(api_loss(net(X, Y.to(dtype))), api_loss(net(X, Y)))
-
-
 @pytest.mark.parametrize("label", [3, 1000])
 def test_labels_out_of_range_are_named(label):
     with pytest.raises(ValueError, match=rf"\[0, 3\).*got {label}"):
@@ -62,17 +56,6 @@ def test_labels_out_of_range_are_named(label):
 def test_pairs_that_do_not_fit(wrong, error, message):
     with pytest.raises(error, match=message):
         head()(X, Y, pairs=wrong)
-
-
-@pytest.mark.parametrize(("name", "value"), [("margin", float("nan")), ("rank_weight", float("inf"))])
-def test_weights_of_the_loss_are_finite(name, value):
-    with pytest.raises(ValueError, match="must be finite"):
-        api_loss(head()(X, Y), **{name: value})
-
-
-def test_dropout_is_a_share():
-    with pytest.raises(ValueError, match="dropout must be in"):
-        head(dropout=float("nan"))
 
 
 def test_an_empty_batch_has_a_loss_of_0_with_any_mutual_vector():
@@ -220,24 +203,3 @@ def explainable():
 def test_arguments_that_do_not_fit(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-RUBBISH = [
-    ([], "the state of a sampler is a dict, got list"),
-    ({}, "state of the sampler lacks epoch, batches_done, seed"),
-    ({"epoch": 1, "batches_done": 0}, "state of the sampler lacks seed"),
-    ({"batches_done": NAN}, "batches_done must be an int, got nan"),
-    ({"batches_done": 1.0}, r"batches_done must be an int, got 1\.0"),
-    ({"epoch": None}, "epoch must be an int, got None"),
-    ({"epoch": -1}, "epoch must be at least 0, got -1"),
-    ({"n_images": torch.ones(2)}, r"n_images must be an int, got float32 \[2\] on cpu"),
-]
-
-
-@pytest.mark.parametrize(("rubbish", "message"), RUBBISH)
-def test_a_sampler_refuses_a_state_of_rubbish_and_stays_as_it_was(rubbish, message):
-    sampler = BalancedBatchSampler([0, 0, 1, 1, 2, 2], 2, 1)
-    before, whole = sampler.state_dict(), message.startswith(("the state", "no state"))
-    with pytest.raises((ValueError, TypeError), match=message):
-        sampler.load_state_dict(rubbish if whole else {**before, **rubbish})
-    assert sampler.state_dict() == before

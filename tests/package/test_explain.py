@@ -168,8 +168,7 @@ def test_compiled_backbones_are_explained_as_plain_ones(wrap, layout):
     net, images = make(Tiny(layout)).eval(), two(16, 16)
     expected = explain_pair(net, images)
     net.backbone = wrap(net.backbone)
-    for value, other in zip(explain_pair(net, images), expected, strict=True):
-        torch.testing.assert_close(value, other)
+    torch.testing.assert_close(explain_pair(net, images), [*expected])
 
 
 def test_images_of_another_dtype_or_device_are_an_error_that_shows_both():
@@ -292,9 +291,9 @@ def test_a_bright_corner_is_where_the_heat_is():
     ("model", "args", "why"),
     [
         ("mobilenetv3_small_050", {}, "1024 channels of the features of MobileNetV3 are not the 288 of its last"),
-        ("test_mambaout", {}, r"hidden layer \(head.pre_logits\) after its last feature map"),
+        ("test_mambaout", {}, r"hidden layer \(head.pre_logits\) after its feature map"),
         ("test_vit3", {}, r"pools by attention.*global_pool"),
-        ("pit_ti_224", {}, f"gives 1 tokens.*no grid of {'7 x 7' if NEWEST else '8 x 8'} patches"),
+        ("pit_ti_224", {}, f"returns 1 tokens.*no grid of {'7 x 7' if NEWEST else '8 x 8'} patches"),
         ("crossvit_9_240", {}, "must return one map.*got list"),
     ],
 )  # fmt: skip
