@@ -230,8 +230,9 @@ def test_another_number_of_classes_is_saved(tmp_path):
 
 def test_another_chunk_size_is_saved(tmp_path):
     net = make_net()
-    net.chunk_size = 2
-    assert round_trip(net, tmp_path).chunk_size == 2
+    net.chunk_size, net.keep_chunks = 2, 3
+    loaded = round_trip(net, tmp_path)
+    assert (loaded.chunk_size, loaded.keep_chunks) == (2, 3)
 
 
 @pytest.mark.parametrize(
