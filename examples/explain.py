@@ -1,26 +1,65 @@
 """Pictures of what the gates see: for pairs of images, the channels that they open most, as heat maps.
 
-Without --pair, the hardest pairs: the test images whose probability of a wrong class exceeds that of the true one the
-most, misclassified ones first, each with the nearest test image (by features) of that wrong class. Of the images that
-are mistaken between the same two classes only the worst is taken, as long as there are others. Writes a PNG per pair,
-and report.html with all of them.
+Without --pair, the hardest pairs of a run of train_cub.py: the test images whose probability of a wrong class exceeds
+that of the true one the most, each with the nearest test image (by features) of that wrong class. Of the images that
+are mistaken between the same two classes only the worst is taken, as long as there are others. With --pair, any two
+files, by any model folder. Writes a PNG per pair, and report.html with all of them.
 
 python examples/explain.py runs/birds-api-resnet10t-seed0/best
-python examples/explain.py runs/birds-api-resnet10t-seed0/best --pair one.jpg other.jpg
+python examples/explain.py own-model --pair one.jpg other.jpg
 """
 
 import argparse
+import io
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from apinet_head.explain import explain_pair
-from workbench.compared import BirdMarks, Outcome, nearest, run_tests
+from apinet_head import PairExplanation, explain_pair
+from workbench import model_folder
+from workbench.compared import BirdMarks, Outcome, Place, nearest, run_tests
 from workbench.datasets.bad_images import shown
-from workbench.explain_page import Page, Side, readable, report, save_png
-from workbench.images import Image, load_image, test_transform
-from workbench.run_folder import write_text
+from workbench.datasets.lists import Image
+from workbench.guard import check_device
+from workbench.heat import about_map, map_size, overlay
+from workbench.image_files import BadImageError, load_image
+from workbench.images import eval_transform, unnormalized
+from workbench.model_folder import Model
+from workbench.report import plt, render, uri
+
+GATED, PLAIN = "#c2410c", "#475569"
+
+
+class Side(NamedTuple):
+    """One image of a pair: its true class (empty: unknown), what it is taken for, where the two are known to differ."""
+
+    file: str
+    true: str
+    predicted: str
+    probability: float
+    marks: list[Place]
+
+
+class Pair(NamedTuple):
+    """Two images, and what the net makes of them."""
+
+    pixels: Tensor  # [2,3,H,W] in [0, 1]
+    sides: tuple[Side, Side]
+    seen: PairExplanation
+    activations: Tensor  # [2,k], of the plain channels
+    note: str
+
+    @property
+    def title(self) -> str:
+        return " and ".join(side.true or side.file for side in self.sides)
+
+
+def readable(class_name: str) -> str:
+    """ "001.Black_footed_Albatross" as "Black footed Albatross"."""
+    number, dot, name = class_name.partition(".")
+    return (name if dot and number.isdigit() else class_name).replace("_", " ")
 
 
 def hardest_pairs(outcome: Outcome, count: int) -> list[tuple[int, int]]:
@@ -42,23 +81,24 @@ def hardest_pairs(outcome: Outcome, count: int) -> list[tuple[int, int]]:
     return [(one, other) for one, other in pairs if other >= 0][:count]
 
 
-def find_image(outcome: Outcome, path: Path) -> Image:
-    """An image file as one of the data set's; label -1 if it's none of them and its folder isn't named as a class."""
+def find_image(path: Path, classes: list[str], known: dict[Path, Image]) -> Image:
+    """An image file as the data set's, if it is one; else its folder may name its class, and the label is -1 if not."""
     if not path.is_file():
-        raise SystemExit(f"--pair: {path} is no file")
-    known = {image.path.resolve(): image for image in (*outcome.data.test, *outcome.data.train)}
-    classes = outcome.data.classes
-    label = classes.index(path.resolve().parent.name) if path.resolve().parent.name in classes else -1
+        raise SystemExit(f"--pair: {shown(str(path))} is no file")
+    folder = path.resolve().parent.name
+    label = classes.index(folder) if folder in classes else -1
     return known.get(path.resolve(), Image(path, label, ""))
 
 
 @torch.no_grad()
-def make_page(outcome: Outcome, pair: tuple[Image, Image], marks: BirdMarks | None, top_k: int) -> Page:
+def make_pair(
+    model: Model, pair: tuple[Image, Image], top_k: int, families: list[str], marks: BirdMarks | None
+) -> Pair:
     """What the net makes of two images."""
-    settings, net, classes = outcome.settings, outcome.net, outcome.data.classes
-    transform = test_transform(settings.resize, settings.crop)
-    device = next(net.parameters()).device
-    images: Tensor = torch.stack([transform(load_image(image.path)) for image in pair]).to(device)
+    net, classes, transform = model
+    prepare = eval_transform(transform)
+    images = torch.stack([prepare(load_image(image.path)) for image in pair]).to(next(net.parameters()).device)
+    size = map_size(net, images)
     seen = explain_pair(net, images, top_k=top_k)
     features = net.backbone(images)
     top = net.head(features).float().softmax(1).max(1)
@@ -74,48 +114,127 @@ def make_page(outcome: Outcome, pair: tuple[Image, Image], marks: BirdMarks | No
                 marks=marks.differing(image, other) if marks and known else [],
             )
         )
-    note = ""
-    if -1 not in (pair[0].label, pair[1].label) and outcome.data.families:
-        families = [outcome.data.families[image.label] for image in pair]
-        same = pair[0].label != pair[1].label and families[0] == families[1]
-        note = f"Two species of one family: {families[0]}." if same else ""
-    return Page(images.cpu(), (sides[0], sides[1]), seen, features.gather(1, seen.plain_channels), note)
+    note = f"Cosine of the two features: {float(seen.similarity):.3f}. {about_map(size, images)}"
+    labels = {image.label for image in pair}
+    if families and len(labels) == 2 and -1 not in labels and len({families[label] for label in labels}) == 1:
+        note += f" Two species of one family: {families[pair[0].label]}."
+    return Pair(
+        unnormalized(images, transform), (sides[0], sides[1]), seen, features.gather(1, seen.plain_channels), note
+    )
+
+
+def draw(pair: Pair) -> plt.Figure:
+    """Each image beside two rows of heat maps over it: the channels picked by the gates, and below those without."""
+    k = pair.seen.channels.shape[1]
+    figure = plt.figure(figsize=(2.9 + 1.35 * k, 6.6), facecolor="white")
+    place = {"left": 0.01, "right": 0.99, "top": 0.88, "bottom": 0.02, "wspace": 0.1, "hspace": 0.3}
+    halves: Any = figure.subfigures(2, 1, hspace=0.02)
+    for index, (half, side) in enumerate(zip(halves, pair.sides, strict=True)):
+        # The second column is for the names of the rows.
+        grid = half.add_gridspec(2, k + 2, width_ratios=[2.25, 0.08, *[1] * k], **place)
+        caption = f"{side.true or 'class unknown'}\ntaken for {side.predicted} ({100 * side.probability:.0f} %)"
+        colour = "#15803d" if side.true == side.predicted else "#b91c1c"
+        _tile(half.add_subplot(grid[:, 0]), overlay(pair.pixels[index], None), side.marks, caption, colour)
+        for row, gated in enumerate((True, False)):
+            for column in range(k):
+                axes = half.add_subplot(grid[row, column + 2])
+                _channel(axes, pair, index, column, gated=gated)
+                if column == 0:
+                    axes.text(
+                        -0.05, 0.5, "by the gates" if gated else "without gates", transform=axes.transAxes, rotation=90,
+                        ha="right", va="center", fontsize=8.5, color=GATED if gated else PLAIN,
+                    )  # fmt: skip
+    return figure
+
+
+def _channel(axes: Any, pair: Pair, index: int, column: int, *, gated: bool) -> None:
+    seen = pair.seen
+    channels, others = (seen.channels, seen.plain_channels) if gated else (seen.plain_channels, seen.channels)
+    channel = int(channels[index, column])
+    value = (
+        f"gate {float(seen.gates[index, channel]):.3f}"
+        if gated
+        else f"act. {float(pair.activations[index, column]):.2f}"
+    )
+    both = "*" if channel in others[index].tolist() else ""
+    heat = (seen.heatmaps if gated else seen.plain_heatmaps)[index, column]
+    tile = overlay(pair.pixels[index], heat)
+    _tile(axes, tile, pair.sides[index].marks, f"ch {channel}{both}\n{value}", GATED if gated else PLAIN)
+
+
+def _tile(axes: Any, image: Any, marks: list[Place], title: str, colour: str) -> None:
+    axes.imshow(image.clip(0, 1), interpolation="bilinear")
+    axes.set_title(title, fontsize=7.5, color=colour, pad=3, parse_math=False)
+    axes.set_axis_off()
+    for x, y in marks:
+        for edge, line in (("black", 2.2), ("white", 1)):  # seen on light and on dark
+            axes.add_patch(
+                plt.Circle((x - 0.5, y - 0.5), 0.07 * image.shape[1], fill=False, color=edge, linewidth=line)
+            )
+
+
+def write(folder: Path, title: str, pairs: list[Pair]) -> None:
+    """A PNG per pair, and report.html with all of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = []
+    for number, pair in enumerate(pairs, 1):
+        figure, small = draw(pair), io.BytesIO()
+        figure.savefig(folder / f"pair{number:02d}.png", dpi=130)
+        figure.savefig(small, format="jpeg", dpi=130, pil_kwargs={"quality": 88})
+        plt.close(figure)
+        picture = uri(small.getvalue(), "jpeg")
+        content.append({"title": pair.title, "sides": pair.sides, "note": pair.note, "figure": picture})
+    k = pairs[0].seen.channels.shape[1]
+    note = (
+        f"Beside each image, upper row: the {k} channels that its gates open most, given the other image of the pair. "
+        f"Lower row: the {k} channels of the same net that are most active, without gates. Red is where in the image a "
+        "channel is active, each scaled by itself. A gate is one number per channel: it decides which channels are "
+        "looked at, not where they are active. * marks a channel in both rows."
+    )
+    if any(side.marks for pair in pairs for side in pair.sides):
+        note += " Circles: the visible parts in which the two species truly differ."
+    render(folder / "report.html", title=title, note=note, pairs=content)
 
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model folder of a run, such as RUN/best or RUN/last")
+    parser.add_argument("model", type=Path, help="model folder, such as RUN/best or RUN/last")
     parser.add_argument("--pair", type=Path, nargs=2, action="append", metavar="IMAGE", help="two files; repeatable")
-    parser.add_argument(
-        "--pairs", type=int, default=6, metavar="N", help="how many of the hardest (default: %(default)s)"
-    )
+    about = "how many of the hardest (default: %(default)s)"
+    parser.add_argument("--pairs", type=int, default=6, metavar="N", help=about)
     parser.add_argument("--top-k", type=int, default=5, help="channels an image (default: %(default)s)")
     parser.add_argument("--data", help="folder of the same data set (default: the data of the training)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: explain/ in the run's folder")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: explain/ beside the model folder")
     options = parser.parse_args(arguments)
-    if options.pairs < 1:
-        parser.error(f"--pairs must be at least 1, got {options.pairs}")
+    if min(options.pairs, options.top_k) < 1:
+        parser.error("--pairs and --top-k must be at least 1")
+    device = check_device(options.device)
 
-    outcome = run_tests(options.model, options.data, torch.device(options.device))
-    test = outcome.data.test
+    families: list[str] = []
+    marks = None
+    known: dict[Path, Image] = {}
+    if options.pair and not (options.model / "run.json").exists():  # of train_own.py: any images will do
+        model = model_folder.load(options.model)
+        model.net.to(device)
+    else:
+        outcome = run_tests(options.model, options.data, device)
+        model, families, test = outcome.model, outcome.data.families, outcome.data.test
+        known = {image.path.resolve(): image for image in (*test, *outcome.data.train)}
+        marks = BirdMarks.of(outcome.data, model.transform)
     if options.pair:
-        pairs = [(find_image(outcome, one), find_image(outcome, other)) for one, other in options.pair]
+        pairs = [tuple(find_image(path, model.classes, known) for path in pair) for pair in options.pair]
     else:
         pairs = [(test[one], test[other]) for one, other in hardest_pairs(outcome, options.pairs)]
     if not pairs:
         raise SystemExit("no class has a test image to compare another with")
     try:
-        marks = BirdMarks(outcome.data, outcome.settings)
-    except FileNotFoundError:
-        marks = None  # photographs: nobody has written down what differs
+        explained = [make_pair(model, pair, options.top_k, families, marks) for pair in pairs]
+    except (ValueError, BadImageError) as error:
+        raise SystemExit(shown(str(error))) from None
     output = options.output or options.model.parent / "explain"
-    output.mkdir(parents=True, exist_ok=True)
-    pages = [make_page(outcome, pair, marks, options.top_k) for pair in pairs]
-    pictures = [save_png(page, output / f"pair{number:02d}.png") for number, page in enumerate(pages, 1)]
-    title = f"What the gates see: {options.model.parent.name}/{options.model.name}"
-    write_text(output / "report.html", report(title, pages, pictures, marks is not None))
-    print(f"{len(pages)} pairs: {output / 'report.html'}")
+    write(output, f"What the gates see: {options.model.resolve().parent.name}/{options.model.name}", explained)
+    print(f"{len(explained)} pairs: {output / 'report.html'}")
     return output
 
 

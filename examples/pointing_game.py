@@ -12,12 +12,9 @@ python examples/pointing_game.py RUN/last [RUN/last ...]
 import argparse
 import json
 import math
-import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from apinet_head.explain import explain_pair, features_and_maps, heat_maps
-from score import scores
+from apinet_head import APINet, explain_pair
+from apinet_head.explain import features_and_maps, heat_maps
 from workbench.compared import BirdMarks, Outcome, Place, nearest, run_tests
-from workbench.images import Image
+from workbench.datasets.lists import Image
+from workbench.guard import check_device
+from workbench.heat import map_size
+from workbench.images import eval_loader
+from workbench.metrics import machine, scores
 from workbench.run_folder import write_text
 from workbench.settings import Settings, parse
 
@@ -83,12 +84,10 @@ def partners(outcome: Outcome) -> Tensor:
 
 
 @torch.no_grad()
-def picked_maps(
-    outcome: Outcome, images: Tensor, top_k: int, generator: torch.Generator
-) -> tuple[dict[str, Tensor], float]:
+def picked_maps(net: APINet, images: Tensor, top_k: int, generator: torch.Generator) -> tuple[dict[str, Tensor], float]:
     """Heat maps [k,H,W] of the first of two images by each pick; and the share of the gates' picks that plain has."""
-    seen = explain_pair(outcome.net, images, top_k=top_k)
-    maps = features_and_maps(outcome.net.backbone, images[:1])[1]
+    seen = explain_pair(net, images, top_k=top_k)
+    maps = features_and_maps(net.backbone, images[:1])[1]
     drawn = torch.randperm(maps.shape[1], generator=generator)[None, :top_k].to(images.device)
     heat = {
         "gates": seen.heatmaps[0],
@@ -101,7 +100,7 @@ def picked_maps(
 def chances(marks: BirdMarks, image: Image, targets: Sequence[Place], radius: float, top_k: int) -> Row:
     """The measures of peaks thrown at random into the visible part of the bird's box, or anywhere."""
     left, top, right, bottom = marks.box(image)
-    crop = float(marks.settings.crop)
+    crop = float(marks.crop)
     regions = {
         "box": (max(left, 0.0), max(top, 0.0), min(right, crop), min(bottom, crop)),
         "image": (0.0, 0.0, crop, crop),
@@ -112,11 +111,18 @@ def chances(marks: BirdMarks, image: Image, targets: Sequence[Place], radius: fl
 
 def play(outcome: Outcome, *, top_k: int, tolerance: float, seed: int) -> dict[str, Any]:
     """One net's game: for each pick and chance the measures [N] of all images, NaN where there is nothing to hit."""
+    net, _, transform = outcome.model
+    marks, generator = BirdMarks.of(outcome.data, transform), torch.Generator().manual_seed(seed)
+    if marks is None:
+        raise SystemExit(f"{outcome.data.name}: where species differ is known of the embedded birds alone")
+    device, test = next(net.parameters()).device, outcome.data.test
+    images = eval_loader(test, transform, batch=1, workers=0).dataset
     try:
-        marks, generator = BirdMarks(outcome.data, outcome.settings), torch.Generator().manual_seed(seed)
-    except FileNotFoundError:
-        raise SystemExit(f"{outcome.data.name}: where species differ is known of the embedded birds alone") from None
-    device, test = next(outcome.net.parameters()).device, outcome.data.test
+        resolution = map_size(net, images[0][0][None].to(device))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if not 1 <= top_k <= net.dim:
+        raise SystemExit(f"--top-k must be from 1 to the {net.dim} channels of the features, got {top_k}")
     nothing: Row = {name: dict.fromkeys(MEASURES, math.nan) for name in (*PICKS, *CHANCES)}
     rows, shared = [], []
     for index, partner in enumerate(tqdm(partners(outcome).tolist(), desc="pointing game", leave=False)):
@@ -124,7 +130,8 @@ def play(outcome: Outcome, *, top_k: int, tolerance: float, seed: int) -> dict[s
         if not targets:
             rows.append(nothing)
             continue
-        heat, both = picked_maps(outcome, outcome.images(index, partner).to(device), top_k, generator)
+        pair = torch.stack([images[index][0], images[partner][0]]).to(device)
+        heat, both = picked_maps(net, pair, top_k, generator)
         left, top, right, bottom = marks.box(test[index])
         radius = tolerance * max(right - left, bottom - top)
         row = {name: measures(hits(peaks(maps.cpu()), targets, radius)) for name, maps in heat.items()}
@@ -132,8 +139,6 @@ def play(outcome: Outcome, *, top_k: int, tolerance: float, seed: int) -> dict[s
         shared.append(both)
     if not shared:
         raise SystemExit("no test image has another species of its family to be compared with, and a visible mark")
-    with torch.no_grad():
-        resolution = features_and_maps(outcome.net.backbone, outcome.images(0).to(device))[1].shape[-2:]
     return {
         "values": {name: {m: np.array([row[name][m] for row in rows]) for m in MEASURES} for name in nothing},
         "map": list(resolution),
@@ -192,8 +197,8 @@ def as_table(found: dict[str, Any]) -> str:
             form = f"{{mean:{sign}.1f}} ({{low:{sign}.1f}} to {{high:{sign}.1f}})"
             lines.append(f"| {title} | {' | '.join(form.format(**row[m]) for m in MEASURES)} |")
     commands = [run["command"] for group in found["methods"].values() for run in group["runs"]]
-    made = f"Measured on {found['date']} on {found['device']}, with torch {found['versions']['torch']}."
-    return "\n".join([*lines, "", f"{made} The runs:", "", "```sh", *commands, "```"])
+    made = f"Measured on {found['machine']}. The runs:"
+    return "\n".join([*lines, "", made, "", "```sh", *commands, "```"])
 
 
 def heading(method: str, runs: list[dict[str, Any]], k: int) -> str:
@@ -219,23 +224,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     about = "radius of a hit, as a share of the larger side of the bird's box (default: %(default)s)"
     parser.add_argument("--tolerance", type=float, default=0.15, help=about)
     parser.add_argument("--seed", type=int, default=0, help="of the random channels (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     about = "default: pointing_game.json in the run's folder; the table goes beside it, as .md"
     parser.add_argument("--output", type=Path, metavar="FILE.json", help=about)
     options = parser.parse_args(arguments)
 
+    device = check_device(options.device)
     methods: dict[str, dict[str, Any]] = {}
     for model in options.models:
-        outcome = run_tests(model, options.data, torch.device(options.device))
+        outcome = run_tests(model, options.data, device)
         game = play(outcome, top_k=options.top_k, tolerance=options.tolerance, seed=options.seed)
         run = {"model": f"{model.parent.name}/{model.name}", "command": train_command(outcome.settings), **game}
         methods.setdefault(outcome.settings.method, {"runs": []})["runs"].append(run)
     for group in methods.values():
         group["summary"] = summary([run.pop("values") for run in group["runs"]])
     found = {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"a {platform.machine()} CPU",
-        "versions": {name: version(name) for name in ("apinet-head", "torch", "timm", "numpy")},
+        "machine": machine(str(device)),
         "settings": {name: getattr(options, name) for name in ("top_k", "tolerance", "seed")},
         "resamples": RESAMPLES,
         "methods": methods,

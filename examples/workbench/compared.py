@@ -7,51 +7,52 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from apinet_head import APINet
 from birds import Species, differing_parts, read_species
-from score import test_loader
-from workbench.datasets.birds_cache import open_data
-from workbench.images import Image, ImageSet, load_image, read_boxes, read_parts
-from workbench.run_folder import load_model
+from workbench import model_folder
+from workbench.datasets import open_data
+from workbench.datasets.bad_images import ending_at_bad_images
+from workbench.datasets.bird_lists import read_boxes, read_parts
+from workbench.datasets.lists import Image, ImageSet
+from workbench.image_files import load_image
+from workbench.images import eval_loader
+from workbench.model_folder import Model
 from workbench.settings import Settings
 
 Place = tuple[float, float]
 
 
 class Outcome(NamedTuple):
-    """A net and its N test images, in order; tensors are on the CPU."""
+    """A model of train_cub.py and its N test images, in order; tensors are on the CPU."""
 
-    net: APINet
+    model: Model
     settings: Settings
     data: ImageSet
     features: Tensor  # [N,D]
     logits: Tensor  # [N,C]
     labels: Tensor  # [N]
 
-    def images(self, *indices: int) -> Tensor:
-        """Some test images as the net sees them, stacked."""
-        return torch.stack([test_loader(self.data, self.settings).dataset[index][0] for index in indices])
-
 
 @torch.no_grad()
-def run_tests(model: Path, root: str | None, device: torch.device) -> Outcome:
-    """The net of a model folder, in eval mode, and what it makes of its test images (of the data at `root`, if given).
+def run_tests(folder: Path, root: str | None, device: torch.device) -> Outcome:
+    """A model in eval mode, on the device, and what it makes of its test images (of the data at `root`, if given).
 
     Raises:
-        SystemExit: the data has other classes than the net.
+        SystemExit: the folder has no model of train_cub.py, or the data has other classes.
     """
-    net, run = load_model(model)
-    net = net.to(device).eval()
-    settings = Settings(**run["settings"])
+    model = model_folder.load(folder)
+    settings = Settings(**model_folder.load_run(folder)["settings"])
+    net = model.net.to(device)
     data = open_data(settings, root)
-    if data.classes != run["classes"]:
-        raise SystemExit(f"{data.name} has other classes than {model} was trained on: give its --data")
+    if data.classes != model.classes:
+        raise SystemExit(f"{data.name} has other classes than {folder} was trained on: give its --data")
     features, labels = [], []
-    for images, targets, _ in tqdm(test_loader(data, settings), desc="features", leave=False):
-        features.append(net.backbone(images.to(device)).float())
-        labels.append(targets)
+    loader = eval_loader(data.test, model.transform, settings.eval_batch, settings.workers, settings.loader_timeout)
+    with ending_at_bad_images():
+        for images, targets, _ in tqdm(loader, desc="features", leave=False):
+            features.append(net.backbone(images.to(device)).float())
+            labels.append(targets)
     every = torch.cat(features)
-    return Outcome(net, settings, data, every.cpu(), net.head(every).float().cpu(), torch.cat(labels))
+    return Outcome(model, settings, data, every.cpu(), net.head(every).float().cpu(), torch.cat(labels))
 
 
 def nearest(features: Tensor, queries: Tensor, allowed: Tensor) -> Tensor:
@@ -67,12 +68,20 @@ class BirdMarks:
         FileNotFoundError: `data` isn't the embedded birds, so that nobody knows what makes its species differ.
     """
 
-    def __init__(self, data: ImageSet, settings: Settings) -> None:
+    def __init__(self, data: ImageSet, transform: dict[str, int]) -> None:
         root = data.test[0].path.parents[2]
         self.species: dict[str, Species] = read_species(root)
-        self.classes, self.settings = data.classes, settings
+        self.classes, self.squash, self.crop = data.classes, transform["squash"], transform["crop"]
         self.boxes, self.parts = read_boxes(root), read_parts(root)[1]
         self.size = load_image(data.test[0].path).width  # all are square, and of one size
+
+    @classmethod
+    def of(cls, data: ImageSet, transform: dict[str, int]) -> "BirdMarks | None":
+        """None of photographs: nobody has written down what differs."""
+        try:
+            return cls(data, transform)
+        except FileNotFoundError:
+            return None
 
     def differing(self, image: Image, other: Image) -> list[Place]:
         """The parts of `image` in which its species differs from the other's, if it is of the same family.
@@ -84,7 +93,7 @@ class BirdMarks:
             return []
         visible = self.parts[int(image.image_id)]
         places = [self._in_crop(*visible[part]) for part in sorted(differing_parts(mine, theirs)) if part in visible]
-        return [(x, y) for x, y in places if min(x, y) >= 0 and max(x, y) < self.settings.crop]
+        return [(x, y) for x, y in places if min(x, y) >= 0 and max(x, y) < self.crop]
 
     def box(self, image: Image) -> tuple[float, float, float, float]:
         """The bird's box as (left, top, right, bottom); it may reach beyond the crop."""
@@ -92,6 +101,6 @@ class BirdMarks:
         return *self._in_crop(x, y), *self._in_crop(x + width, y + height)
 
     def _in_crop(self, x: float, y: float) -> Place:
-        # As data.test_transform does it: squash to resize x resize (the birds are square), then the central crop.
-        scale, edge = self.settings.resize / self.size, (self.settings.resize - self.settings.crop) / 2
+        # As images.eval_transform does it: squash to a square (the birds are square), then the central crop.
+        scale, edge = self.squash / self.size, (self.squash - self.crop) / 2
         return x * scale - edge, y * scale - edge

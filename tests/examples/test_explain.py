@@ -8,22 +8,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from cub_models import save_untrained
 from PIL import Image as Picture
+from torchvision.transforms.functional import center_crop, resize, to_tensor
 
 import explain
 import pointing_game
 from birds.dataset import write_birds
-from train_cub import make_net
+from explain import readable
+from workbench import model_folder
 from workbench.compared import BirdMarks, Outcome, nearest
-from workbench.explain_page import readable
-from workbench.images import Image, ImageSet, read_cub
-from workbench.run_folder import RunFolder
-from workbench.settings import parse
-
-FLAGS = [
-    "--preset", "demo", "--backbone", "test_resnet", "--backbone-args", '{"output_stride": 8}', "--resize", "40",
-    "--crop", "32", "--n-classes", "3", "--n-samples", "2", "--device", "cpu",
-]  # fmt: skip
+from workbench.datasets.bird_lists import read_cub
+from workbench.datasets.lists import Image, ImageSet
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +31,7 @@ def birds(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(birds, tmp_path_factory):
     """The model folder of a net that has learnt nothing."""
-    settings = parse([*FLAGS, "--data", str(birds)])
-    torch.manual_seed(0)
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "untrained", settings)
-    folder.save_model("last", make_net(settings, 6), settings, read_cub(birds).classes, {})
-    return folder.path / "last"
+    return save_untrained(birds, tmp_path_factory.mktemp("runs") / "untrained" / "last")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +54,14 @@ def test_writes_a_picture_per_pair_and_one_report(model, explained):
 
 def test_report_stands_alone_and_names_what_it_shows(birds, explained):
     text = (explained / "report.html").read_text()
-    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[^']*", "", text))
-    sources = re.findall(r"src='([^']*)'", text)
+    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", re.sub(r'base64,[^"]*', "", text))
+    sources = re.findall(r'src="([^"]*)"', text)
     assert len(sources) == 3
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
     assert len(text) < 2_000_000
     names = [readable(name) for name in read_cub(birds).classes]
-    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td class='(.*?)'>(.*?)</td><td>(.*?) %</td></tr>", text)
+    cell = '<td class="name">(.*?)</td>'
+    rows = re.findall(f'<tr>{cell}{cell}\\s*<td class="name (.*?)">(.*?)</td>\\s*<td>(.*?) %</td></tr>', text)
     assert len(rows) == 6
     for file, true, kind, predicted, percent in rows:
         assert true.replace(" ", "_") in file
@@ -87,12 +80,55 @@ def test_chosen_images(birds, model, tmp_path, capsys):
     assert len(list(output.glob("*.png"))) == 2
     text = (output / "report.html").read_text()
     assert images[7].name in text
-    assert "&lt;stranger&gt;.jpg</td><td>unknown" in text
+    assert '&lt;stranger&gt;.jpg</td><td class="name">unknown' in text
     assert "Two species of one family" in text
     with pytest.raises(SystemExit, match=r"none\.jpg is no file"):
         explain.main([str(model), "--pair", str(images[0]), str(tmp_path / "none.jpg")])
+    with pytest.raises(SystemExit, match="top_k must be from 1 to the 96 channels of the features, got 97"):
+        explain.main([str(model), "--pair", str(images[0]), str(images[1]), "--top-k", "97"])
     with pytest.raises(SystemExit):
         explain.main([str(model), "--pairs", "0"])
+
+
+def test_any_images_by_a_model_without_a_data_set(birds, model, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(model, own, ignore=shutil.ignore_patterns("run.json"))  # as train_own.py writes it
+    images = [str(path) for path in sorted(birds.glob("images/*/*.jpg"))[:2]]
+    output = explain.main([str(own), "--pair", *images, "--output", str(tmp_path / "out")])
+    assert "White Barred Tern" in (output / "report.html").read_text()  # by the name of the folder
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(SystemExit, match=r"text\.jpg .* is no image"):
+        explain.main([str(own), "--pair", images[0], str(tmp_path / "text.jpg")])
+    with pytest.raises(SystemExit, match="no model folder of train_cub"):
+        explain.main([str(own)])
+
+
+def test_images_are_shown_as_they_are_whatever_the_normalisation(birds, model):
+    paths = sorted(birds.glob("images/*/*.jpg"))[:2]
+    pair = tuple(Image(path, 0, "") for path in paths)
+    shown = explain.make_pair(model_folder.load(model), pair, 2, [], None)
+    for path, pixels in zip(paths, shown.pixels, strict=True):
+        raw = center_crop(resize(Picture.open(path), [40, 40]), [32, 32])
+        torch.testing.assert_close(pixels, to_tensor(raw), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("command", [explain, pointing_game])
+def test_coarse_feature_maps_are_refused_with_what_to_do(birds, tmp_path, command):
+    coarse = save_untrained(birds, tmp_path / "run" / "last", "--backbone-args", "{}", "--crop", "40")
+    with pytest.raises(SystemExit, match=r"2 x 2 for images of 40 x 40 pixels, too coarse .* 80 x 80 .* output_stride"):
+        command.main([str(coarse), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("command", [explain, pointing_game])
+def test_mistakes_are_one_line(model, command):
+    for arguments, message in [
+        ([str(model), "--device", "cuda:99"], "--device cuda:99 is not available"),
+        ([str(model.parent)], "not a model folder"),
+        ([str(model), "--data", str(model)], "images.txt"),
+    ]:
+        with pytest.raises(SystemExit, match=message) as ended:
+            command.main(arguments)
+        assert "\n" not in str(ended.value)
 
 
 def made_up(probabilities, labels, features):
@@ -180,8 +216,8 @@ def test_summary_averages_runs_image_by_image():
 
 
 def test_marks_lie_on_the_crop_as_the_transform_cuts_it(birds):
-    settings, data = parse([*FLAGS, "--data", str(birds)]), read_cub(birds)
-    marks = BirdMarks(data, settings)
+    data = read_cub(birds)
+    marks = BirdMarks(data, {"squash": 40, "crop": 32})
     first, sibling = (next(i for i in data.test if i.label == label) for label in (0, 1))
     scale, edge = 40 / 60, 4
     x, y, width, height = marks.boxes[first.image_id]

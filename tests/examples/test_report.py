@@ -2,26 +2,25 @@
 
 import base64
 import io
-from argparse import Namespace
+import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
+from torch.utils.data import Dataset
 
 from apinet_head import APINet, explain_pair
-from workbench import confused
-from workbench.confused import Confused, Picture, Shown, show_pairs
+from workbench import report
 from workbench.datasets.folders import Item
-from workbench.drawings import picture
+from workbench.image_files import load_image
+from workbench.images import eval_transform
 from workbench.metrics import by_class, summary
-from workbench.own_training import Images
-from workbench.report_page import write
+from workbench.report import Confused, ConfusedPairs, Picture, picture, show_pairs
 
 ODD = "<b>&\"'$\\no{$ | 猫\n</td><script>alert(1)</script>"
-OPTIONS, BASELINE = Namespace(baseline=False), Namespace(baseline=True)
+TRANSFORM = {"input_size": [3, 128, 128], "crop_pct": 1.0, "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
 VOID = {"meta", "img", "br", "source"}
 
 
@@ -57,31 +56,32 @@ def metrics_of(names, confusion):
         "history": [{"epoch": 1, "loss": 2.0, "train_accuracy": 0.5}, {"epoch": 2, "loss": 1.0, "train_accuracy": 0.6,
                                                                      "test_accuracy": 0.7}],
         "data": {"name": names[0], "train": 9, "test": 9, "notes": [f"warning: {names[0]}"]},
-        "settings": {"backbone": "test_resnet", "baseline": False},
+        "settings": {"backbone": "test_resnet", "baseline": "", "backbone_lr": 3e-4 / 10},
     }  # fmt: skip
 
 
-def report(tmp_path, names, confusion, shown=Shown([], "")):  # noqa: B008
-    write(tmp_path / "report.html", metrics_of(names, confusion), shown)
+def written(tmp_path, names, confusion, shown=ConfusedPairs([], "")):  # noqa: B008
+    report.write(tmp_path / "report.html", metrics_of(names, confusion), shown)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.open == []
     return page
 
 
 def test_table_has_the_counts(tmp_path):
-    page = report(tmp_path, ["a", "b", "c"], torch.tensor([[3, 0, 0], [0, 3, 1], [2, 0, 1]]))
+    page = written(tmp_path, ["a", "b", "c"], torch.tensor([[3, 0, 0], [0, 3, 1], [2, 0, 1]]))
     assert ["a", "3", "0", "0"] in page.rows
     assert ["b", "0", "3", "1"] in page.rows
     worst_first = [row[0] for row in page.rows if len(row) >= 5 and row[1].endswith("%")]
     assert worst_first == ["c", "b", "a"]
     assert ["c", "33.3 %", "1", "3", "3", "a (2)"] in page.rows
+    assert ["backbone_lr", "3e-05"] in page.rows  # not 2.9999999999999997e-05
 
 
 @pytest.mark.parametrize("count", [2, 31, 200])
 def test_any_number_of_classes(tmp_path, count):
     confusion = 3 * torch.eye(count, dtype=torch.int64)
     confusion[0, 1] = 2
-    page = report(tmp_path, [f"class {index}" for index in range(count)], confusion)
+    page = written(tmp_path, [f"class {index}" for index in range(count)], confusion)
     cells = sum(tag == "td" for tag in page.tags)
     assert cells < 40 + 8 * count  # no table of count x count
     assert sum(tag == "picture" for tag in page.tags) == (1 if count <= 30 else 2)
@@ -90,9 +90,9 @@ def test_any_number_of_classes(tmp_path, count):
 def test_names_are_text_and_nothing_is_loaded(tmp_path):
     names = [ODD, *(f"{index}{ODD}" for index in range(40))]
     pixels = torch.rand(3, 20, 30)
-    shown = Shown([Confused(ODD, names[1], 2, 0, [Picture(pixels, pixels[0], ODD, ODD)])], ODD)
+    shown = ConfusedPairs([Confused(ODD, names[1], 2, 0, [Picture(pixels, pixels[0], ODD, ODD)])], ODD)
     for count in (3, 41):
-        page = report(tmp_path, names[:count], torch.eye(count, dtype=torch.int64) + 1, shown)
+        page = written(tmp_path, names[:count], torch.eye(count, dtype=torch.int64) + 1, shown)
         assert not {"b", "script"} & set(page.tags)
         assert all(source.startswith("data:image/") for source in page.sources)
         assert ODD in page.texts
@@ -102,32 +102,41 @@ def test_names_are_text_and_nothing_is_loaded(tmp_path):
 def test_heat_is_laid_over_the_picture():
     pixels, heat = torch.full((3, 224, 224), 0.5), torch.zeros(224, 224)
     heat[:112] = 1
-    assert decoded(picture(pixels, None, "")) == pytest.approx([128, 128, 128] * 2, abs=3)
-    top_red, _, top_blue, bottom_red, _, bottom_blue = decoded(picture(pixels, heat, ""))
+    shown = Picture(pixels, heat, "", "")
+    assert decoded(picture(shown)) == pytest.approx([128, 128, 128] * 2, abs=3)
+    top_red, _, top_blue, bottom_red, _, bottom_blue = decoded(picture(shown, True))
     assert top_red > top_blue + 30  # turbo: dark red where there is heat
     assert bottom_blue >= bottom_red
 
 
-def decoded(tag):
-    data = tag.split("base64,")[1].split('"')[0]
-    image = Image.open(io.BytesIO(base64.b64decode(data)))
+def decoded(uri):
+    image = Image.open(io.BytesIO(base64.b64decode(uri.split("base64,")[1])))
     return [*image.getpixel((100, 30)), *image.getpixel((100, 200))]
+
+
+class Images(Dataset):
+    """As train_own.py's: items, their labels, and transformed images by index."""
+
+    def __init__(self, items, classes):
+        self.items, self.labels = items, [classes.index(item.label) for item in items]
+
+    def __getitem__(self, row):
+        return eval_transform(TRANSFORM)(load_image(self.items[row].path)), self.labels[row]
 
 
 @pytest.fixture
 def images(tmp_path):
     """Training and test images of three classes, of noise on which nothing was learned."""
     torch.manual_seed(0)
-    transform = create_transform(input_size=(3, 64, 64), crop_pct=1.0)
     found = []
     for part in ("train", "test"):
         items = []
         for label in ("a", "b", "c"):
             for index in range(4):
                 path = tmp_path / f"{part}-{label}{index}.png"
-                Image.fromarray((torch.rand(64, 64, 3) * 255).byte().numpy()).save(path)
+                Image.fromarray((torch.rand(128, 128, 3) * 255).byte().numpy()).save(path)
                 items.append(Item(path, label))
-        found.append(Images(items, ["a", "b", "c"], transform))
+        found.append(Images(items, ["a", "b", "c"]))
     return found
 
 
@@ -150,7 +159,7 @@ def scaled(maps):
 def test_pairs_are_ranked_and_shown_with_their_training_images(images):
     train, test = images
     net = APINet("test_resnet", 3).eval()
-    shown = show_pairs(net, train, test, likely(), OPTIONS)
+    shown = show_pairs(net, train, test, likely(), TRANSFORM, baseline=False)
     assert [(pair.true, pair.predicted, pair.there, pair.back) for pair in shown.pairs] == [
         ("b", "c", 2, 1),
         ("a", "b", 1, 0),
@@ -177,7 +186,7 @@ def test_pairs_are_ranked_and_shown_with_their_training_images(images):
 def test_baseline_is_shown_without_gates(images):
     train, test = images
     net = APINet("test_resnet", 3).eval()
-    shown = show_pairs(net, train, test, likely(), BASELINE)
+    shown = show_pairs(net, train, test, likely(), TRANSFORM, baseline=True)
     wrong, other, _ = shown.pairs[0].pictures
     row = next(row for row, item in enumerate(train.items) if item.path.name == other.file)
     seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
@@ -185,17 +194,26 @@ def test_baseline_is_shown_without_gates(images):
     assert "no trained gates" in shown.note
 
 
-def test_backbone_without_maps_has_pictures_and_a_note(images, monkeypatch):
-    def refuse(*_, **__):
-        raise ValueError("it has a layer that mixes channels")
+def test_note_says_how_fine_the_heat_maps_are(images):
+    note = show_pairs(APINet("test_resnet", 3).eval(), *images, likely(), TRANSFORM, baseline=False).note
+    assert "a feature map of 4 x 4: each of its values stands for about 32 x 32 pixels" in note
 
-    monkeypatch.setattr(confused, "explain_pair", refuse)
-    shown = show_pairs(APINet("test_resnet", 3).eval(), *images, likely(), OPTIONS)
-    assert shown.note == "There are no heat maps with this backbone: it has a layer that mixes channels."
+
+@pytest.mark.parametrize(
+    ("backbone", "side", "note"),
+    [
+        ("test_resnet", 96, r"feature map is 3 x 3 for images of 96 x 96 .* train with images of 128 x 128 pixels or"),
+        ("mobilenetv3_small_050", 128, "a layer after the map mixes channels"),
+    ],
+)
+def test_no_heat_maps_of_coarse_maps_or_mixed_channels(images, monkeypatch, backbone, side, note):
+    monkeypatch.setitem(TRANSFORM, "input_size", [3, side, side])
+    shown = show_pairs(APINet(backbone, 3).eval(), *images, likely(), TRANSFORM, baseline=False)
+    assert re.match(f"There are no heat maps: .*{note}", shown.note)
     assert [each.heat for each in shown.pairs[0].pictures] == [None] * 3
 
 
 def test_only_the_first_pairs_have_pictures(images, monkeypatch):
-    monkeypatch.setattr(confused, "PAIRS", 1)
-    shown = show_pairs(APINet("test_resnet", 3).eval(), *images, likely(), OPTIONS)
+    monkeypatch.setattr(report, "PAIRS", 1)
+    shown = show_pairs(APINet("test_resnet", 3).eval(), *images, likely(), TRANSFORM, baseline=False)
     assert [len(pair.pictures) for pair in shown.pairs] == [3, 0]

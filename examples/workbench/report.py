@@ -1,0 +1,237 @@
+"""The HTML report, one file that needs no other and no network: of a training, or of pairs of images explained."""
+
+import base64
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window, also where there is a screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from jinja2 import Environment, FileSystemLoader, StrictUndefined  # torch needs it too
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from apinet_head import APINet, explain_pair
+from workbench.heat import about_map, map_size, overlay
+from workbench.images import unnormalized
+from workbench.metrics import confusions, ranked_pairs
+
+THEMES = {"light": "default", "dark": "dark_background"}
+COLOURS = {"light": "Blues", "dark": "inferno"}  # where there is nothing, the page shows
+NAMED = 60  # classes whose names fit beside an image of the confusions
+AS_TABLE = 30  # classes up to which the confusions are a table of counts, and not an image
+LISTED = 15  # confused pairs of classes
+PAIRS = 6  # of these with pictures
+CANDIDATES = 32  # training images of a class, of which the most alike is shown
+CHANNELS = 5  # whose heat maps are averaged
+
+
+class Picture(NamedTuple):
+    """An image [3,H,W] in [0, 1], and its heat map [H,W] if there is one."""
+
+    pixels: Tensor
+    heat: Tensor | None
+    file: str
+    caption: str
+
+
+class Confused(NamedTuple):
+    """Two classes: how many images of the first were taken for the second, and the other way round."""
+
+    true: str
+    predicted: str
+    there: int
+    back: int
+    pictures: list[Picture]
+
+
+class ConfusedPairs(NamedTuple):
+    """All confused pairs, pictures for the first `PAIRS`, and what is to be said of the heat maps."""
+
+    pairs: list[Confused]
+    note: str
+
+
+def write(file: Path, metrics: dict[str, Any], confused: ConfusedPairs) -> None:
+    """The report of a training; the names of classes and files may hold any characters."""
+    classes = metrics["classes"]
+    method = {"": "API-Net", "balanced": "the baseline, cross-entropy on the same balanced batches"}
+    render(
+        file,
+        title=f"{metrics['data']['name']}: training report",
+        metrics=metrics,
+        method=method.get(metrics["settings"]["baseline"], "the baseline, cross-entropy on shuffled batches"),
+        curves=draw_curves(metrics["history"]),
+        matrix=draw_matrix(torch.tensor(metrics["confusion"]), classes) if len(classes) > AS_TABLE else None,
+        confused=confused.pairs,
+        listed=LISTED,
+        note=confused.note,
+    )
+
+
+def render(file: Path, **content: Any) -> None:
+    """Fill in the template: with `metrics` it is the report of a training, else that of `pairs` with their figures."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"percent": percent, "setting": setting, "picture": picture}
+    text = environment.get_template("report.html.jinja").render(**{"metrics": None, **content})
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def percent(share: float | None) -> str:
+    return "none" if share is None else f"{100 * share:.1f} %"
+
+
+def setting(value: Any) -> str:
+    """As one would write it: 3e-05, and not 2.9999999999999997e-05."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def picture(shown: Picture, heated: bool = False) -> str:
+    """As a URI, with its heat or without."""
+    drawn = overlay(shown.pixels, shown.heat if heated else None)
+    image = PIL.Image.fromarray((255 * np.clip(drawn, 0, 1)).round().astype(np.uint8))
+    buffer = io.BytesIO()
+    size = (224, round(224 * image.height / image.width))
+    image.resize(size, PIL.Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=88)
+    return uri(buffer.getvalue(), "jpeg")
+
+
+def uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def draw_curves(history: Sequence[dict[str, float]]) -> dict[str, str]:
+    """Loss, and accuracy in training and on the test images, over the epochs."""
+
+    def draw(figure: Any, theme: str) -> None:
+        left, right = figure.subplots(1, 2)
+        epochs = [row["epoch"] for row in history]
+        mark = "." if len(history) < 30 else ""
+        left.plot(epochs, [row["loss"] for row in history], marker=mark, color="tab:orange")
+        left.set(xlabel="epoch", ylabel="training loss", ylim=(0, 1.05 * max(row["loss"] for row in history)))
+        tested = [row for row in history if "test_accuracy" in row]
+        right.plot(epochs, [100 * row["train_accuracy"] for row in history], color="tab:gray", label="training batches")
+        right.plot(
+            [row["epoch"] for row in tested], [100 * row["test_accuracy"] for row in tested], "o-", markersize=4,
+            color="tab:blue", label="test images",
+        )  # fmt: skip
+        right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102))
+        right.legend(loc="best", frameon=False)
+        for axes in (left, right):
+            axes.grid(alpha=0.2)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return _themed(draw, (9, 3.2))
+
+
+def draw_matrix(confusion: Tensor, classes: list[str]) -> dict[str, str]:
+    """[C,C] as an image, each row in shares of its class."""
+    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
+    size = 5.5 + 4.5 * min(len(classes), NAMED) / NAMED
+
+    def draw(figure: Any, theme: str) -> None:
+        axes = figure.subplots()
+        drawn = axes.imshow(shares, vmin=0, vmax=1, cmap=COLOURS[theme], interpolation="nearest")
+        figure.colorbar(drawn, ax=axes, label="share of the true class", fraction=0.045, pad=0.02)
+        if len(classes) <= NAMED:
+            # No mathematics: a name may have dollars in it.
+            names = [name if len(name) <= 24 else f"{name[:23]}…" for name in classes]
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
+            axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
+        numbered = "" if len(classes) <= NAMED else ", numbered from 0 by name"
+        axes.set(xlabel=f"predicted class{numbered}", ylabel=f"true class{numbered}")
+
+    return _themed(draw, (size + 1, size))
+
+
+def _themed(draw: Callable[[Any, str], None], size: tuple[float, float]) -> dict[str, str]:
+    """URIs of a figure for a light page and of one for a dark page, of which the browser shows the fitting one."""
+    uris = {}
+    for theme, style in THEMES.items():
+        with plt.style.context(style), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # names in scripts that the font lacks
+            figure = plt.figure(figsize=size, layout="constrained")
+            draw(figure, theme)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=110, transparent=True, bbox_inches="tight")
+            plt.close(figure)
+        uris[theme] = uri(buffer.getvalue(), "png")
+    return uris
+
+
+def show_pairs(
+    net: APINet, train: Any, test: Any, likely: Tensor, transform: dict[str, Any], *, baseline: bool
+) -> ConfusedPairs:
+    """The most confused pairs of classes, each with a wrong image, and what the net looks at when it compares it.
+
+    Args:
+        net: on the CPU.
+        train, test: data sets of (image, label), with `items` (path and label) and `labels`; both prepared for testing.
+        likely: [N,C], the probabilities of the test images.
+        transform: how the images are prepared, as in classes.json.
+        baseline: the net's gates were not trained, so that its most active channels are shown.
+    """
+    names = {label: item.label for label, item in zip(train.labels, train.items, strict=True)}
+    labels, predicted = torch.tensor(test.labels), likely.argmax(1)
+    example = test[0][0][None]
+    try:
+        note, heated = f"{_about_heat(baseline)} {about_map(map_size(net, example), example)}", True
+    except ValueError as error:  # the map is coarse, or its channels are not those of the gates
+        note, heated = f"There are no heat maps: {error}.", False
+    found = []
+    for a, b, there, back in ranked_pairs(confusions(test.labels, predicted.tolist(), likely.shape[1])):
+        pictures: list[Picture] = []
+        if len(found) < PAIRS:
+            wrong = ((labels == a) & (predicted == b)).nonzero()[:, 0]
+            row = int(wrong[likely[wrong, b].argmax()])
+            image = test[row][0]
+            alike = [_most_alike(net, train, image, label) for label in (b, a)]
+            images = torch.stack([image, *(train[index][0] for index in alike)])
+            heats = _heats(net, images, baseline) if heated else [None] * 3
+            files = [test.items[row].path.name, *(train.items[index].path.name for index in alike)]
+            captions = [
+                f"{names[a]}, taken for {names[b]} ({likely[row, b]:.0%})",
+                f"{names[b]}, in training",
+                f"{names[a]}, in training",
+            ]
+            found_pictures = zip(unnormalized(images, transform), heats, files, captions, strict=True)
+            pictures = [Picture(*each) for each in found_pictures]
+        found.append(Confused(names[a], names[b], there, back, pictures))
+    return ConfusedPairs(found, note)
+
+
+def _about_heat(baseline: bool) -> str:
+    which = (
+        f"the {CHANNELS} most active channels, for the baseline has no trained gates"
+        if baseline
+        else f"the {CHANNELS} channels that its gates open most: the training images compared with the wrong one, and "
+        "the wrong one with that of the class it was taken for"
+    )
+    return f"The colours, from blue to red, show where in an image its features are active, as the mean over {which}."
+
+
+def _heats(net: APINet, images: Tensor, baseline: bool) -> list[Tensor | None]:
+    """Of the first of three images, compared with the second, and of the others, compared with the first; in [0, 1]."""
+    seen = [explain_pair(net, images[[0, other]], top_k=min(CHANNELS, net.dim)) for other in (1, 2)]
+    means = [(each.plain_heatmaps if baseline else each.heatmaps).mean(1) for each in seen]
+    heats = [means[0][0], means[0][1], means[1][1]]
+    return [(heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6) for heat in heats]
+
+
+@torch.no_grad()
+def _most_alike(net: APINet, train: Any, image: Tensor, label: int) -> int:
+    """By the cosine of the features, among the first images of the class."""
+    rows = [row for row, other in enumerate(train.labels) if other == label][:CANDIDATES]
+    features = net.backbone(torch.stack([image, *(train[row][0] for row in rows)]))
+    return rows[int(F.cosine_similarity(features[:1], features[1:]).argmax())]
