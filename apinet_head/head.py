@@ -80,8 +80,7 @@ class APIHead(nn.Module):
             MLP); or a module that maps two [P,D] to [P,D].
         gate: "pair" for one gate per image; "single" for sigmoid(m) as the gate of both, where logits_other is
             logits_self: train with rank_weight=0.
-        intra: partner of the same class: "similar", "dissimilar", "random" or None, see `mine_pairs`.
-        inter: partner of another class, likewise.
+        intra: partner of the same class, as `inter` of another: "similar", "dissimilar", "random" or None.
         gather: search partners among the features of all ranks; or of a ProcessGroup or one-dimensional DeviceMesh.
             After DDP's averaging, loss and gradients equal those of one process with the whole batch. All ranks must
             call the head with labels and with equally many images.
@@ -89,8 +88,7 @@ class APIHead(nn.Module):
             `head.memory`, a `FeatureMemory`; in train mode with gradients enabled only. They get no gradient. All ranks
             store the images of all, so all must call the head with equally many. To start after a warm-up, set
             `head.memory = FeatureMemory(N, dim)` then.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: of the parameters, as `dtype`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -172,14 +170,10 @@ class APIHead(nn.Module):
             classifier: maps [N,D] to [N,C], used instead of the head's; called once for all rows.
             criterion: an `APILoss` that computes the loss from the gated features: with `APILoss(rows=64)`, logits
                 exist for 64 rows at a time.
-            keys: [M,D], where partners are searched instead of in `features`, see `mine_pairs`. The partners found are
-                converted to the features' dtype.
-            key_labels: [M], classes of the keys.
-            key_offset: the row of `keys` that is query 0, if the keys contain the queries.
+            keys: with `key_labels` and `key_offset` as in `mine_pairs`; converted to the features' dtype.
 
         Returns:
-            Logits [B,C] (the features themselves if there is no classifier); an APIOutput; or LossTerms with
-            `criterion`.
+            Logits [B,C] (features if there is no classifier), an APIOutput, or LossTerms if there is a criterion.
 
         Raises:
             ValueError: shapes, dtypes or devices do not match; the message shows what was passed.

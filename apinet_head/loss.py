@@ -102,10 +102,7 @@ class APILoss(nn.Module):
     torch.func, `rows` is ignored.
 
     Args:
-        margin: as the next three, see `api_loss_terms`.
-        rank_weight: weight of the ranking term.
-        label_smoothing: in the cross-entropy.
-        class_weight: [C], registered as a buffer.
+        margin: as the next three, see `api_loss_terms`. `class_weight` is a buffer.
         rows: number of rows of logits that exist at a time, at least 2, as a row under its own gate and under the
             other's go together; None for all.
 

@@ -74,8 +74,7 @@ class APIMiner(BaseMiner):
     with its own copy.
 
     Args:
-        intra: partner of the same class: "similar", "dissimilar", "random" or None, see `mine_pairs`.
-        inter: partner of another class, likewise.
+        intra: as `inter`, see `mine_pairs`.
 
     Raises:
         ValueError: intra or inter is unknown, or both are None; or in mining, `ref_emb` holds the embeddings in another

@@ -309,3 +309,5 @@ def test_state_of_another_sampler_is_refused():
         BalancedBatchSampler(LABELS, 4, 3, seed=2).load_state_dict(state)
     with pytest.raises(ValueError, match=r"batches_done must be in \[0, 4\], got 9"):
         BalancedBatchSampler(LABELS, 4, 3, seed=1).load_state_dict({**state, "batches_done": 9})
+    with pytest.raises(ValueError, match="lacks epoch, batches_done, seed"):
+        BalancedBatchSampler(LABELS, 4, 3).load_state_dict({})
