@@ -178,8 +178,7 @@ def test_quantised_layers():
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(head), {nn.Linear}, dtype=torch.qint8)
     assert list(quantised.parameters()) == []
     pairs = mine_pairs(features, labels)
-    for found, expected in zip(quantised.gates(features, pairs), head.gates(features, pairs), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(quantised.gates(features, pairs), head.gates(features, pairs), rtol=0.1, atol=0.1)
     torch.testing.assert_close(quantised.eval()(features), head.eval()(features), rtol=0.1, atol=0.1)
 
 
@@ -213,7 +212,7 @@ def test_a_classifier_of_ones_own_is_called(own):
     torch.testing.assert_close(head(features, classifier=classifier), classifier(features))
 
 
-@pytest.mark.parametrize("stand_in", ["LoRA", "weight_norm", "no bias", "subclass"])
+@pytest.mark.parametrize("stand_in", ["LoRA", "weight_norm"])
 def test_compiled_and_exported(stand_in):
     torch._dynamo.reset()
     head, features, labels = make_case()

@@ -147,8 +147,7 @@ def test_what_a_plain_model_cannot_compute_is_refused(change):
         net.to_deploy()
 
 
-@pytest.mark.parametrize("deployed", [True, False], ids=["deployed", "net"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "deployed"), [(MODELS[0], False), *((model, True) for model in MODELS)])
 def test_export_with_any_batch_size(model, deployed):
     if model == "test_vit" and torch.__version__ < "2.6":
         pytest.skip("torch 2.5 takes its batch for a constant")
@@ -160,7 +159,7 @@ def test_export_with_any_batch_size(model, deployed):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 has no dynamic batch in its dynamo exporter")
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS[:2], *(pytest.param(model, marks=pytest.mark.slow) for model in MODELS[2:])])
 def test_onnx_with_any_batch_size(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

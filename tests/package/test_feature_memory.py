@@ -62,18 +62,6 @@ def histories(draw, max_batch=20):
     return memory, [(features, labels.to(label_dtype)) for features, labels in batches]
 
 
-@settings(max_examples=100, deadline=None)
-@given(history=histories())
-def test_any_history(history):
-    memory, batches = history
-    past = Past(memory)
-    past.check()
-    for batch in batches:
-        past.push(*batch)
-        past.check()
-    assert not memory.features.requires_grad
-
-
 def with_memory(memory, features, labels):
     """The batch and what is remembered, as the documentation has it."""
     return {
@@ -118,8 +106,7 @@ def test_an_empty_memory_changes_nothing(how):
     if how == "random":
         assert (pairs.partner < 20).all()
     else:
-        for field, expected in zip(pairs, mine_pairs(features, labels, intra=how, inter=how), strict=True):
-            assert torch.equal(field, expected)
+        torch.testing.assert_close([*pairs], mine_pairs(features, labels, intra=how, inter=how), rtol=0, atol=0)
     alone = mine_pairs(features, labels, intra=how, inter=how, keys=memory.features, key_labels=memory.labels)
     assert not alone.valid.any()
 
@@ -172,8 +159,7 @@ def test_gradient_is_that_with_the_past_as_constants():
     own, other = (rows[torch.arange(len(targets)), torch.stack(targets)] for rows in (own, other))
     expected = -(own + other).mean() / 2 + (other.exp() - own.exp() + 0.05).relu().mean()
     torch.testing.assert_close(loss, expected)
-    for found, reference in zip(gradients(loss, head, features), gradients(expected, head, features), strict=True):
-        torch.testing.assert_close(found, reference)
+    torch.testing.assert_close(gradients(loss, head, features), gradients(expected, head, features))
 
 
 def test_state_dict_goes_on_as_if_never_interrupted():
@@ -230,15 +216,6 @@ def test_errors_show_what_came(call, message):
         call()
 
 
-def test_a_refused_batch_leaves_the_memory_as_it_was():
-    memory = FeatureMemory(8, 3)
-    memory.push(X, Y)
-    with pytest.raises(ValueError, match="one entry per row"):
-        memory.push(X + 1, Y[:3])
-    assert int(memory.num_pushed) == 4
-    assert torch.equal(memory.features[:4], X)
-
-
 # Under all that traces, captures or watches it.
 
 
@@ -259,8 +236,7 @@ def test_compiled_step(backend):
         features = torch.randn(6, DIM, dtype=torch.float64, requires_grad=True)
         loss, expected = compiled(head, memory, features, labels), step(head, reference, features, labels)
         torch.testing.assert_close(loss, expected)
-        for found, other in zip(gradients(loss, head, features), gradients(expected, head, features), strict=True):
-            torch.testing.assert_close(found, other)
+        torch.testing.assert_close(gradients(loss, head, features), gradients(expected, head, features))
         for found, other in zip(memory.buffers(), reference.buffers(), strict=True):
             assert torch.equal(found, other) or torch.equal(found.isnan(), other.isnan())
 
@@ -288,19 +264,6 @@ def test_fake_tensors_need_no_data(device):
             step(head, memory, torch.randn(size, DIM, device=device), labels)
         assert memory.filled.shape == ()
         assert {buffer.device.type for buffer in memory.buffers()} == {device}
-
-
-def test_deterministic_algorithms_and_inference_mode():
-    head, memory, features, labels = make_step()
-    torch.use_deterministic_algorithms(True)
-    try:
-        step(head, memory, features, labels).backward()
-        with torch.inference_mode():
-            step(head, memory, features, labels)
-        step(head, memory, features, labels).backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert int(memory.num_pushed) == 8 + 3 * 6
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import torch
 from strategies import make_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from apinet_head import APIHead, APINet, api_loss, mine_pairs
+from apinet_head import APIHead, api_loss, mine_pairs
 
 # "aot_eager" checks that all can be traced in one graph, backward too; "inductor" that the generated code is right.
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -32,10 +32,9 @@ def test_compiled_head_and_loss(backend):
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     found, expected = compiled(features, labels), loss(features, labels)
     torch.testing.assert_close(found, expected)
-    for one, other in zip(
-        torch.autograd.grad(found, head.parameters()), torch.autograd.grad(expected, head.parameters()), strict=True
-    ):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, head.parameters()), torch.autograd.grad(expected, head.parameters())
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -45,24 +44,7 @@ def test_compiled_mining(backend, how):
     compiled = torch.compile(mine_pairs, fullgraph=True, backend=backend)
     for arguments in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
         found = compiled(features, labels, intra=how, inter=how, **arguments)
-        for field, expected in zip(found, mine_pairs(features, labels, intra=how, inter=how), strict=True):
-            assert torch.equal(field, expected)
-
-
-def test_compiled_random_mining_gives_candidates():
-    _, features, labels = make_case()
-    pairs = torch.compile(mine_pairs, fullgraph=True, backend="aot_eager")(
-        features, labels, intra="random", inter="random"
-    )
-    assert torch.equal(labels[pairs.anchor] == labels[pairs.partner], pairs.same_class)
-    assert (pairs.anchor != pairs.partner).all()
-
-
-def test_compiled_with_a_dynamic_batch_size():
-    compiled = torch.compile(mine_pairs, fullgraph=True, dynamic=True, backend="aot_eager")
-    for size in (24, 31, 48):
-        _, features, labels = make_case(size)
-        assert torch.equal(compiled(features, labels).partner, mine_pairs(features, labels).partner)
+        torch.testing.assert_close([*found], mine_pairs(features, labels, intra=how, inter=how), rtol=0, atol=0)
 
 
 class Mining(torch.nn.Module):
@@ -77,16 +59,7 @@ def test_export_of_mining():
         Mining(), (features, labels), dynamic_shapes={"features": {0: batch}, "labels": {0: batch}}
     )
     _, features, labels = make_case(41)
-    for found, expected in zip(program.module()(features, labels), mine_pairs(features, labels), strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_export_of_the_test_time_path():
-    net = APINet("test_resnet", num_classes=7).eval()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(net, (torch.randn(2, 3, 64, 64),), dynamic_shapes={"images": {0: batch}})
-    images = torch.randn(5, 3, 64, 64)
-    torch.testing.assert_close(program.module()(images), net(images))
+    torch.testing.assert_close([*program.module()(features, labels)], mine_pairs(features, labels), rtol=0, atol=0)
 
 
 def test_export_of_the_training_path():
@@ -133,17 +106,6 @@ def test_autocast_bfloat16():
     assert all(parameter.grad.dtype == torch.float32 for parameter in head.parameters())
 
 
-def test_inference_mode_and_deterministic_algorithms():
-    head, features, labels = make_case()
-    torch.use_deterministic_algorithms(True)
-    try:
-        api_loss(head(features, labels)).backward()
-        with torch.inference_mode():
-            api_loss(head(features, labels))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.gpu
 def test_no_host_synchronisation_and_graph_capture_on_cuda():
     head, features, labels = (value.cuda() for value in make_case())
@@ -172,12 +134,12 @@ def test_mining_with_a_second_batch_size(how):
             pairs = compiled(features, labels, intra=how, inter=how)
             assert torch.equal(labels[pairs.anchor] == labels[pairs.partner], pairs.same_class)
             assert (pairs.anchor != pairs.partner).all()
+            assert how == "random" or torch.equal(pairs.partner, mine_pairs(features, labels).partner)
 
 
-@pytest.mark.parametrize("factor", [6e4, 1e10])
-def test_compiled_and_eager_mining_agree_where_a_row_is_far_away(factor):
+def test_compiled_and_eager_mining_agree_where_a_row_is_far_away():
     features, labels = torch.randn(120, 256, generator=torch.Generator().manual_seed(0)), torch.arange(120) // 4
-    features[5] *= factor
+    features[5] *= 1e10
     compiled = torch.compile(mine_pairs, fullgraph=True, backend="aot_eager")
     for arguments in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
         found, expected = compiled(features, labels, **arguments).partner, mine_pairs(features, labels).partner

@@ -1,7 +1,5 @@
 """`APIHead` against the formulas written out pair by pair."""
 
-import copy
-import pickle
 import warnings
 
 import pytest
@@ -9,7 +7,6 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import make_batch
 from torch import nn
 
 from apinet_head import APIHead, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
@@ -43,10 +40,7 @@ def test_logits_loss_and_gradients_follow_the_formulas(seed, size, dim, classes,
     for name in ("cross_entropy", "ranking"):
         torch.testing.assert_close(getattr(terms, name), expected[name])
     inputs = [features, *head.parameters()]
-    for found, right in zip(
-        torch.autograd.grad(terms.total, inputs), torch.autograd.grad(expected["loss"], inputs), strict=True
-    ):
-        torch.testing.assert_close(found, right)
+    torch.testing.assert_close(torch.autograd.grad(terms.total, inputs), torch.autograd.grad(expected["loss"], inputs))
 
 
 def test_gradcheck():
@@ -128,8 +122,7 @@ def test_given_pairs_override_mining():
 def test_the_heads_own_choice_of_pairs():
     head, features, labels = make_case(intra="dissimilar", inter=None)
     expected = mine_pairs(features, labels, intra="dissimilar", inter=None)
-    for found, right in zip(head(features, labels).pairs, expected, strict=True):
-        assert torch.equal(found, right)
+    torch.testing.assert_close([*head(features, labels).pairs], [*expected], rtol=0, atol=0)
 
 
 def test_keys_equal_the_batch_they_hold():
@@ -140,10 +133,8 @@ def test_keys_equal_the_batch_they_hold():
     pairs = output.pairs
     whole = head(keys, key_labels, pairs=Pairs(pairs.anchor + 7, *pairs[1:]))
     assert (pairs.partner < 7).any(), "no partner among the further keys: this tests nothing"
-    for found, right in zip(output[:4], whole[:4], strict=True):
-        torch.testing.assert_close(found, right)
-    for found, right in zip(head.gates(features, pairs, keys=keys), head.gates(keys, whole.pairs), strict=True):
-        torch.testing.assert_close(found, right)
+    torch.testing.assert_close(output[:4], whole[:4])
+    torch.testing.assert_close(head.gates(features, pairs, keys=keys), head.gates(keys, whole.pairs))
 
 
 def test_non_finite_key_of_a_pair_that_does_not_exist_leaves_gradients_alone():
@@ -166,28 +157,6 @@ def test_invalid_pairs_are_masked_out():
     torch.testing.assert_close(api_loss(output), api_loss(head(features, labels, pairs=pairs)))
 
 
-def test_non_finite_features_reach_the_loss():
-    head, features, labels = make_case()
-    features[3, 2] = float("nan")
-    assert not api_loss(head(features, labels)).isfinite()
-
-
-def test_every_parameter_learns():
-    head, features, labels = make_case(dropout=0.5)
-    api_loss(head(features, labels)).backward()
-    for name, parameter in head.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
-def test_copies_compute_the_same(copier):
-    head, features, labels = make_case()
-    clone = copier(head)
-    assert torch.equal(clone(features, labels).logits_other, head(features, labels).logits_other)
-    assert clone.classifier.weight is not head.classifier.weight
-
-
 def test_state_dict_names_are_the_contract():
     head, _, _ = make_case()
     assert sorted(head.state_dict()) == sorted(
@@ -201,12 +170,12 @@ def test_initialisation_is_torchs_default():
     torch.manual_seed(3)
     head = APIHead(10, 4, hidden_dim=6)
     torch.manual_seed(3)
-    for found, right in zip(
-        head.parameters(),
+    torch.testing.assert_close(
+        [*head.parameters()],
         [p for layer in (nn.Linear(20, 6), nn.Linear(6, 10), nn.Linear(10, 4)) for p in layer.parameters()],
-        strict=True,
-    ):
-        assert torch.equal(found, right)
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_device_and_dtype_reach_the_parameters():
@@ -221,13 +190,6 @@ def test_lower_precision_stays_near_float64(dtype):
     found = api_loss(head.to(dtype)(features.to(dtype), labels, pairs=mine_pairs(features, labels)))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
-
-
-def test_larger_batch_of_uneven_classes_runs_in_any_kind():
-    for kind in ("duplicates", "singletons", "one class", "offset"):
-        features, labels = make_batch(0, 40, 10, 9, torch.float32, kind)
-        loss = api_loss(APIHead(10, 50)(features, labels))
-        assert loss.isfinite(), kind
 
 
 X, Y = torch.zeros(4, 10), torch.zeros(4, dtype=torch.long)
@@ -255,7 +217,8 @@ HEAD = APIHead(10, 3)
         (lambda: APIHead(10, gate="triple"), r"gate must be 'pair' or 'single', got 'triple'"),
         (lambda: APIHead(10, mutual="individual", gate="single"), r"'individual' has none"),
         (lambda: APIHead(10, intra="nearest"), r"intra must be one of.*'nearest'"),
-        (lambda: APIHead(10, dropout=1.5), r"dropout"),
+        (lambda: APIHead(10, dropout=1.5), r"dropout must be in"),
+        (lambda: APIHead(10, dropout=float("nan")), r"dropout must be in"),
     ],
 )
 def test_errors_show_what_came(call, message):

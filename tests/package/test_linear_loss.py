@@ -65,8 +65,7 @@ def gradients(loss, inputs, **options):
 
 
 def assert_same(found, expected, tolerance=1e-12):
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close([*found], [*expected], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["linear", "no bias", "mlp", "weight_norm"])

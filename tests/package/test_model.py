@@ -27,8 +27,7 @@ def test_is_backbone_then_head():
     features = net.backbone(IMAGES)
     assert torch.equal(net(IMAGES), net.head(features))
     pairs = net.head(features, LABELS).pairs
-    for found, expected in zip(net(IMAGES, LABELS)[:4], net.head(features, LABELS, pairs=pairs)[:4], strict=True):
-        assert torch.equal(found, expected)
+    torch.testing.assert_close(net(IMAGES, LABELS)[:4], net.head(features, LABELS, pairs=pairs)[:4], rtol=0, atol=0)
 
 
 def test_module_backbone():
@@ -118,12 +117,6 @@ def test_batch_norm_can_be_kept_as_well():
 def test_copies_compute_the_same(copier):
     net = make_net().eval()
     assert torch.equal(copier(net)(IMAGES), net(IMAGES))
-
-
-def test_state_dict_round_trip():
-    net, other = make_net(), APINet("test_resnet", 5)
-    other.load_state_dict(net.state_dict())
-    assert torch.equal(net.eval()(IMAGES), other.eval()(IMAGES))
 
 
 def test_unknown_name_of_a_model_shows_near_ones():

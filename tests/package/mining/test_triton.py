@@ -80,7 +80,7 @@ def test_compiles_without_spills(capability, intra, monkeypatch, tmp_path):
         monkeypatch.setattr(backend, "DIRECT", direct)
         backend.find_partners(features, labels, None, labels, 0, intra, -intra)
         backend.find_partners(features, labels, features.float(), labels, None, intra, -intra)
-    assert set(kernels) == {"lay_out", "search", "choose", "search_directly"}
+    assert set(kernels) == {"look", "find_centre", "lay_out", "search", "choose", "search_directly"}
     for kernel in [kernel for runs in kernels.values() for kernel in runs]:
         assert memory_of_threads(kernel, tmp_path) == (0, 0)
         assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024
