@@ -14,10 +14,10 @@ from torch import Tensor
 
 from apinet_head._checks import describe
 from apinet_head.mining import plain
-from apinet_head.mining.query import Found, Query, finite_rows
-from apinet_head.mining.rows import bulk
+from apinet_head.mining.query import Found, Query
+from apinet_head.mining.rows import BULK, SAMPLE
 from apinet_head.mining.triton_direct import choose, search_directly
-from apinet_head.mining.triton_rows import lay_out
+from apinet_head.mining.triton_rows import find_centre, lay_out, look
 from apinet_head.mining.triton_search import NOBODY, SLOTS, search
 from apinet_head.mining.triton_tiles import Tiles, tiles_for
 
@@ -25,9 +25,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIGNS = {"similar": 1, "dissimilar": -1}
 # What one program reads at a time, in `lay_out`, where ROWS divides the tiles, and by subtraction.
 ROWS, CHANNELS = (16, 32) if INTERPRETED else (4, 512)
-DIRECT_ROWS, DIRECT_CHANNELS = (128, 128) if INTERPRETED else (16, 256)
+DIRECT_ROWS, DIRECT_CHANNELS = (128, 128) if INTERPRETED else (32, 128)
 # Up to so many differences for a query, and for all, subtracting takes less time than tensor cores and what they need.
-DIRECT_OF_ONE, DIRECT = 2**20, 2**29
+DIRECT_OF_ONE, DIRECT = 2**19, 2**28
 
 
 def mine(query: Query) -> Found:
@@ -137,12 +137,19 @@ def _search_directly(job: _Job) -> None:
 def _search_on_tensor_cores(job: _Job) -> None:
     (count, dim), size, device = job.features.shape, len(job.keys), job.features.device
     tiles = tiles_for(_capability(device), count * size)
-    usable = finite_rows(job.keys) & (job.key_labels >= 0)
-    centre, scale = (value.float() for value in bulk(job.keys, usable))
-    among = found = _in_order(job.keys, job.key_labels, usable, centre, scale, tiles)
+    centre = torch.empty(dim, dtype=torch.float32, device=device)
+    maxima = torch.zeros(SAMPLE + 2, dtype=torch.float32, device=device)
+    spread, largest = maxima[:SAMPLE], maxima[SAMPLE:]
+    usable = _look(job.keys, job.key_labels, largest)
+    find_centre[(_parts(dim, 8),)](
+        job.keys, usable.cumsum(0), centre, spread, size, size.bit_length(), dim, job.keys.stride(0), SAMPLE=SAMPLE,
+        CHANNELS=8,
+    )  # fmt: skip
+    about = centre, spread, largest
+    among = found = _in_order(job.keys, job.key_labels, usable, about, tiles)
     if not job.symmetric:
-        usable = finite_rows(job.features) & (job.labels >= 0)
-        found = _in_order(job.features, job.labels, usable, centre, scale, tiles)
+        usable = _look(job.features, job.labels, largest[1:])  # the scale is that of the keys
+        found = _in_order(job.features, job.labels, usable, about, tiles)
     height, width = _parts(count, tiles.side), _parts(size, tiles.side)
     grid = (height + 1) // 2 * (width + 1) if job.symmetric else height * width
     best = torch.full((len(job.partner), count, SLOTS.value), NOBODY.value, dtype=torch.int64, device=device)
@@ -160,15 +167,23 @@ def _search_on_tensor_cores(job: _Job) -> None:
     )  # fmt: skip
 
 
-def _in_order(x: Tensor, labels: Tensor, usable: Tensor, centre: Tensor, scale: Tensor, tiles: Tiles) -> _InOrder:
+def _look(x: Tensor, labels: Tensor, largest: Tensor) -> Tensor:
+    """Which rows are finite and have a class [N] bool; their largest value goes into `largest`."""
+    usable = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
+    grid = (_parts(x.shape[0], ROWS),)
+    look[grid](x, labels, usable, largest, *x.shape, x.stride(0), ROWS=ROWS, CHANNELS=CHANNELS)
+    return usable
+
+
+def _in_order(x: Tensor, labels: Tensor, usable: Tensor, about: tuple[Tensor, ...], tiles: Tiles) -> _InOrder:
     length, width = _parts(x.shape[0], tiles.side) * tiles.side, _parts(x.shape[1], tiles.channels) * tiles.channels
     classes, order = labels.sort(stable=True)
     y = x.new_empty((length, 2, width), dtype=torch.float16)
     origin = torch.empty(length, dtype=torch.int32, device=x.device)
     weights, squares = torch.empty(2, length, dtype=torch.float32, device=x.device)
     lay_out[(_parts(length, ROWS),)](
-        x, order, usable, centre * scale, scale, y, weights, squares, origin, *x.shape, x.stride(0), width,
-        ROWS=ROWS, CHANNELS=CHANNELS,
+        x, order, usable, *about, y, weights, squares, origin, *x.shape, x.stride(0), width,
+        ROWS=ROWS, CHANNELS=CHANNELS, SAMPLE=SAMPLE, BULK=BULK,
     )  # fmt: skip
     return _InOrder(classes, order, origin, y, weights, squares)
 
