@@ -58,7 +58,7 @@ def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
         return [Case("resnet50", 96, 32, 4), Case("convnext_tiny", 96, 32, 4)]
     large = [Case(name, 224, 120, 15) for name in ("resnet50", "convnext_tiny", "vit_base_patch16_224")]
-    return [*large, Case("resnet50", 448, 120, 15)]
+    return [*large, Case("resnet101", 448, 120, 15)]
 
 
 class Training:

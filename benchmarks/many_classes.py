@@ -10,12 +10,14 @@ process. "limit" is the larger of the logits' size and 1.1 of the weight's.
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from footprint import can_measure_growth, growth_of_process, in_fresh_process, peak_on_device
 from head import make_batch
-from machine import default_device
+from machine import default_device, origin
+from tables import origin_line
 from torch import Tensor
 from tqdm import tqdm
 from turns import summarise, take_turns
@@ -108,11 +110,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="for each number of classes (default: %(default)s)")
     parser.add_argument("--classes", type=int, help="this case alone; with --dim")
     parser.add_argument("--dim", type=int, default=2048, help="of the case of --classes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="file for the table, in Markdown (default: the terminal)")
     options = parser.parse_args()
     check_same(options.device)
     cases = CASES if options.classes is None else ((options.classes, options.dim),)
     points = [(*case, measure(*case, options.device, options.seconds)) for case in tqdm(cases, desc="many classes")]
-    print(table(points))
+    text = f"{table(points)}\n\n{origin_line(origin(options.device))}\n"
+    if options.output is None:
+        print(text)
+    else:
+        options.output.write_text(text)
 
 
 if __name__ == "__main__":

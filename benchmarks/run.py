@@ -41,11 +41,12 @@ PARTS = {
 Plan = Mapping[str, tuple[ModuleType, Sequence[Any], float]]
 
 
-def make_plan(device: torch.device, quick: bool = False) -> Plan:
-    """The cases and the seconds of each part."""
+def make_plan(device: torch.device, quick: bool = False, seconds: float | None = None) -> Plan:
+    """The cases and the seconds of each part, which share `seconds` if given."""
+    shares = {name: part.quick_seconds if quick else part.seconds for name, part in PARTS.items()}
+    factor = 1 if seconds is None else seconds / sum(shares.values())
     return {
-        name: (part.module, part.module.cases(device, quick), part.quick_seconds if quick else part.seconds)
-        for name, part in PARTS.items()
+        name: (part.module, part.module.cases(device, quick), factor * shares[name]) for name, part in PARTS.items()
     }
 
 
@@ -90,11 +91,12 @@ def write(found: Mapping[str, Any], folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
+    parser.add_argument("--seconds", type=float, help="of measuring (default: 450)")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the file (default: %(default)s)")
     options = parser.parse_args()
-    plan = make_plan(options.device, options.quick)
+    plan = make_plan(options.device, options.quick, options.seconds)
     chosen = {name: part for name, part in plan.items() if options.only is None or name in options.only}
     found = measure(chosen, options.device, options.quick)
     print(f"{write(found, options.output)}, in {found['seconds']} s")
