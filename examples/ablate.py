@@ -1,6 +1,9 @@
 """Run the paper's ablation: what each part of API-Net is worth, one change at a time, with shared seeds and budget.
 
 Writes one table (Markdown, CSV) and one plot. Finished runs are kept: the same command goes on where it stopped.
+
+python examples/ablate.py --epochs 60                # all parts of the paper
+python examples/ablate.py --only memory --seeds 5    # partners from past batches too, with small batches
 """
 
 import argparse
@@ -17,7 +20,7 @@ matplotlib.use("Agg")  # no window, also where there is a screen
 
 import matplotlib.pyplot as plt
 
-from workbench.datasets.birds_cache import open_data
+from workbench.datasets import open_data
 from workbench.run_folder import write_text
 from workbench.settings import Settings, parse
 from workbench.sweep import Job, origin, run_jobs, spread
@@ -36,8 +39,20 @@ class Row(NamedTuple):
         return "-".join(flag.removeprefix("--") for flag in self.flags) or "default"
 
 
-def rows_of(settings: Settings) -> list[Row]:
-    """The ablation's rows; batches vary around the settings' own."""
+# Not a part of the paper, so it runs only when asked for: memories of past batches matter where batches are small.
+MEMORY, SMALL_BATCHES = "memory", ["--n-classes", "8", "--n-samples", "2", "--epochs", "60"]
+SIZES = (64, 256, 512)
+
+
+def rows_of(settings: Settings, part: str | None = None) -> list[Row]:
+    """The ablation's rows, or those of one part; batches vary around the settings' own."""
+    if part == MEMORY:
+        group = f"memory, batches of {settings.n_classes} classes x {settings.n_samples} images"
+        return [Row(group, "none"), *(Row(group, str(size), ("--memory", str(size))) for size in SIZES)]
+    return [row for row in paper_rows(settings) if part in (None, row.group)]
+
+
+def paper_rows(settings: Settings) -> list[Row]:
     classes, samples = settings.n_classes, settings.n_samples
     mutual = ("individual", "bilinear", "square_diff", "sum", "product", "weighted")
     pairs = [
@@ -145,23 +160,28 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=2, help="runs of each row (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--only", metavar="PART", help="rows of this part alone, such as gate")
+    parser.add_argument("--only", metavar="PART", help="rows of this part alone, such as gate; memory is one too")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of table and plot (default: that of the runs)")
     options, flags = parser.parse_known_args()
+    flags = [*(SMALL_BATCHES if options.only == MEMORY else []), *flags]
+    name = MEMORY if options.only == MEMORY else "ablation"
 
     settings = parse(flags)
     data = open_data(settings)  # drawn once, before the runs would all do it
-    rows = [row for row in rows_of(settings) if options.only in (None, row.group)]
+    rows = rows_of(settings, options.only)
+    if not rows:
+        parts = dict.fromkeys(row.group for row in rows_of(settings))
+        parser.error(f"--only {options.only}: there are {', '.join(parts)} and {MEMORY}")
     results = train_rows(options.runs, rows, options.seeds, options.jobs, flags)
 
     output = options.output or options.runs
     output.mkdir(parents=True, exist_ok=True)
     table = f"{make_table(rows, results)}\n\n{origin(data, settings, results)}\n"
-    write_text(output / "ablation.md", table)
-    write_csv(output / "ablation.csv", rows, results)
-    draw(output / "ablation.png", rows, results)
-    print(f"\n{table}\n{output}/ablation.md, .csv, .png")
+    write_text(output / f"{name}.md", table)
+    write_csv(output / f"{name}.csv", rows, results)
+    draw(output / f"{name}.png", rows, results)
+    print(f"\n{table}\n{output}/{name}.md, .csv, .png")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ matplotlib.use("Agg")  # no window, also where there is a screen
 
 import matplotlib.pyplot as plt
 
-from workbench.datasets.birds_cache import open_data
+from workbench.datasets import open_data
 from workbench.run_folder import write_text
 from workbench.settings import parse
 from workbench.sweep import Job, origin, read_log, run_jobs, spread

@@ -1,33 +1,35 @@
 """Train API-Net, or its baseline, on one of the paper's five data sets or on the embedded birds.
 
 python examples/train_cub.py                                          # the demo: embedded birds, minutes on a CPU
-python examples/train_cub.py --data CUB_200_2011 --preset paper       # the paper's setup
+python examples/train_cub.py --data CUB_200_2011                      # the paper's setup
 python examples/train_cub.py --dataset dogs --data StanfordDogs       # the paper's setup for Stanford Dogs
 torchrun --nproc_per_node=2 examples/train_cub.py --data CUB_200_2011 # the paper's setup on two GPUs
+
+This file is the recipe, from top to bottom; every setting is in workbench/settings.py.
 """
 
+import json
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import accuracy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from apinet_head import BalancedBatchSampler, api_loss_terms, random_pairs
-from score import confusion, predict, report, scores, test_loader
-from workbench.augmentation import AugmentedImages, PlacedBatches, leave_signals_to_the_parent
-from workbench.breakdowns import end_with_advice
-from workbench.build import make_accelerator, make_net
+from apinet_head import APINet, BalancedBatchSampler, api_loss_terms, random_pairs
+from workbench import model_folder
+from workbench.checkpoint import RunState
 from workbench.chunk_size import with_chunk_size
-from workbench.curves import draw_curves
+from workbench.datasets import ImageSet, open_data
 from workbench.datasets.bad_images import ending_at_bad_images
-from workbench.datasets.birds_cache import open_data
 from workbench.distributed import (
     average_gradients,
     end_all,
@@ -36,267 +38,280 @@ from workbench.distributed import (
     join_processes,
     share_buffers,
 )
-from workbench.guard import Before, NonFiniteError, check_finite, keep_and_end
-from workbench.images import ImageDataset, ImageSet, train_transform
-from workbench.interruption import Interruption
-from workbench.look_back import look_back
-from workbench.run_folder import Progress, RunFolder
-from workbench.run_state import RunState
-from workbench.settings import Settings, parse, run_folder
+from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
+from workbench.images import ImageDataset, eval_loader, train_loader, train_transform
+from workbench.metrics import confusion, predict, report, scores
+from workbench.run_folder import RunFolder, draw_curves, write_text
+from workbench.settings import Settings, differences, parse, run_folder
+
+COLUMNS = ["epoch", "step", "lr", "seconds", "loss", "cross_entropy", "ranking", "train_top1", "test_top1", "test_top5"]
+COLUMNS += ["skipped", "left_out"]
 
 
-class Trainer:
-    """One run: the net, its optimiser and schedule, and the images, as the settings say."""
-
-    def __init__(self, settings: Settings, data: ImageSet, folder: RunFolder) -> None:
-        self.settings, self.data, self.folder = settings, data, folder
-        self.accelerator = make_accelerator(settings, folder.path)
-        set_seed(settings.seed)
-        self.net = make_net(settings, len(data.classes)).to(memory_format=torch.channels_last)  # convolutions like it
-        # timm's "momentum" is plain SGD, as published; its "sgd" is Nesterov's.
-        optimizer = create_optimizer_v2(
-            self.net.parameter_groups(settings.lr, settings.backbone_lr or None, settings.weight_decay),
-            opt="momentum",
-            lr=settings.lr,
-            momentum=settings.momentum,
+def make_net(settings: Settings, num_classes: int) -> APINet:
+    """The net of either method: the baseline is the same one, trained without pairs."""
+    with making_the_net(settings.backbone, pretrained=settings.pretrained, instead="--no-pretrained"):
+        return APINet(
+            settings.backbone,
+            num_classes,
+            pretrained=settings.pretrained,
+            chunk_size=int(settings.chunk_size) or None,
+            backbone_args=json.loads(settings.backbone_args),
+            hidden_dim=settings.hidden_dim,
+            dropout=settings.dropout,
+            mutual=settings.mutual,
+            gate=settings.gate,
+            intra=None if settings.intra == "none" else settings.intra,
+            inter=None if settings.inter == "none" else settings.inter,
+            gather=settings.pairs == "mined",  # random pairs are drawn among each process's own images
+            memory=settings.memory if settings.method == "api" else 0,
         )
-        self.sampler = BalancedBatchSampler(
-            [image.label for image in data.train], settings.n_classes, settings.n_samples, seed=settings.seed
+
+
+def make_sampler(settings: Settings, data: ImageSet) -> BalancedBatchSampler:
+    """Batches of n_classes x n_samples images; of several processes, each has its own classes of them."""
+    if settings.n_classes > len(data.classes):
+        raise SystemExit(f"--n-classes {settings.n_classes}: {data.name} has {len(data.classes)} classes")
+    try:
+        labels = [image.label for image in data.train]
+        return BalancedBatchSampler(labels, settings.n_classes, settings.n_samples, seed=settings.seed)
+    except ValueError as error:
+        raise SystemExit(f"--n-classes, --n-samples: {error}") from None
+
+
+def make_optimizer(settings: Settings, net: APINet, steps: int) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
+    """SGD, and the learning rate to zero by a cosine over all steps."""
+    # timm's "momentum" is plain SGD, as published; its "sgd" is Nesterov's.
+    groups = net.parameter_groups(settings.lr, settings.backbone_lr or None, settings.weight_decay)
+    optimizer = create_optimizer_v2(groups, opt="momentum", lr=settings.lr, momentum=settings.momentum)
+    return optimizer, CosineLRScheduler(optimizer, t_initial=steps, t_in_epochs=False)
+
+
+def compute_loss(model: nn.Module, images: Tensor, labels: Tensor, settings: Settings) -> dict[str, Tensor]:
+    """The loss with its terms, and the accuracy of this batch."""
+    if settings.method == "api":
+        pairs = random_pairs(labels, 2 * len(labels)) if settings.pairs == "random" else None
+        output = model(images, labels, pairs=pairs)
+        loss, cross_entropy, ranking = api_loss_terms(
+            output,
+            margin=settings.margin,
+            rank_weight=settings.rank_weight,
+            label_smoothing=settings.label_smoothing,
         )
-        steps = settings.epochs * len(self.sampler)
-        self.scheduler = CosineLRScheduler(optimizer, t_initial=steps, t_in_epochs=False)
-        # The loaders stay as they are: accelerate would deal the sampler's batches out among the processes, but each
-        # batch is one set of classes to compare, and the sampler itself gives each process its share.
-        self.accelerator.prepare_model(self.net, evaluation_mode=True)
-        self.model: nn.Module = self.net  # `fit` wraps it where there are many processes
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        memory = settings.memory if settings.method == "api" else 0
-        self.state = RunState(
-            self.accelerator, self.net, self.optimizer, self.scheduler, self.sampler,
-            look_back(self.net, memory, self.accelerator.device) if memory else None,
-        )  # fmt: skip
-        if self.accelerator.process_index:  # same weights on all, but each with dropout of its own
-            set_seed(settings.seed, device_specific=True)
-        images = ImageDataset(
-            data.train, train_transform(settings.resize, settings.crop),
-            resize=settings.resize, cache=settings.cache_images,
-        )  # fmt: skip
-        self.loader = DataLoader(
-            AugmentedImages(images), batch_sampler=PlacedBatches(self.sampler), num_workers=settings.workers,
-            pin_memory=self.accelerator.device.type == "cuda", persistent_workers=settings.workers > 0,
-            worker_init_fn=leave_signals_to_the_parent, timeout=settings.loader_timeout if settings.workers else 0,
-            generator=torch.Generator(),  # else each start of the loader takes a number from the net's chance
-        )  # fmt: skip
-        self.test_loader = test_loader(data, settings)
-        self.interruption, self.saved = Interruption(), time.monotonic()
-
-    def fit(self) -> dict[str, Any]:
-        """Train to the last epoch, from where the run folder is; the run's result."""
-        self.accelerator.wait_for_everyone()  # others still look whether the folder is free
-        with first_process_first():
-            if self.accelerator.is_main_process:
-                self.folder.begin()
-            self.accelerator.init_trackers("tensorboard")
-            progress, sums = self.folder.load_state(self.state)
-            if progress.step:
-                place = f"epoch {progress.epoch} of {self.settings.epochs}"
-                place += f" and {progress.batch} of {self.sampler.n_batches} batches" if progress.batch else ""
-                print(f"going on after {place}", flush=True)
-        with self.interruption:
-            while progress.epoch < self.settings.epochs:
-                self.net.freeze_backbone(
-                    progress.epoch < self.settings.frozen_epochs, batch_norm=self.settings.frozen_batch_norm
-                )
-                self.model = average_gradients(self.net)
-                row = self.train_epoch(progress, sums)
-                self.end_epoch(progress, row)
-                sums = {}
-        return self.finish(progress)
-
-    def train_epoch(self, progress: Progress, sums: dict[str, Tensor]) -> dict[str, float]:
-        """One pass, or what is left of it; the means of loss, its terms and accuracy over the epoch."""
-        self.model.train()
-        self.sampler.set_epoch(progress.epoch)
-        start, batches = time.perf_counter() - progress.seconds, self.sampler.n_batches
-        bar = tqdm(
-            self.loader, desc=f"epoch {progress.epoch + 1}/{self.settings.epochs}", mininterval=0.5,
-            initial=progress.batch, total=batches, disable=not self.accelerator.is_main_process,
-        )  # fmt: skip
-        for images, labels, indices in bar:
-            self.scheduler.step_update(progress.step)
-            before = Before(self.state)
-            try:
-                figures = self.step(images, labels)
-            except NonFiniteError as error:
-                self.leave_out(progress, error, before, [images, labels, indices])
-            else:
-                sums |= {name: sums[name] + value if name in sums else value for name, value in figures.items()}
-                progress.counted += 1
-            progress.step, progress.batch = progress.step + 1, progress.batch + 1
-            progress.seconds = time.perf_counter() - start
-            if progress.batch % 10 == 0 and progress.batch < batches:  # reading a figure waits for the device
-                bar.set_postfix(
-                    {name: f"{value:.3g}" for name, value in self.means(progress, sums).items()}, refresh=False
-                )
-            self.save_in_between(progress, sums)
-        return {"lr": self.optimizer.param_groups[-1]["lr"], **self.means(progress, sums)}
-
-    def means(self, progress: Progress, sums: dict[str, Tensor]) -> dict[str, float]:
-        """The epoch's figures so far, of all processes."""
-        if not sums:
-            return {}
-        reduced = self.accelerator.reduce(sums, "mean")
-        means = {name: float(value) / progress.counted for name, value in reduced.items()}
-        with self.folder.writing():
-            self.accelerator.log(means, step=progress.step)
-        return means
-
-    def save_in_between(self, progress: Progress, sums: dict[str, Tensor]) -> None:
-        """Save within an epoch if it is time, or if a signal asks to stop; in that case, stop."""
-        minutes = self.settings.checkpoint_minutes
-        due = bool(minutes) and time.monotonic() - self.saved > 60 * minutes and progress.batch < self.sampler.n_batches
-        stop, due = highest([self.interruption.signal, due])
-        if stop or due:
-            self.folder.save_state(self.state, progress, sums)
-            self.saved = time.monotonic()
-        if stop:
-            self.stop(int(stop), progress)
-
-    def stop(self, signal: int, progress: Progress) -> None:
-        checkpoint = self.folder.path / "state" / progress.name
-        end_all(f"stopped by signal {signal}, saved as {checkpoint}; the same command goes on from there", 128 + signal)
-
-    def leave_out(self, progress: Progress, error: NonFiniteError, before: Before, batch: list[Tensor]) -> None:
-        """Go on without this step, if the settings allow it; else keep what replays it, and end the run."""
-        before.restore_buffers()
-        self.optimizer.zero_grad()
-        place = f"step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.batch + 1})"
-        if progress.skipped < self.settings.skip_nonfinite:
-            progress.skipped += 1
-            self.accelerator.print(f"\n{place} is left out, {progress.skipped} so far, as it is not finite: {error}")
-            return
-        before.restore_chance()
-        images, labels, indices = batch
-        paths = [str(self.data.train[index].path) for index in indices.tolist()]
-        keep_and_end(self.folder, self.state, progress, images, labels, paths, f"{place} is not finite: {error}")
-
-    def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One update; loss, its terms and the accuracy of this batch, on the device.
-
-        Raises:
-            NonFiniteError: there was no update, for it would not be finite.
-        """
-        device, settings = self.accelerator.device, self.settings
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        labels = labels.to(device, non_blocking=True)
-        with self.accelerator.autocast():
-            if settings.method == "api":
-                pairs = random_pairs(labels, 2 * len(labels)) if settings.pairs == "random" else None
-                output = self.model(images, labels, pairs=pairs)
-                terms = api_loss_terms(
-                    output,
-                    margin=settings.margin,
-                    rank_weight=settings.rank_weight,
-                    label_smoothing=settings.label_smoothing,
-                )
-                loss, cross_entropy, ranking = terms
-                logits, targets = output.logits_self, output.labels
-            else:
-                logits, targets = self.model(images), labels
-                loss = cross_entropy = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-                ranking = torch.zeros_like(loss)
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        # Scaled gradients of fp16 may overflow, which the scaler answers by a smaller scale.
-        learned = [] if self.accelerator.scaler else self.net.parameters()
-        check_finite({"loss": loss, "cross_entropy": cross_entropy, "ranking": ranking}, learned)
-        self.optimizer.step()
-        return {
-            "loss": loss.detach(),
-            "cross_entropy": cross_entropy.detach(),
-            "ranking": ranking.detach(),
-            "train_top1": accuracy(logits.detach(), targets)[0],
-        }
-
-    def end_epoch(self, progress: Progress, row: dict[str, float]) -> None:
-        """Test the net, note the epoch's figures, and save what is to outlive this process."""
-        start = time.perf_counter()
-        share_buffers(self.net)
-        progress.epoch += 1
-        row |= {
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "skipped": progress.skipped,
-            "left_out": self.data.left_out,
-        }
-        if progress.epoch == self.settings.epochs or progress.epoch % self.settings.eval_every == 0:
-            row |= scores(*predict(self.net, self.test_loader, self.accelerator.device))
-        row["seconds"] = progress.seconds + time.perf_counter() - start
-        with self.folder.writing():
-            self.record(progress, row)
-        progress.batch, progress.counted, progress.seconds = 0, 0, 0.0
-        self.folder.save_state(self.state, progress, {})
-        self.saved = time.monotonic()
-        if signal := highest([self.interruption.signal])[0]:  # it came during the test
-            self.stop(int(signal), progress)
-
-    def record(self, progress: Progress, row: dict[str, float]) -> None:
-        """Write an epoch's figures, and the net if it is the best so far."""
-        first = self.accelerator.is_main_process
-        if first and row.get("test_top1", -1.0) > progress.best:
-            self.folder.save_model("best", self.net, self.settings, self.data.classes, row)
-        progress.history.append(row)
-        tested = {name: value for name, value in row.items() if name.startswith("test")}
-        self.accelerator.log(tested, step=progress.step)
-        if first:
-            self.folder.write_log(progress.history)
-        if first and tested:
-            draw_curves(progress.history, self.folder.path / "curves.png")
-
-    def finish(self, progress: Progress) -> dict[str, Any]:
-        """Save the net as it is after the last epoch, and what it confuses."""
-        final = progress.history[-1]
-        logits, labels = predict(self.net, self.test_loader, self.accelerator.device)
-        result = {
-            **final,
-            **confusion(logits, labels, self.data.classes, self.data.families),
-            "seconds": sum(row["seconds"] for row in progress.history),
-            "best_test_top1": progress.best,
-        }
-        if self.accelerator.is_main_process:
-            with self.folder.writing():
-                self.folder.save_model("last", self.net, self.settings, self.data.classes, final)
-                self.folder.write_result(result)
-        self.accelerator.end_training()
-        return result
+        logits, targets = output.logits_self, output.labels
+    else:
+        logits, targets = model(images), labels
+        loss = cross_entropy = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+        ranking = torch.zeros_like(loss)
+    top1 = accuracy(logits.detach(), targets)[0]
+    return {"loss": loss, "cross_entropy": cross_entropy, "ranking": ranking, "train_top1": top1}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = parse(arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+
+    # Data. Of several processes, the first one does first what is printed, drawn or downloaded once.
     processes = join_processes(settings.device)
     with first_process_first():
+        check_device(settings.device)
+        check_backbone(settings.backbone)
         data = open_data(settings)
-    classes = len(data.classes)
-    settings = with_chunk_size(settings, run_folder(settings), lambda plain: make_net(plain, classes))
+    path = run_folder(settings)
+    settings = with_chunk_size(settings, path, lambda plain: make_net(plain, len(data.classes)))
+
+    # Net, sampler, optimiser, schedule. The loaders stay as they are: accelerate would deal the sampler's batches out
+    # among the processes, but each batch is one set of classes to compare, and the sampler gives each its share.
+    accelerator = Accelerator(
+        cpu=settings.device == "cpu", mixed_precision=settings.amp, log_with="tensorboard", project_dir=path
+    )
+    device = accelerator.device
     with first_process_first():
-        try:
-            folder = RunFolder(run_folder(settings), settings, data)
-        except FileExistsError as error:
-            raise SystemExit(str(error)) from None
+        folder = RunFolder(
+            path, asdict(settings), lambda old: differences(old, settings), data, settings.keep_checkpoints
+        )
+        set_seed(settings.seed)
+        net = make_net(settings, len(data.classes)).to(memory_format=torch.channels_last)  # convolutions like it
+        sampler = make_sampler(settings, data)
         print(
             f"{settings.method} on {data.name}: {len(data.classes)} classes, {len(data.train)} training and "
-            f"{len(data.test)} test images; writing to {folder.path}",
+            f"{len(data.test)} test images; writing to {path}",
             flush=True,
         )
-        trainer = Trainer(settings, data, folder)
-    with end_with_advice(settings, folder, trainer.net, lambda plain: make_net(plain, classes)), ending_at_bad_images():
-        result = trainer.fit()
+    optimizer, scheduler = make_optimizer(settings, net, settings.epochs * sampler.n_batches)
+    accelerator.prepare_model(net, evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    if processes.process_index:  # same weights on all, but each with dropout of its own
+        set_seed(settings.seed, device_specific=True)
+    transform = {"squash": settings.resize, "crop": settings.crop, **model_folder.normalization(net)}
+    dataset = ImageDataset(
+        data.train, train_transform(transform), resize=settings.resize, cache=settings.cache_images
+    )  # fmt: skip
+    loader = train_loader(dataset, sampler, device, settings.workers, settings.loader_timeout)
+    test_loader = eval_loader(
+        data.test, transform, settings.eval_batch, settings.workers, settings.loader_timeout, settings.cache_images
+    )
+
+    # From where the folder is: from nothing, or exactly as the run left off.
+    state = RunState(accelerator, net, optimizer, scheduler, sampler)
+    folder.go_on(state, settings.epochs)
+    accelerator.init_trackers("tensorboard")
+    progress, saved = state.progress, time.monotonic()
+    batch_size = settings.n_classes * settings.n_samples // processes.num_processes
+    with (
+        Shutdown() as shutdown,
+        advice_on_memory(net, batch_size, settings.crop, int(settings.chunk_size)),
+        ending_at_bad_images(),
+    ):
+        for epoch in range(progress.epoch, settings.epochs):
+            net.freeze_backbone(epoch < settings.frozen_epochs, batch_norm=settings.frozen_batch_norm)
+            model = average_gradients(net)
+            model.train()
+            sampler.set_epoch(epoch)
+            start = time.perf_counter() - progress.seconds
+            bar = tqdm(
+                loader, desc=f"epoch {epoch + 1}/{settings.epochs}", mininterval=0.5, initial=progress.batch,
+                total=sampler.n_batches, disable=not processes.is_main_process,
+            )  # fmt: skip
+            for images, labels, indices in bar:
+                # Forward, loss, backward.
+                scheduler.step_update(progress.step)
+                buffers = [buffer.clone() for buffer in net.buffers()] if settings.skip_nonfinite else []
+                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+                labels = labels.to(device, non_blocking=True)
+                with accelerator.autocast():
+                    figures = compute_loss(model, images, labels, settings)
+                optimizer.zero_grad()
+                accelerator.backward(figures["loss"])
+
+                # Step, unless the weights would not survive it. Scaled gradients of fp16 may overflow, which the
+                # scaler answers by a smaller scale.
+                wrong = nonfinite(figures, [] if accelerator.scaler else net.parameters())
+                if not wrong:
+                    optimizer.step()
+                    for name, value in figures.items():
+                        state.sums[name] = state.sums.get(name, 0) + value.detach()
+                    progress.counted += 1
+                else:
+                    place = f"step {progress.step + 1} (epoch {epoch + 1}, batch {progress.batch + 1})"
+                    if progress.skipped >= settings.skip_nonfinite:
+                        end_at_nonfinite(place, wrong, [data.train[index].path for index in indices.tolist()], settings)
+                    progress.skipped += 1
+                    accelerator.print(f"\n{place} is left out, {progress.skipped} so far, as it is not finite: {wrong}")
+                    for buffer, before in zip(net.buffers(), buffers, strict=True):
+                        buffer.data.copy_(before)
+
+                # Log and save.
+                progress.step, progress.batch = progress.step + 1, progress.batch + 1
+                progress.seconds = time.perf_counter() - start
+                if progress.batch % 10 == 0 and progress.batch < sampler.n_batches:  # reading waits for the device
+                    so_far = means(accelerator, state)
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in so_far.items()}, refresh=False)
+                minutes = settings.checkpoint_minutes
+                due = minutes and time.monotonic() - saved > 60 * minutes and progress.batch < sampler.n_batches
+                stop, due = highest([shutdown.signal, bool(due)])  # what one process wants, all do
+                if stop or due:
+                    folder.save(state)
+                    saved = time.monotonic()
+                if stop:
+                    end_stopped(folder, state, int(stop))
+
+            # Test, log and save.
+            row = {"lr": optimizer.param_groups[-1]["lr"], **means(accelerator, state)}
+            start = time.perf_counter()
+            share_buffers(net)
+            progress.epoch += 1
+            row |= {"epoch": progress.epoch, "step": progress.step, "skipped": progress.skipped}
+            row |= {"left_out": data.left_out}
+            if progress.epoch == settings.epochs or progress.epoch % settings.eval_every == 0:
+                row |= scores(*predict(net, test_loader, device))
+            row["seconds"] = progress.seconds + time.perf_counter() - start
+            record(folder, state, row, settings, data.classes, transform)
+            progress.batch, progress.counted, progress.seconds, state.sums = 0, 0, 0.0, {}
+            folder.save(state)
+            saved = time.monotonic()
+            if stop := highest([shutdown.signal])[0]:  # it came during the test
+                end_stopped(folder, state, int(stop))
+
+        # The result: the net as it is after the last epoch, and what it confuses.
+        logits, labels = predict(net, test_loader, device)
+    final = progress.history[-1]
+    result = {
+        **final,
+        **confusion(logits, labels, data.classes, data.families),
+        "seconds": sum(row["seconds"] for row in progress.history),
+        "best_test_top1": best(progress.history),
+    }
     if processes.is_main_process:
+        with folder.writing():
+            save_model(folder, "last", net, settings, data.classes, transform, final)
+            write_text(path / "result.json", json.dumps(result, indent=2))
         print(f"{settings.method} after {result['epoch']} epochs: {report(result)}")
         print(f"(best epoch, chosen on the test images: top-1 {result['best_test_top1']:.2f} %)")
+    accelerator.end_training()
     return result
+
+
+def means(accelerator: Accelerator, state: RunState) -> dict[str, float]:
+    """The epoch's figures so far, of all processes; they go to TensorBoard."""
+    if not state.sums:
+        return {}
+    figures = accelerator.reduce(state.sums, "mean")
+    found = {name: float(value) / state.progress.counted for name, value in figures.items()}
+    accelerator.log(found, step=state.progress.step)
+    return found
+
+
+def best(history: list[dict[str, float]]) -> float:
+    return max((row["test_top1"] for row in history if "test_top1" in row), default=-1.0)
+
+
+def record(
+    folder: RunFolder, state: RunState, row: dict[str, float], settings: Settings, classes: list[str], transform: Any
+) -> None:
+    """Write an epoch's figures, and the net if it is the best so far."""
+    history, first = state.progress.history, state.accelerator.is_main_process
+    with folder.writing():
+        if first and row.get("test_top1", -1.0) > best(history):
+            save_model(folder, "best", state.net, settings, classes, transform, row)
+        history.append(row)
+        tested = {name: value for name, value in row.items() if name.startswith("test")}
+        state.accelerator.log(tested, step=state.progress.step)
+        if first:
+            folder.write_log(history, COLUMNS)
+        if first and tested:
+            draw_curves(history, folder.path / "curves.png")
+
+
+def save_model(
+    folder: RunFolder,
+    name: str,
+    net: Any,
+    settings: Settings,
+    classes: list[str],
+    transform: Any,
+    row: dict[str, float],
+) -> None:
+    """A model folder, with what the run was asked for and its figures in run.json; there is always a whole one."""
+    with folder.replaced(name) as partial:
+        model_folder.save(partial, net, classes, transform)
+        write_text(partial / "run.json", json.dumps({"metrics": row, "settings": asdict(settings)}, indent=2))
+
+
+def end_at_nonfinite(place: str, wrong: str, paths: list[Path], settings: Settings) -> None:
+    """End the run before the step; the last checkpoint stays."""
+    listing = "\n  ".join(map(str, gather_object(paths)))
+    end_all(
+        f"{place} is not finite: {wrong}\nIts images:\n  {listing}\nNo weight was changed by it. Correct the images or "
+        f"the settings, or leave such steps out with --skip-nonfinite {settings.skip_nonfinite + 10}",
+        1,
+    )
+
+
+def end_stopped(folder: RunFolder, state: RunState, signal: int) -> None:
+    where = folder.checkpoints.folder / state.progress.name
+    end_all(f"stopped by signal {signal}, saved as {where}; the same command goes on from there", 128 + signal)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,122 @@
-"""Checkpoints on disk: whole or not there at all, with checksums, the last few kept.
+"""Checkpoints: all that the rest of a run depends on, on the disk whole or not there at all; the last few are kept.
 
-The checksums find what accidents do: a truncated file, a bad disk, half a copy. Against malice they are no help, for
-who alters a file can alter its checksum; so nothing is loaded here that could run code (`weights_only=True`).
+Not accelerate's save_state: it keeps random states as pickles, passes over them in silence where it cannot load them,
+and knows nothing of the place in the epoch.
 """
 
-import hashlib
 import io
-import json
 import os
 import pickle
+import random
 import shutil
+import zipfile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from torch import Tensor
 
-MANIFEST = "manifest.json"
+# What broken and foreign files make torch.load raise; a pickle that would run code is an UnpicklingError.
+BROKEN = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError)
+BROKEN += (pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+@dataclass
+class Progress:
+    """How far a run is: epochs and steps done, and a row of figures for each epoch.
+
+    Attributes:
+        batch: batches done of the epoch that has begun, of which `counted` are in its figures; it took `seconds`.
+        skipped: steps left out, for they were not finite.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    batch: int = 0
+    counted: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of a checkpoint; names sort as the run goes."""
+        return f"epoch-{self.epoch:04d}" + (f"-batch-{self.batch:05d}" if self.batch else "")
+
+
+@dataclass
+class RunState:
+    """The parts of a run that change with it: all have state_dict and load_state_dict.
+
+    Attributes:
+        sums: of the begun epoch's figures, on the device.
+    """
+
+    accelerator: Accelerator
+    net: torch.nn.Module
+    optimizer: Any
+    scheduler: Any
+    sampler: Any
+    progress: Progress = field(default_factory=Progress)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def files(self) -> dict[str, Any]:
+        """This process's files of a checkpoint: what is its own, and from the first one, what is the same on all."""
+        process = PartialState()
+        files = {f"process-{process.process_index}.pt": {"random": self._random_states(), "sums": self.sums}}
+        if process.is_main_process:
+            shared = {name: part.state_dict() for name, part in self._parts().items()}
+            shared |= {"sampler": self.sampler.state_dict(self.progress.batch), "progress": asdict(self.progress)}
+            files["state.pt"] = shared | {"processes": process.num_processes}
+        return files
+
+    def load(self, checkpoint: Path) -> None:
+        """Restore all.
+
+        Raises:
+            SystemExit: another number of processes saved it.
+        """
+        process, shared = PartialState(), load(checkpoint / "state.pt")
+        saved, here = shared["processes"], process.num_processes
+        if saved != here:
+            raise SystemExit(
+                f"{checkpoint.parents[1]} holds a run of {saved} process(es), and here are {here}: go on with "
+                f"`torchrun --nproc_per_node={saved}`, or choose another --output"
+            )
+        own = load(checkpoint / f"process-{process.process_index}.pt")
+        for name, part in self._parts().items():
+            part.load_state_dict(shared[name])
+        self.sampler.load_state_dict(shared["sampler"])
+        self.progress = Progress(**shared["progress"])
+        self.sums = {name: value.to(self.accelerator.device) for name, value in own["sums"].items()}
+        self._set_random_states(own["random"])
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        return parts | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
+
+    def _random_states(self) -> dict[str, Any]:
+        """Of all generators of this process, in plain types, which load without unpickling code."""
+        name, keys, *place = np.random.get_state()
+        states = {
+            "python": random.getstate(),
+            "numpy": (name, keys.tolist(), *place),
+            "torch": torch.get_rng_state(),
+        }
+        if self.accelerator.device.type != "cpu":
+            states["device"] = getattr(torch, self.accelerator.device.type).get_rng_state()
+        return states
+
+    def _set_random_states(self, states: dict[str, Any]) -> None:
+        random.setstate(states["python"])
+        name, keys, *place = states["numpy"]
+        np.random.set_state((name, np.array(keys, np.uint32), *place))
+        torch.set_rng_state(states["torch"])
+        if self.accelerator.device.type != "cpu":
+            getattr(torch, self.accelerator.device.type).set_rng_state(states["device"])
 
 
 class Checkpoints:
@@ -31,34 +131,38 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def names(self) -> list[str]:
-        """From the oldest to the newest, damaged ones included."""
+        """From the oldest to the newest, without those that were set aside."""
         return sorted(path.name for path in self.folder.glob("epoch-*") if not path.suffix)
 
-    def save(self, name: str, files: dict[str, bytes]) -> Path:
+    def save(self, state: RunState) -> Path:
         """Write a checkpoint; it has its name only when all of it is on the disk. Older ones are removed after that.
 
-        All processes take part, each with files of its own, and leave when it is done.
+        All processes take part, and leave when it is done.
 
         Raises:
             OSError: the disk is full, for example; the checkpoints before are as they were.
         """
         process = PartialState()
-        target, partial = self.folder / name, self.folder / f"{name}.partial"
+        target = self.folder / state.progress.name
+        partial = target.with_name(f"{target.name}.partial")
         try:
             if process.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             process.wait_for_everyone()
-            for file, content in files.items():
-                write_bytes(partial / file, content)
+            for file, content in state.files().items():
+                # By way of memory: torch.save makes a RuntimeError of a full disk.
+                buffer = io.BytesIO()
+                torch.save(content, buffer)
+                write_bytes(partial / file, buffer.getvalue())
             process.wait_for_everyone()
             if process.is_main_process:
-                digests = {path.name: digest(path) for path in sorted(partial.iterdir())}
-                write_bytes(partial / MANIFEST, json.dumps(digests, indent=2).encode())
                 sync_folder(partial)
                 partial.replace(target)
                 sync_folder(self.folder)
-                self._remove_old()
+                for path in self.folder.iterdir():
+                    if path.name not in self.names()[-self.keep :]:
+                        shutil.rmtree(path)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)  # on a full disk, there is no use for half of it
             raise
@@ -66,76 +170,36 @@ class Checkpoints:
         return target
 
     def newest(self) -> Path | None:
-        """The newest that is as it was written, None if there is none at all; a damaged one is told of and set aside.
+        """The newest that loads, None if there is none at all; one that doesn't is told of and set aside.
 
         Raises:
-            SystemExit: all are damaged.
+            SystemExit: none loads.
         """
-        damaged = []
+        broken = []
         for name in reversed(self.names()):
-            wrong = damage(self.folder / name)
-            if wrong is None:
-                for bad in damaged:  # out of the way of new ones, and of counting as one to keep
-                    shutil.rmtree(bad.with_suffix(".damaged"), ignore_errors=True)
-                    bad.replace(bad.with_suffix(".damaged"))
-                return self.folder / name
-            print(f"the checkpoint {self.folder / name} is damaged: {wrong}; looking for the one before", flush=True)
-            damaged.append(self.folder / name)
-        if damaged:
-            raise SystemExit(
-                f"no whole checkpoint is left in {self.folder}: restore one, or remove the folder to start from nothing"
-            )
+            try:
+                for rank in range(load(self.folder / name / "state.pt")["processes"]):
+                    load(self.folder / name / f"process-{rank}.pt")
+            except BROKEN as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"the checkpoint {self.folder / name} cannot be loaded: {reason}", flush=True)
+                broken.append(self.folder / name)
+                continue
+            for path in broken:  # out of the way of new ones, and of counting as one to keep
+                shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+                path.replace(path.with_suffix(".damaged"))
+            return self.folder / name
+        if broken:
+            raise SystemExit(f"no checkpoint in {self.folder} can be loaded: restore one, or remove the folder")
         return None
 
-    def _remove_old(self) -> None:
-        kept = self.names()[-self.keep :]
-        for path in self.folder.iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path)
 
-
-def damage(checkpoint: Path) -> str | None:
-    """What differs from what was written, None if nothing does."""
-    try:
-        digests = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, expected in digests.items():
-        if not (checkpoint / name).exists():
-            return f"{name} is missing"
-        if digest(checkpoint / name) != expected:
-            return f"{name} is not what was written (its sha256 differs)"
-    return None
-
-
-def digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
-
-
-def pack(state: Any) -> bytes:
-    # By way of memory: torch.save makes RuntimeErrors of a full disk, and a short file must not pass for a whole one.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def unpack(path: Path) -> Any:
-    """What `pack` made of tensors and plain types.
-
-    Raises:
-        SystemExit: the file has more in it, which could run code.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SystemExit(
-            f"{path} is refused, and nothing in it was run: it has more in it than the tensors and plain values that "
-            f"a run writes. Find out where it comes from; remove {path.parent} to go on from the checkpoint before"
-        ) from error
+def load(path: Path) -> Any:
+    """Tensors and plain values; a file that is damaged, or has more in it, which could run code, is refused."""
+    with zipfile.ZipFile(path) as archive:  # which has a CRC of each tensor, but torch.load doesn't look at it
+        if (name := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{name} in {path.name} is not what was written")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

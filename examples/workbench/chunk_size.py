@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from apinet_head.step_memory import ChunkChoice, pick_chunk_size
+from apinet_head.step_memory import pick_chunk_size
 from workbench.run_folder import is_untrained
 from workbench.settings import AUTO, Settings
 
@@ -32,35 +32,28 @@ def with_chunk_size(settings: Settings, folder: Path, make_net: Callable[[Settin
         return settings
     size = [0]
     if PartialState().is_main_process:
-        size = [_pick(settings, folder, make_net)]
+        begun = folder / "settings.json"
+        if begun.exists() and not is_untrained(folder):
+            size, why = [json.loads(begun.read_text())["chunk_size"]], f"the number with which {folder} began"
+        else:
+            try:
+                size[0], why = estimate(settings, make_net)
+            except (ValueError, RuntimeError) as error:
+                raise SystemExit(f"--chunk-size auto: {error}") from None
+        print(f"--chunk-size auto: {size[0]} ({why})", flush=True)
     broadcast_object_list(size)
     return replace(settings, chunk_size=size[0])
 
 
-def _pick(settings: Settings, folder: Path, make_net: Callable[[Settings], nn.Module]) -> int:
-    """The number, and a line that says why."""
-    begun = folder / "settings.json"
-    if begun.exists() and not is_untrained(folder):
-        size, reason = json.loads(begun.read_text()).get("chunk_size", 0), f"the number with which {folder} began"
-    else:
-        try:
-            choice = chunks_that_fit(settings, make_net)
-        except (ValueError, RuntimeError) as error:
-            raise SystemExit(f"--chunk-size auto: {error}") from None
-        size, reason = choice.chunk_size or 0, str(choice)
-    print(f"--chunk-size auto: {size} ({reason})", flush=True)
-    return int(size)
-
-
-def chunks_that_fit(settings: Settings, make_net: Callable[[Settings], nn.Module]) -> ChunkChoice:
-    """By estimate, for a step of this process.
+def estimate(settings: Settings, make_net: Callable[[Settings], nn.Module]) -> tuple[int, str]:
+    """The chunk size for a step of this process, 0 for the whole batch, and why.
 
     Raises:
         ValueError: no chunk size fits.
         RuntimeError: this torch can't tell.
     """
     processes = PartialState().num_processes
-    return pick_chunk_size(
+    choice = pick_chunk_size(
         make_net(replace(settings, chunk_size=0, pretrained=False)),
         settings.n_classes * settings.n_samples // processes,
         settings.crop,
@@ -69,6 +62,7 @@ def chunks_that_fit(settings: Settings, make_net: Callable[[Settings], nn.Module
         moments=1 if processes == 1 else 2,  # SGD's; many processes also average the gradients in buffers
         loss=None if settings.method == "api" else cross_entropy,
     )
+    return choice.chunk_size or 0, str(choice)
 
 
 def free_memory(device: str) -> int:

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,11 +41,12 @@ def join_processes(device: str) -> PartialState:
 def first_process_first() -> Iterator[None]:
     """The first process does what is in the block before the others, which do nothing of it if it fails.
 
-    So what it draws, downloads or makes is there for them, and what it prints or raises is seen once.
+    So what it draws, downloads or makes is there for them, and what it prints or raises is seen once. accelerate's
+    `main_process_first` would let the others add errors of a broken connection to the one that matters.
     """
     processes, done = PartialState(), [False]
     if not processes.is_main_process:
-        dist.broadcast_object_list(done)
+        broadcast_object_list(done)
         if not done[0]:
             _await_the_end()
         with redirect_stdout(io.StringIO()):
@@ -54,8 +56,7 @@ def first_process_first() -> Iterator[None]:
         yield
         done = [True]
     finally:
-        if processes.num_processes > 1:
-            dist.broadcast_object_list(done)
+        broadcast_object_list(done)
 
 
 def _await_the_end() -> None:
@@ -66,6 +67,7 @@ def _await_the_end() -> None:
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """This process's part of the items: every item is in one process's part, and they are in order."""
+    # Not accelerate's split_between_processes: it repeats or reorders what doesn't divide.
     joined = dist.is_available() and dist.is_initialized()
     rank, count = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     return items[len(items) * rank // count : len(items) * (rank + 1) // count]
@@ -75,7 +77,7 @@ def highest(values: Sequence[float]) -> list[float]:
     """The highest of all processes' values, one by one, on each of them: what one of them wants, all do."""
     if PartialState().num_processes == 1:
         return list(values)
-    numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU: no wait for the GPU
+    numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU: no wait for the GPU, as accelerate's would be
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return numbers.tolist()
 
@@ -103,6 +105,5 @@ def average_gradients(net: nn.Module) -> nn.Module:
 
 def share_buffers(net: nn.Module) -> None:
     """Give all processes the first one's buffers: each has its own running statistics of BatchNorm from training."""
-    if PartialState().num_processes > 1:
-        for buffer in net.buffers():
-            dist.broadcast(buffer, src=0)
+    for buffer in net.buffers():
+        broadcast(buffer)

@@ -1,79 +1,136 @@
-"""Steps whose loss or gradients are not finite: found before the update, so that no weight ever sees them."""
+"""What protects a run: early checks of flags, graceful shutdown, steps that are not finite, memory that runs out."""
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict
-from typing import NoReturn
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
 
+import timm
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from workbench.checkpoint import pack
-from workbench.distributed import end_all, highest
-from workbench.run_folder import Progress, RunFolder
-from workbench.run_state import RunState
+from workbench.distributed import highest
 
 
-class NonFiniteError(ArithmeticError):
-    """A step that must not be taken."""
-
-
-class Before:
-    """What a forward pass changes, as it was before: to undo a step that must not be taken, and to replay it."""
-
-    def __init__(self, state: RunState) -> None:
-        self.state = state
-        self.buffers = [buffer.clone() for buffer in state.buffers()]
-        self.random_states = state.random_states()
-
-    def restore_buffers(self) -> None:
-        with torch.no_grad():
-            for buffer, before in zip(self.state.buffers(), self.buffers, strict=True):
-                buffer.copy_(before)
-
-    def restore_chance(self) -> None:
-        self.state.set_random_states(self.random_states)
-
-
-def check_finite(terms: dict[str, Tensor], parameters: Iterable[nn.Parameter]) -> None:
-    """To be called between backward and update, by all processes, and raises on all of them or none.
-
-    This waits for the device once a step. It is a wait that should cost little: what comes next are the update and the
-    next forward pass, whose kernels are queued faster than they run. To read the losses later, with the figures, the
-    updates since would have to be undone, momentum included.
+def check_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU, if there is one.
 
     Raises:
-        NonFiniteError: a term of the loss, or a gradient, is infinite or NaN; says which.
+        SystemExit: torch has no such device.
+    """
+    there = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(there if name == "auto" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise SystemExit(f"--device {name} is not available: torch finds {there}") from None
+    return device
+
+
+def check_backbone(name: str) -> Any:
+    """timm's configuration of a model, None if it has no weights.
+
+    Raises:
+        SystemExit: timm has no such model; the message has near names.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name}*")[:5]) or ", ".join(_near(name))
+        raise SystemExit(f"--backbone {name}: timm has no such model{f'; near: {near}' if near else ''}")
+    return timm.get_pretrained_cfg(name)
+
+
+def _near(name: str) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, timm.list_models(), 5)
+
+
+@contextmanager
+def making_the_net(backbone: str, *, pretrained: bool, instead: str) -> Iterator[None]:
+    """To be entered while a net is made: its arguments may be wrong, and its weights are downloaded.
+
+    Raises:
+        SystemExit: it can't be made; one line, with what to do.
+    """
+    try:
+        yield
+    except Exception as error:  # of the backbone, the Hub's client, the network, the file system: each raises its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not pretrained or isinstance(error, TypeError | AssertionError):
+            raise SystemExit(f"--backbone {backbone}: {reason}") from None
+        raise SystemExit(
+            f"the pretrained weights of {backbone} are not available: {reason}\nThe first time, they are downloaded "
+            f"from the Hugging Face Hub, which needs the network; {instead} trains from scratch"
+        ) from None
+
+
+class Shutdown:
+    """While entered, notes SIGTERM and SIGINT instead of following them, so that the step can be finished and saved.
+
+    Attributes:
+        signal: the number of the last one, 0 if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Shutdown":
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells' background jobs want it
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        # Later ones change nothing: torchrun passes on what the terminal has sent to all processes already.
+        if not self.signal:
+            said = f"\n{signal.Signals(number).name}: finishing the step and saving (SIGKILL ends at once)\n"
+            os.write(2, said.encode())  # not print(), which fails if the signal came in the midst of another print()
+        self.signal = number
+
+
+def nonfinite(terms: dict[str, Tensor], parameters: Iterable[nn.Parameter]) -> str:
+    """What is infinite or NaN of the loss's terms and the gradients, "" if nothing is; the same on all processes.
+
+    To be called by all processes between backward and update, so that no weight ever sees such a step. It waits for
+    the device once a step, which should cost little: the kernels of update and next forward pass are queued faster
+    than they run.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     figures = {name: value.detach().float() for name, value in terms.items()}
     if gradients:
         figures["norm of the gradients"] = torch.stack(torch._foreach_norm(gradients)).float().norm()
     values = torch.stack(list(figures.values()))
-    if highest([not bool(values.isfinite().all())])[0]:
-        raise NonFiniteError(
-            ", ".join(f"{name} {value:g}" for name, value in zip(figures, values.tolist(), strict=True))
-        )
+    if not highest([not bool(values.isfinite().all())])[0]:
+        return ""
+    return ", ".join(f"{name} {value:g}" for name, value in zip(figures, values.tolist(), strict=True))
 
 
-def keep_and_end(
-    folder: RunFolder,
-    state: RunState,
-    progress: Progress,
-    images: Tensor,
-    labels: Tensor,
-    paths: list[str],
-    reason: str,
-) -> NoReturn:
-    """Store the batch, and the state as it was before the step, then end the run; all processes take part."""
-    settings = json.dumps(asdict(folder.settings))
-    batch = pack({"images": images, "labels": labels, "paths": paths, "settings": settings})
-    dump = folder.save_nonfinite(state, progress, {f"batch-{state.accelerator.process_index}.pt": batch})
-    listing = "\n  ".join(gather_object(paths))
-    end_all(
-        f"{reason}\nIts images:\n  {listing}\nThe weights are as before it. {dump} has the batch and the whole state, "
-        f"to replay the step. Correct the images or the settings, or leave such steps out with --skip-nonfinite "
-        f"{folder.settings.skip_nonfinite + 10}",
-        1,
-    )
+@contextmanager
+def advice_on_memory(net: nn.Module, batch: int, size: int, chunk_size: int) -> Iterator[None]:
+    """To be entered around the training: where a GPU's memory runs out, the command ends with what to do.
+
+    Raises:
+        SystemExit: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        chunks = f"in chunks of {chunk_size}" if chunk_size else "all at once"
+        less = f"--chunk-size {max(2, (chunk_size or batch) // 2)} takes less memory for the same batch"
+        what = f"The step was one of {batch} images of {size} x {size} pixels, through the backbone {chunks}: {less};"
+        if not net.training:
+            what = "That was the test, not a training step: take fewer images at a time;"
+        raise SystemExit(
+            f"\n{error}\n{what} less is also needed with --amp bf16, smaller images or fewer --n-classes"
+        ) from None

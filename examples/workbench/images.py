@@ -1,23 +1,27 @@
-"""The images of a data set for a DataLoader: transforms, caching. What the readers and the opener give is here too."""
+"""Images for a DataLoader: transforms, caching, and crops that depend on their place in the training alone.
 
-from collections.abc import Callable, Sequence
+A crop depends on the seed, the epoch and the place in the epoch. So a run that goes on in the middle of an epoch sees
+what it would have seen, however many workers load the images, and each of several processes sees what one would there.
+"""
+
+import atexit
+import hashlib
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import PIL.Image
-from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
-from timm.data import IMAGENET_DEFAULT_STD as STD
-from torch.utils.data import Dataset
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-from workbench.datasets.common import Image, ImageSet
-from workbench.datasets.cub import family, read_boxes, read_cub, read_parts
+from apinet_head import BalancedBatchSampler
+from workbench.datasets.lists import Image
+from workbench.distributed import share
 from workbench.image_files import load_image
-
-__all__ = [
-    "Image", "ImageDataset", "ImageSet", "family", "load_image", "read_boxes", "read_cub", "read_parts",
-    "test_transform", "train_transform",
-]  # fmt: skip
-Stats = Sequence[float]
 
 
 class ImageDataset(Dataset[tuple[Any, int, int]]):
@@ -54,21 +58,107 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
 
 # Not timm.data.create_transform: for training, it has no squash + random crop, which is what was published. For
 # testing, its crop_mode="squash" is the same, but takes crop / resize and rounds: 144 of 224 would be 144 of 223.
-def train_transform(resize: int, crop: int, *, mean: Stats = MEAN, std: Stats = STD) -> transforms.Compose:
-    """Squash to resize x resize, take crop x crop pixels of that at random, mirrored or not, and normalise."""
-    return _transform(resize, crop, [transforms.RandomCrop(crop), transforms.RandomHorizontalFlip()], mean, std)
+def train_transform(config: Mapping[str, Any]) -> transforms.Compose:
+    """Squash to a square, take crop x crop pixels of that at random, mirrored or not, and normalise."""
+    return _squashed(config, transforms.RandomCrop(config["crop"]), transforms.RandomHorizontalFlip())
 
 
-def test_transform(resize: int, crop: int, *, mean: Stats = MEAN, std: Stats = STD) -> transforms.Compose:  # noqa: PT028
-    """Squash to resize x resize, take the central crop x crop pixels of that, and normalise."""
-    return _transform(resize, crop, [transforms.CenterCrop(crop)], mean, std)
+def eval_transform(config: Mapping[str, Any]) -> transforms.Compose:
+    """What a model folder's classes.json says: squash and take the centre, or else arguments of timm."""
+    if "squash" in config:
+        return _squashed(config, transforms.CenterCrop(config["crop"]))
+    return create_transform(**config)
 
 
-test_transform.__test__ = False  # type: ignore[attr-defined]  # else pytest runs it where a test imports it
+def _squashed(config: Mapping[str, Any], *steps: Any) -> transforms.Compose:
+    size, crop = config["squash"], config["crop"]
+    if not 0 < crop <= size:  # CenterCrop would pad with black
+        raise ValueError(f"crop must be in [1, squash], got crop={crop} and squash={size}")
+    normalize = transforms.Normalize(config["mean"], config["std"])
+    return transforms.Compose([transforms.Resize((size, size)), *steps, transforms.ToTensor(), normalize])
 
 
-def _transform(resize: int, crop: int, steps: list[Any], mean: Stats, std: Stats) -> transforms.Compose:
-    if not 0 < crop <= resize:  # CenterCrop would pad with black
-        raise ValueError(f"crop must be in [1, resize], got crop={crop} and resize={resize}")
-    steps = [transforms.Resize((resize, resize)), *steps, transforms.ToTensor(), transforms.Normalize(mean, std)]
-    return transforms.Compose(steps)
+def unnormalized(images: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Images [...,3,H,W] as they were before they were normalised, in [0, 1]."""
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return (images.cpu() * std + mean).clamp(0, 1)
+
+
+def train_loader(
+    images: ImageDataset, sampler: BalancedBatchSampler, device: torch.device, workers: int, timeout: float = 0
+) -> DataLoader[Any]:
+    """The sampler's batches; each place of an epoch has a crop of its own."""
+    return DataLoader(
+        AugmentedImages(images), batch_sampler=PlacedBatches(sampler), num_workers=workers,
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0, timeout=timeout if workers else 0,
+        worker_init_fn=leave_signals_to_the_parent,
+        generator=torch.Generator(),  # else each start of the loader draws from the net's generator
+    )  # fmt: skip
+
+
+def eval_loader(
+    images: Sequence[Image],
+    config: Mapping[str, Any],
+    batch: int,
+    workers: int,
+    timeout: float = 0,
+    cache: bool = False,
+) -> DataLoader[Any]:
+    """This process's share of the images, in order, prepared as a model folder's classes.json says."""
+    dataset = ImageDataset(share(images), eval_transform(config), resize=config.get("squash"), cache=cache)
+    return DataLoader(dataset, batch_size=batch, num_workers=workers, timeout=timeout if workers else 0)
+
+
+class PlacedBatches(Sampler[list[tuple[int, int]]]):
+    """The sampler's batches, as (index, seed) pairs for `AugmentedImages`: each place in the epoch has its own seed.
+
+    A place, not an image: an image that comes twice in an epoch is to be cropped in two ways.
+    """
+
+    def __init__(self, sampler: BalancedBatchSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        sampler = self.sampler
+        for number, batch in enumerate(sampler, start=sampler.n_batches - len(sampler)):
+            first = (number * sampler.world_size + sampler.rank) * len(batch)
+            yield [(index, self._seed(first + place)) for place, index in enumerate(batch)]
+
+    def _seed(self, place: int) -> int:
+        # A hash, for torch's generator takes 32 bits of a seed, and sums of the three would meet each other.
+        text = f"{self.sampler.seed} {self.sampler.epoch} {place}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+class AugmentedImages(Dataset[Any]):
+    """The images' items by (index, seed): transforms draw from torch's generator, seeded for that item alone."""
+
+    def __init__(self, images: Dataset[Any]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        index, seed = place
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
+            return self.images[index]
+
+
+def leave_signals_to_the_parent(_: int) -> None:
+    """For workers: a signal to the whole group must not end them before the parent has finished its step and saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers_with_the_parent() -> None:
+    """An error leaves workers behind, which multiprocessing would wait for at exit: they don't hear its SIGTERM."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error about each worker that is killed
+    for worker in multiprocessing.active_children():
+        worker.kill()

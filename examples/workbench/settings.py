@@ -1,8 +1,8 @@
-"""Settings of a training run: every field is a flag of train_cub.py, and a preset is a set of their defaults."""
+"""Settings of a run of train_cub.py: every field is a flag, and a preset is a set of their defaults."""
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,52 +15,55 @@ SEARCHES = ("similar", "dissimilar", "random", "none")
 AUTO = "auto"
 
 
-def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def setting(default: Any, help: str, choices: Sequence[str] | None = None, *, group: str = "", least: float = 0) -> Any:
+    """A field: `group` is the title of the flags from here on, `least` the smallest number."""
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group, "least": least})
 
 
 @dataclass(frozen=True)
 class Settings:
     """One run. The defaults are the paper's setup on CUB-200-2011 (section 4, "Implementation Details")."""
 
-    # data
-    dataset: str = setting("cub", "which data set the folder --data has, in its official format", tuple(ARCHIVES))
-    data: str = setting("", "folder of the data set; empty: the embedded set, drawn on first use into a cache folder")
-    species: int = setting(200, "embedded set: number of species")
-    images_per_species: int = setting(60, "embedded set: images of each, half of them for training")
-    image_size: int = setting(512, "embedded set: pixels a side")
-    resize: int = setting(512, "images are resized to a square of this side ...")
-    crop: int = setting(448, "... and cropped to this: at random and flipped in training, the centre in testing")
+    dataset: str = setting(
+        "cub", "which data set the folder --data has, in its official format", tuple(ARCHIVES), group="data"
+    )
+    data: str = setting("", "folder of the data set; without it, the embedded set is drawn into a cache folder")
+    species: int = setting(200, "embedded set: number of species", least=2)
+    images_per_species: int = setting(60, "embedded set: images of each, half of them for training", least=2)
+    image_size: int = setting(512, "embedded set: pixels a side", least=32)
+    resize: int = setting(512, "images are resized to a square of this side ...", least=1)
+    crop: int = setting(
+        448, "... and cropped to this: at random and flipped in training, the centre in testing", least=1
+    )
     skip_bad: str = setting("", f"leave out the images in this list of check_images.py; without a name, in {LIST}")
     cache_images: bool = setting(False, "keep the resized images in memory; for small sets")
     workers: int = setting(4, "processes that load images; 0: none but this one")
     loader_timeout: float = setting(300.0, "seconds to wait for a batch of them before the run ends; 0: for ever")
-    # model
-    method: str = setting("api", "API-Net, or the same net with plain cross-entropy", ("api", "baseline"))
+    method: str = setting("api", "API-Net, or the same net with cross-entropy", ("api", "baseline"), group="model")
     backbone: str = setting("resnet101", "any timm model name")
     backbone_args: str = setting("{}", "further arguments of timm.create_model, as JSON")
     pretrained: bool = setting(True, "start from timm's weights for the backbone (ImageNet)")
     chunk_size: int | str = setting(
-        0,
-        "images that go through the backbone at a time, to save memory; 0: the whole batch; auto: as many as fit",
+        0, "images that go through the backbone at a time, to save memory; 0: the whole batch; auto: as many as fit"
     )
-    hidden_dim: int = setting(512, "width of the mutual vector's MLP")
+    hidden_dim: int = setting(512, "width of the mutual vector's MLP", least=1)
     dropout: float = setting(0.5, "in that MLP and before the classifier")
     mutual: str = setting("mlp", "the mutual vector", MUTUALS)
     gate: str = setting("pair", "a gate for each image of a pair, or one for both", ("pair", "single"))
-    # pairs
-    pairs: str = setting("mined", "mined by distance, or drawn at random without regard to class", ("mined", "random"))
+    pairs: str = setting(
+        "mined", "mined by distance, or drawn at random without regard to class", ("mined", "random"), group="pairs"
+    )
     intra: str = setting("similar", "the partner of the same class, if mined", SEARCHES)
     inter: str = setting("similar", "the partner of another class, if mined", SEARCHES)
     memory: int = setting(0, "past features that mined partners are also searched in, besides the batch; 0: none")
-    # loss
-    margin: float = setting(0.05, "of the ranking term")
+    margin: float = setting(0.05, "of the ranking term", group="loss", least=float("-inf"))
     rank_weight: float = setting(1.0, "of the ranking term")
     label_smoothing: float = setting(0.0, "of the cross-entropy")
-    # optimisation
-    n_classes: int = setting(30, "classes in a batch")
-    n_samples: int = setting(4, "images of each")
-    epochs: int = setting(100, "passes over the training images")
+    n_classes: int = setting(30, "classes in a batch", group="optimisation", least=2)
+    n_samples: int = setting(4, "images of each", least=1)
+    epochs: int = setting(
+        100, "epochs of (training images) // (batch) batches, in which all classes come equally often", least=1
+    )
     lr: float = setting(0.01, "learning rate, to zero by a cosine stepped every iteration")
     backbone_lr: float = setting(0.0, "learning rate of the backbone; 0: the same")
     momentum: float = setting(0.9, "of SGD, without Nesterov")
@@ -69,17 +72,16 @@ class Settings:
     frozen_batch_norm: str = setting(
         "train", "BatchNorm of the backbone meanwhile, as published: train", ("train", "eval")
     )
-    # run
-    seed: int = setting(0, "of weights, batches, augmentation")
-    device: str = setting("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
+    seed: int = setting(0, "of weights, batches, augmentation", group="run")
+    device: str = setting("auto", "where to run: auto, cpu, cuda, mps")
     amp: str = setting("no", "mixed precision", ("no", "fp16", "bf16"))
     threads: int = setting(0, "CPU threads; 0: torch's choice")
-    eval_every: int = setting(1, "test after each so many epochs, and after the last")
-    eval_batch: int = setting(100, "test images at a time")
+    eval_every: int = setting(1, "test after each so many epochs, and after the last", least=1)
+    eval_batch: int = setting(100, "test images at a time", least=1)
     checkpoint_minutes: float = setting(10.0, "save after so many minutes too, not only with an epoch; 0: only then")
-    keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep")
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep", least=1)
     skip_nonfinite: int = setting(0, "leave out up to so many steps whose loss or gradients are infinite or NaN")
-    output: str = setting("", "folder of the run; empty: runs/DATA-METHOD-BACKBONE-seedN")
+    output: str = setting("", "folder of the run; without it, runs/DATA-METHOD-BACKBONE-seedN")
 
 
 DEMO: dict[str, Any] = {
@@ -104,45 +106,55 @@ DEMO: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "demo": DEMO}
 # Where the preset "paper" has other defaults for a data set than for CUB-200-2011.
 RECIPES: dict[str, dict[str, Any]] = {"dogs": {"epochs": 50, "lr": 0.001, "frozen_epochs": 12}}
+# Settings that change no result: a run may go on with others.
+HARMLESS = {
+    "output", "workers", "cache_images", "device", "eval_batch", "threads", "checkpoint_minutes", "keep_checkpoints",
+    "skip_nonfinite", "skip_bad", "loader_timeout",
+}  # fmt: skip
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """The settings that the command line asks for; --preset and --dataset decide the defaults of all other flags."""
+    """The settings that the command line asks for; --preset, --data and --dataset decide the defaults of the others."""
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", choices=PRESETS, help="defaults of all flags: demo; paper, if --data is given")
-    first.add_argument("--data", default="")
-    first.add_argument("--dataset", default="cub")
+    first.add_argument("--preset", choices=PRESETS, help="defaults of all flags: paper, or demo without --data")
+    for name in ("data", "dataset", "backbone"):
+        first.add_argument(f"--{name}", default="")
     known = first.parse_known_args(arguments)[0]
     name = known.preset or ("paper" if known.data else "demo")
     preset = {**PRESETS[name], **(RECIPES.get(known.dataset, {}) if name == "paper" else {})}
+    if known.backbone and known.backbone != preset.get("backbone"):
+        preset.pop("backbone_args", None)  # they are those of the preset's own backbone
 
     parser = argparse.ArgumentParser(
         description="Train API-Net, or the baseline, on one of the paper's five data sets or on the embedded birds.",
         epilog="An interrupted run goes on from its last checkpoint when started again with the same command.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         conflict_handler="resolve",
         parents=[first],
     )
+    group: Any = parser
     for item in fields(Settings):
+        about = item.metadata
+        group = parser.add_argument_group(about["group"]) if about["group"] else group
         default = preset.get(item.name, item.default)
-        kind: dict[str, Any] = {"type": type(default), "choices": item.metadata["choices"]}
-        if item.name == "chunk_size":
-            kind["type"] = chunk_size
-        if item.name == "skip_bad":
-            kind |= {"nargs": "?", "const": LIST, "metavar": "FILE"}
+        kind: dict[str, Any] = {"choices": about["choices"], "type": type(default)}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{item.name.replace('_', '-')}", default=default, help=item.metadata["help"], **kind)
+        elif item.name == "chunk_size":
+            kind["type"] = chunk_size
+        elif item.name == "skip_bad":
+            kind |= {"nargs": "?", "const": LIST, "metavar": "FILE"}
+        elif not isinstance(default, str):
+            kind["type"] = number(type(default), about["least"])
+        flag = f"--{item.name.replace('_', '-')}"
+        group.add_argument(flag, default=default, help=f"{about['help']}{_defaults(item.name, item.default)}", **kind)
     chosen = vars(parser.parse_args(arguments))
     chosen.pop("preset")
     try:
         json.loads(chosen["backbone_args"])
     except json.JSONDecodeError as error:
         parser.error(f"--backbone-args must be JSON, got {chosen['backbone_args']!r}: {error}")
-    if chosen["keep_checkpoints"] < 1:
-        parser.error(f"--keep-checkpoints must be at least 1, got {chosen['keep_checkpoints']}")
-    if not chosen["loader_timeout"] >= 0:
-        parser.error(f"--loader-timeout must be at least 0, got {chosen['loader_timeout']}")
+    if chosen["crop"] > chosen["resize"]:
+        parser.error(f"--crop {chosen['crop']} must not be larger than --resize {chosen['resize']}")
     if chosen["dataset"] != "cub" and not chosen["data"]:
         archive = ARCHIVES[chosen["dataset"]]
         parser.error(f"--dataset {chosen['dataset']} needs --data, {archive.expected}. {archive.source}")
@@ -151,9 +163,29 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     return Settings(**chosen)
 
 
+def _defaults(name: str, paper: Any) -> str:
+    """For --help: the default of each preset."""
+    demo = DEMO.get(name, paper)
+    shown = f"{paper}" if demo == paper else f"paper: {paper}, demo: {demo}"
+    return f" ({shown})".replace("%", "%%") if shown else ""
+
+
 def chunk_size(text: str) -> int | str:
     """The value of --chunk-size."""
-    return text if text == AUTO else int(text)
+    return text if text == AUTO else number(int, 0)(text)
+
+
+def number(kind: type, least: float) -> Callable[[str], Any]:
+    """For argparse: a finite number that is not below `least`."""
+
+    def parse_number(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text}")
+        return value
+
+    parse_number.__name__ = kind.__name__  # argparse's "invalid int value"
+    return parse_number
 
 
 def run_folder(settings: Settings) -> Path:
@@ -164,13 +196,10 @@ def run_folder(settings: Settings) -> Path:
 
 def differences(old: dict[str, Any], settings: Settings) -> list[str]:
     """What differs between the settings of two runs, less what changes no result."""
-    new, old = asdict(settings), asdict(Settings()) | old  # a setting newer than the run had its default meaning
-    harmless = {"output", "workers", "cache_images", "device", "eval_batch", "threads"}
-    harmless |= {"checkpoint_minutes", "keep_checkpoints", "skip_nonfinite", "skip_bad", "loader_timeout"}
-    if settings.chunk_size == AUTO:  # takes the number of the run that it goes on with
-        harmless.add("chunk_size")
+    # With "auto", a run takes the number of the one that it goes on with.
+    harmless = HARMLESS | ({"chunk_size"} if settings.chunk_size == AUTO else set())
     return [
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
-        for name in sorted(old.keys() | new.keys())
-        if name not in harmless and old.get(name) != new.get(name)
+        f"{name}: {old.get(name)!r} there, {new!r} here"
+        for name, new in sorted(asdict(settings).items())
+        if name not in harmless and old.get(name) != new
     ]

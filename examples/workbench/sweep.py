@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from workbench.images import ImageSet
 from workbench.run_folder import RunFolder
-from workbench.settings import Settings, parse
+from workbench.settings import Settings, differences, parse
 
 
 class Job(NamedTuple):
@@ -93,12 +94,7 @@ def origin(data: ImageSet, settings: Settings, results: Mapping[str, Sequence[Ma
 
 
 def _is_finished(path: Path, settings: Settings) -> bool:
-    if not path.exists():
-        return False
-    try:
-        RunFolder(path, settings)
-    except FileExistsError as error:
-        raise SystemExit(str(error)) from None
+    RunFolder(path, asdict(settings), lambda old: differences(old, settings))  # ends here if it is another run's
     return (path / "result.json").exists()
 
 

@@ -38,8 +38,27 @@ def test_a_part_runs_and_goes_on_where_it_stopped(birds, tmp_path, monkeypatch, 
         assert len(list(csv.DictReader(file))) == 6
     assert (tmp_path / "out" / "ablation.png").stat().st_size > 10_000
 
-    monkeypatch.setattr("sweep._start", lambda *job: pytest.fail(f"{job} was finished before"))
+    monkeypatch.setattr("workbench.sweep._start", lambda *job: pytest.fail(f"{job} was finished before"))
     ablate.main()
     monkeypatch.setattr("sys.argv", ["ablate.py", *flags, "--lr", "0.5"])
     with pytest.raises(SystemExit, match=r"lr: 0.05 there, 0.5 here"):
         ablate.main()
+
+
+def test_memories_are_compared_in_small_batches(birds, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "SIZES", (16,))
+    flags = ["--only", "memory", "--seeds", "1", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["ablate.py", *flags, *TINY, "--data", str(birds), "--epochs", "1"])
+    ablate.main()
+    table = (tmp_path / "out" / "memory.md").read_text()
+    assert table in capsys.readouterr().out
+    for variant in ("**none**", "16"):
+        assert f"| memory, batches of 3 classes x 2 images | {variant} |" in table
+    assert len((tmp_path / "out" / "memory.csv").read_text().splitlines()) == 1 + 2
+
+
+def test_a_part_that_there_is_not_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--only", "magic"])
+    with pytest.raises(SystemExit):
+        ablate.main()
+    assert "--only magic: there are method, mutual vector" in capsys.readouterr().err

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train_cub as train
+import train_cub
 from apinet_head import APINet
 from apinet_head.step_memory import step_memory
-from workbench import chunk_size as chunk_auto
+from workbench import chunk_size
 from workbench.settings import AUTO, Settings, differences, parse
 
 TINY = [
@@ -21,17 +21,17 @@ TINY = [
 
 
 def run(birds, output, *flags):
-    return train.main([*TINY, "--data", str(birds), "--output", str(output), *flags])
+    return train_cub.main([*TINY, "--data", str(birds), "--output", str(output), *flags])
 
 
 def needed(settings, size, batch=12, **arguments):
     """Memory in which chunks of `size` just fit, with the margin."""
-    net = train.make_net(replace(settings, chunk_size=0), 6)
+    net = train_cub.make_net(replace(settings, chunk_size=0), 6)
     return int(step_memory(net, batch, settings.crop, chunk_size=size, **arguments).total / 0.85) + 2
 
 
 def give(monkeypatch, memory):
-    monkeypatch.setattr(chunk_auto, "free_memory", lambda device: memory)
+    monkeypatch.setattr(chunk_size, "free_memory", lambda device: memory)
 
 
 def noted(output):
@@ -69,13 +69,13 @@ def test_the_whole_batch_is_zero(birds, tmp_path, monkeypatch, capsys):
 
 
 def auto(settings, folder):
-    return chunk_auto.with_chunk_size(settings, folder, lambda plain: train.make_net(plain, 6)).chunk_size
+    return chunk_size.with_chunk_size(settings, folder, lambda plain: train_cub.make_net(plain, 6)).chunk_size
 
 
 def test_each_process_has_its_share_and_the_buffers_of_averaging(tmp_path, monkeypatch, capsys):
-    settings = parse([*TINY, "--crop", "96"])
+    settings = parse([*TINY, "--crop", "96", "--resize", "96"])
     two = SimpleNamespace(num_processes=2, is_main_process=True)
-    monkeypatch.setattr(chunk_auto, "PartialState", lambda: two)
+    monkeypatch.setattr(chunk_size, "PartialState", lambda: two)
     give(monkeypatch, needed(settings, 3, batch=6, moments=2))
     assert auto(settings, tmp_path) == 3
     assert "for a batch of 6" in capsys.readouterr().out
@@ -85,26 +85,26 @@ def test_each_process_has_its_share_and_the_buffers_of_averaging(tmp_path, monke
 
 def test_the_baseline_has_its_own_loss(tmp_path, monkeypatch):
     settings = parse([*TINY, "--method", "baseline"])
-    give(monkeypatch, needed(settings, 4, loss=chunk_auto.cross_entropy))
+    give(monkeypatch, needed(settings, 4, loss=chunk_size.cross_entropy))
     assert auto(settings, tmp_path) == 4
 
 
 def test_mixed_precision_counts(tmp_path, monkeypatch):
-    settings = parse([*TINY, "--crop", "96", "--amp", "bf16"])
+    settings = parse([*TINY, "--crop", "96", "--resize", "96", "--amp", "bf16"])
     give(monkeypatch, needed(settings, 6, amp=torch.bfloat16))
     assert auto(settings, tmp_path) == 6
     assert auto(replace(settings, amp="no"), tmp_path) < 6
 
 
 def test_memory_is_that_of_the_gpu_or_of_the_machine(monkeypatch):
-    monkeypatch.setattr(chunk_auto.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1200}))
+    monkeypatch.setattr(chunk_size.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1200}))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700 + device, 1000))
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [chunk_auto.free_memory(device) for device in ("auto", "cuda", "cpu")] == [701, 701, 600]
+    assert [chunk_size.free_memory(device) for device in ("auto", "cuda", "cpu")] == [701, 701, 600]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert chunk_auto.free_memory("auto") == 600
+    assert chunk_size.free_memory("auto") == 600
 
 
 def test_what_cannot_be_told_ends_the_command(birds, tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_only_numbers_and_auto_are_chunk_sizes(capsys):
     assert parse([]).chunk_size == 0
     with pytest.raises(SystemExit):
         parse(["--chunk-size", "most"])
-    assert "--chunk-size: invalid chunk_size value: 'most'" in capsys.readouterr().err
+    assert "--chunk-size: invalid" in capsys.readouterr().err
 
 
 def test_auto_differs_from_no_number():

@@ -1,22 +1,13 @@
-"""Training with a memory of past batches, `train.py --memory`, on a tiny set of birds."""
+"""Training with a memory of past batches, `train_cub.py --memory`, on a tiny set of birds."""
 
 import pytest
 import torch
-from cub_runs import TINY, run, same, weights
+from cub_runs import run, same, weights
 
-import compare_memory
-import train_cub as train
+import train_cub
 from apinet_head import head as head_module
-from workbench.datasets.birds_cache import open_data
-from workbench.run_folder import RunFolder
-from workbench.settings import parse
 
 MEMORY = ["--memory", "16"]  # batches of 6: it is filled in the third, and then goes round
-
-
-def trainer(birds, output, *flags):
-    settings = parse([*TINY, "--data", str(birds), *flags])
-    return train.Trainer(settings, open_data(settings), RunFolder(output, settings))
 
 
 @pytest.fixture
@@ -27,7 +18,8 @@ def mined(monkeypatch):
 
     def noted(features, labels, searches, table):
         pairs = find_pairs(features, labels, searches, table)
-        keys, key_labels = (None, None) if table is None else (table.features.detach(), table.labels)
+        keys = None if table is None else torch.cat([table.features.detach(), table.past])
+        key_labels = None if table is None else table.labels.clone()
         calls.append((features.detach(), labels, keys, key_labels, pairs))
         assert table is None or table.offset == 0
         return pairs
@@ -59,13 +51,17 @@ def test_without_the_flag_or_for_the_baseline_there_is_no_memory(birds, tmp_path
     assert len(mined) == 3
 
 
-def test_the_first_batch_is_as_without_and_the_second_is_not(birds, tmp_path):
-    losses = {}
+def test_the_first_batch_is_as_without_and_the_second_is_not(birds, tmp_path, monkeypatch):
+    losses, compute_loss = {"with": [], "without": []}, train_cub.compute_loss
     for name, flags in (("with", MEMORY), ("without", [])):
-        one = trainer(birds, tmp_path / name, *flags)
-        one.model.train()
-        batches = [batch for _, batch in zip(range(2), one.loader, strict=False)]
-        losses[name] = [one.step(images, labels)["loss"].item() for images, labels, _ in batches]
+
+        def noted(*args, to=losses[name]):
+            figures = compute_loss(*args)
+            to.append(figures["loss"].item())
+            return figures
+
+        monkeypatch.setattr(train_cub, "compute_loss", noted)
+        run(birds, tmp_path / name, "--epochs", "1", *flags)
     assert losses["with"][0] == pytest.approx(losses["without"][0], rel=1e-5)  # computed in another order
     assert losses["with"][1] != pytest.approx(losses["without"][1], rel=1e-3)
 
@@ -75,17 +71,18 @@ def test_resumed_run_ends_as_the_run_never_interrupted(birds, tmp_path, monkeypa
         pass
 
     expected = run(birds, tmp_path / "whole", *MEMORY)
-    train_epoch = train.Trainer.train_epoch
+    record = train_cub.record
 
-    def killed_in_the_third(self, progress, sums):
-        if progress.epoch == 2:
+    def killed_after_the_second(folder, state, *rest):
+        record(folder, state, *rest)
+        if state.progress.epoch == 3:
             raise KilledError
-        return train_epoch(self, progress, sums)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "train_epoch", killed_in_the_third)
+        patch.setattr(train_cub, "record", killed_after_the_second)
         with pytest.raises(KilledError):
             run(birds, tmp_path / "run", *MEMORY)
+    del mined[-3:]  # of the epoch that is trained again
     assert len(mined) == 9 + 6
     torch.manual_seed(123)  # nothing may depend on the random state that the new process happens to have
     resumed = run(birds, tmp_path / "run", *MEMORY)
@@ -98,21 +95,3 @@ def test_resumed_run_ends_as_the_run_never_interrupted(birds, tmp_path, monkeypa
     assert resumed | {"seconds": 0} == expected | {"seconds": 0}
     with pytest.raises(SystemExit, match="memory: 16 there, 8 here"):
         run(birds, tmp_path / "run", "--memory", "8")
-
-
-def test_the_saved_net_is_without_the_memory(birds, tmp_path):
-    run(birds, tmp_path / "with", "--epochs", "1", *MEMORY)
-    run(birds, tmp_path / "without", "--epochs", "1")
-    assert weights(tmp_path / "with" / "last").keys() == weights(tmp_path / "without" / "last").keys()
-
-
-def test_comparison(birds, tmp_path, monkeypatch, capsys):
-    flags = ["--sizes", "16", "--seeds", "1", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
-    flags += [*TINY, "--data", str(birds), "--epochs", "1"]
-    monkeypatch.setattr("sys.argv", ["compare_memory.py", *flags])
-    compare_memory.main()
-    table = (tmp_path / "out" / "memory.md").read_text()
-    assert table in capsys.readouterr().out
-    for variant in ("**none**", "16"):
-        assert f"| memory, batches of 3 classes x 2 images | {variant} |" in table
-    assert len((tmp_path / "out" / "memory.csv").read_text().splitlines()) == 1 + 2

@@ -1,4 +1,4 @@
-"""Steps of train.py that are not finite: they end the run with all that replays them, or are left out."""
+"""Steps of train_cub.py that are not finite: they end the run with the images' paths, or are left out."""
 
 import csv
 import json
@@ -6,14 +6,12 @@ import math
 
 import pytest
 import torch
-from cub_runs import FULL, TINY, alike, run, same, weights
+from cub_runs import FULL, TINY, run, same, weights
 
-import train_cub as train
-from workbench.checkpoint import unpack
-from workbench.datasets.birds_cache import open_data
-from workbench.guard import NonFiniteError
+import train_cub
+from workbench.datasets import open_data
+from workbench.guard import nonfinite
 from workbench.images import ImageDataset
-from workbench.run_folder import RunFolder
 from workbench.settings import parse
 
 BROKEN = 8  # of 18 training images: with seeds 0 and 1 it comes once in each of the three epochs
@@ -21,67 +19,41 @@ BROKEN = 8  # of 18 training images: with seeds 0 and 1 it comes once in each of
 
 @pytest.fixture
 def broken_image(monkeypatch):
-    get = ImageDataset.__getitem__
+    """In training, not in the test."""
+    get, transform = ImageDataset.__getitem__, train_cub.train_transform
 
     def broken(self, index):
         image, label, index = get(self, index)
-        return (
-            (image * math.inf if index == BROKEN and len(self) == 18 and self.transform.is_train else image),
-            label,
-            index,
-        )
+        return image * math.inf if index == BROKEN and hasattr(self.transform, "trains") else image, label, index
 
-    def marked(*sizes, transform=train.train_transform):
-        made = transform(*sizes)
-        made.is_train = True
+    def marked(config):
+        made = transform(config)
+        made.trains = True
         return made
 
-    monkeypatch.setattr(train, "train_transform", marked)
+    monkeypatch.setattr(train_cub, "train_transform", marked)
     monkeypatch.setattr(ImageDataset, "__getitem__", broken)
-    monkeypatch.setattr("torchvision.transforms.Compose.is_train", False, raising=False)
 
 
-def trainer(birds, output, *flags):
-    settings = parse([*TINY, "--data", str(birds), *flags])
-    return train.Trainer(settings, open_data(settings), RunFolder(output, settings))
-
-
-def test_the_run_ends_with_what_replays_the_step(birds, tmp_path, broken_image, capsys):
+def test_the_run_ends_with_the_paths_and_no_weight_is_changed(birds, tmp_path, broken_image, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(birds, tmp_path / "run", *FULL, "--seed", "1")
     assert stopped.value.code == 1
     said = capsys.readouterr().err
-    (dump,) = (tmp_path / "run" / "nonfinite").iterdir()
-    done = json.loads((dump / "progress.json").read_text())["step"]
+    newest = max((tmp_path / "run" / "state").iterdir())  # the checkpoint after the step before
+    done = int(newest.name.rpartition("-")[2])
     assert (
         f"step {done + 1} (epoch 1, batch {done + 1}) is not finite: loss nan, cross_entropy nan, ranking nan" in said
     )
-    batch = unpack(dump / "batch-0.pt")
     data = open_data(parse([*TINY, "--data", str(birds)]))
-    assert str(data.train[BROKEN].path) in batch["paths"]
-    assert all(f"  {path}\n" in said for path in batch["paths"])
-    place = batch["paths"].index(str(data.train[BROKEN].path))
-    assert [not image.isfinite().all() for image in batch["images"]] == [i == place for i in range(6)]
-    assert batch["labels"][place] == data.train[BROKEN].label
-    assert json.loads(batch["settings"])["seed"] == 1
-
+    assert f"  {data.train[BROKEN].path}\n" in said
+    assert said.count(".jpg\n") == 6
+    assert "--skip-nonfinite 10" in said
     assert done > 0
-    before = max((tmp_path / "run" / "state").iterdir())  # the checkpoint after the step before
-    states = [unpack(path / "state.pt") for path in (dump, before)]
-    for group in (group for state in states for group in state["optimizer"]["param_groups"]):
-        group["lr"] = None  # the step's own already
-    assert alike(*states)
-    assert alike(unpack(dump / "process-0.pt")["random"], unpack(before / "process-0.pt")["random"])
-
-    one = trainer(birds, tmp_path / "replay", *FULL, "--seed", "1")
-    one.state.load(dump)
-    one.model.train()
-    with pytest.raises(NonFiniteError, match="loss nan"):
-        one.step(batch["images"], batch["labels"])
 
 
 def test_steps_are_left_out_up_to_the_limit(birds, tmp_path, broken_image, monkeypatch, capsys):
-    flags = ["--dropout", "0"]  # then a step left out uses no chance
+    flags = ["--dropout", "0"]  # then a step left out draws no random numbers
     with pytest.raises(SystemExit):
         run(birds, tmp_path / "run", *flags, "--skip-nonfinite", "2")
     captured = capsys.readouterr()
@@ -93,32 +65,50 @@ def test_steps_are_left_out_up_to_the_limit(birds, tmp_path, broken_image, monke
     assert [row["skipped"] for row in rows] == ["1", "2", "3"]
     assert [row["step"] for row in rows] == ["3", "6", "9"]
     assert all(math.isfinite(float(row["loss"])) for row in rows)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped"] == 3
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "last").values())
 
-    # As if those batches were not trained on at all.
-    step = train.Trainer.step
+    # As if those batches had never been trained on: their images don't even go through the net.
+    compute_loss = train_cub.compute_loss
 
-    def leave_out(self, images, labels):
-        if not images.isfinite().all():
-            raise NonFiniteError
-        return step(self, images, labels)
+    def leave_out(model, images, labels, settings):
+        if images.isfinite().all():
+            return compute_loss(model, images, labels, settings)
+        nothing = sum(parameter.sum() * 0 for parameter in model.parameters())
+        return dict.fromkeys(("loss", "cross_entropy", "ranking", "train_top1"), nothing + math.nan)
 
-    monkeypatch.setattr(train.Trainer, "step", leave_out)
+    monkeypatch.setattr(train_cub, "compute_loss", leave_out)
     run(birds, tmp_path / "other", *flags, "--skip-nonfinite", "3")
     assert same(weights(tmp_path / "run" / "last"), weights(tmp_path / "other" / "last"))
-    assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "last").values())
 
 
 @pytest.mark.parametrize("method", ["api", "baseline"])
-def test_gradients_that_are_not_finite_reach_no_weight(birds, tmp_path, method):
-    one = trainer(birds, tmp_path / "run", "--method", method)
-    one.model.train()
-    images, labels, _ = next(iter(one.loader))
-    one.step(images, labels)
-    before = {name: value.clone() for name, value in one.net.named_parameters()}
-    weight = list(one.net.head.parameters())[-1]
-    handle = weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(NonFiniteError, match=r"norm of the gradients (nan|inf)"):
-        one.step(images, labels)
-    assert same(dict(one.net.named_parameters()), before)
-    handle.remove()
-    assert torch.isfinite(one.step(images, labels)["loss"])
+def test_gradients_that_are_not_finite_end_the_run(birds, tmp_path, monkeypatch, method):
+    """The loss is finite, its gradient is not; what the checkpoint has is from before."""
+    calls, make_net = [], train_cub.make_net
+
+    def watched(*args):
+        net = make_net(*args)
+
+        def overflow(gradient):
+            calls.append(0)
+            return gradient * (math.inf if len(calls) == 2 else 1)
+
+        net.head.classifier.weight.register_hook(overflow)
+        return net
+
+    monkeypatch.setattr(train_cub, "make_net", watched)
+    monkeypatch.setattr(train_cub, "end_all", lambda message, code: (_ for _ in ()).throw(SystemExit(message)))
+    with pytest.raises(SystemExit, match=r"step 2 .*ranking [\d.e-]+, .*norm of the gradients (nan|inf)"):
+        run(birds, tmp_path / "run", "--method", method)
+    assert len(calls) == 2
+
+
+def test_finite_steps_are_told_from_others():
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.tensor([1.0, 2.0])
+    assert nonfinite({"loss": torch.tensor(1.0)}, [weight]) == ""
+    assert "loss inf" in nonfinite({"loss": torch.tensor(math.inf)}, [weight])
+    weight.grad[0] = math.nan
+    assert nonfinite({"loss": torch.tensor(1.0)}, []) == ""
+    assert "norm of the gradients nan" in nonfinite({"loss": torch.tensor(1.0)}, [weight])

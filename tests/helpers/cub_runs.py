@@ -7,7 +7,7 @@ import torch
 
 import train_cub
 from apinet_head import APINet
-from workbench.checkpoint import unpack
+from workbench.checkpoint import load
 
 # All that a state can hold, and a checkpoint after each step; 3 epochs of 3 steps, and in the last no test but one.
 FULL = ["--memory", "16", "--checkpoint-minutes", "1e-9", "--epochs", "3", "--inter", "random"]
@@ -40,7 +40,9 @@ def end_state(folder, last):
     """The newest checkpoint: optimiser, memory, random states and all, without times."""
     newest = max((folder / "state").iterdir())
     assert newest.name == last
-    return unpack(newest / "state.pt"), unpack(newest / "process-0.pt")
+    shared = load(newest / "state.pt")
+    assert shared.pop("progress")["epoch"] > 0  # has times in it, and else what the log has
+    return shared, load(newest / "process-0.pt")
 
 
 def alike(one, other):

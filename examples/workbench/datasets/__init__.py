@@ -1,17 +1,25 @@
 """Readers of the paper's five data sets, each from the folder that unpacking the official archive gives.
 
-A reader takes the folder and returns an `ImageSet`. What is missing or doesn't fit together is an error that names it;
-with `complete=False`, images may be missing.
+A reader takes the folder and returns an `ImageSet`. Anything missing or contradictory is an error that names it; with
+`complete=False`, images may be missing.
 """
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workbench.datasets.aircraft import AIRCRAFT, read_aircraft
-from workbench.datasets.cars import CARS, read_cars
-from workbench.datasets.common import Archive, ImageSet
-from workbench.datasets.cub import CUB, read_cub
-from workbench.datasets.dogs import DOGS, read_dogs
-from workbench.datasets.nabirds import NABIRDS, read_nabirds
+from workbench.datasets.bad_images import leave_out, shown
+from workbench.datasets.bird_lists import CUB, NABIRDS, read_cub, read_nabirds
+from workbench.datasets.lists import Archive, Image, ImageSet
+from workbench.datasets.stanford import CARS, DOGS, read_cars, read_dogs
+
+if TYPE_CHECKING:
+    from workbench.settings import Settings
+
+__all__ = ["ARCHIVES", "READERS", "Archive", "Image", "ImageSet", "open_data", "read"]
 
 # By the value of --dataset.
 READERS: dict[str, Callable[..., ImageSet]] = {
@@ -22,3 +30,45 @@ READERS: dict[str, Callable[..., ImageSet]] = {
     "nabirds": read_nabirds,
 }
 ARCHIVES: dict[str, Archive] = {"cub": CUB, "cars": CARS, "aircraft": AIRCRAFT, "dogs": DOGS, "nabirds": NABIRDS}
+
+
+def read(dataset: str, root: str | Path, *, complete: bool = True) -> ImageSet:
+    """As the reader of that name does.
+
+    Raises:
+        SystemExit: the folder is not such a data set, or not all of it; one line.
+    """
+    try:
+        return READERS[dataset](root, complete=complete)
+    except (OSError, ValueError) as error:
+        raise SystemExit(shown(str(error))) from None
+
+
+def open_data(settings: "Settings", root: str | None = None) -> ImageSet:
+    """The images at `root`, or else those that the settings name, less the bad ones that they leave out.
+
+    Says so when it draws birds, and how many images it leaves out.
+
+    Raises:
+        SystemExit: there are no such images.
+    """
+    root = root or settings.data
+    if root:
+        data = read(settings.dataset, root, complete=not settings.skip_bad)
+        return leave_out(data, Path(settings.skip_bad), Path(root), settings.n_samples) if settings.skip_bad else data
+    from birds import VERSION, write_birds  # here, for only the demo needs what draws them
+
+    folder = cache_folder() / (
+        f"birds-v{VERSION}-{settings.species}x{settings.images_per_species}-{settings.image_size}px"
+    )
+    if not folder.exists():
+        print(f"No --data given: drawing the embedded birds into {folder} (kept for the next run)", flush=True)
+    write_birds(
+        folder, species=settings.species, images_per_species=settings.images_per_species, size=settings.image_size
+    )
+    return replace(read_cub(folder), name="embedded birds")
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apinet-head"

@@ -1,9 +1,21 @@
-"""FGVC-Aircraft: 100 variants; a family is what its makers call one, such as Boeing 737."""
+"""FGVC-Aircraft: 100 variants; a family is what its makers call one, such as Boeing 737.
+
+Not torchvision's `FGVCAircraft`: it takes paths out of the folder, and names no line of what is wrong.
+"""
 
 from pathlib import Path, PurePosixPath
 
-from workbench.datasets.common import Archive, ImageSet, images_at
-from workbench.datasets.lists import Inside, check_apart, check_ids, check_known, check_trained, read_lines
+from workbench.datasets.lists import (
+    Archive,
+    ImageSet,
+    Inside,
+    check_apart,
+    check_ids,
+    check_known,
+    check_trained,
+    images_at,
+    read_lines,
+)  # fmt: skip
 
 VARIANTS, TRAIN, TEST = "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt"
 FAMILIES = "images_family_trainval.txt"

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from workbench.datasets.common import ImageSet
-from workbench.datasets.lists import some
+from workbench.datasets.lists import ImageSet, some
 from workbench.image_files import BadImageError, why_bad
 
 LIST = "bad_images.txt"

@@ -1,0 +1,95 @@
+"""Stanford Cars (196 classes of make, model and year; a family is a make) and Stanford Dogs (120 breeds, no families).
+
+Not torchvision's `StanfordCars`: it takes paths out of the folder and class 0, and names no row of what is wrong.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from workbench.datasets.lists import Archive, ImageSet, Inside, check_apart, check_trained, images_at, read_mat, whole
+
+CAR_NAMES, CAR_TRAIN = "devkit/cars_meta.mat", "devkit/cars_train_annos.mat"
+CAR_TEST = ("cars_test_annos_withlabels.mat", "devkit/cars_test_annos_withlabels.mat")
+CARS = Archive(
+    "Stanford Cars",
+    expected="the folder that cars_train.tgz, cars_test.tgz and car_devkit.tgz were unpacked in",
+    images="cars_train/, cars_test/",
+    source="The page of Stanford Cars, https://ai.stanford.edu/~jkrause/cars/car_dataset.html, is no longer there; "
+    "https://github.com/pytorch/vision/issues/7545 collects where copies are to be had. The labels of the test images, "
+    "cars_test_annos_withlabels.mat, are a download of their own: the devkit's cars_test_annos.mat has none",
+    folders=("stanford_cars",),
+)
+DOG_TRAIN, DOG_TEST = ("train_list.mat", "lists/train_list.mat"), ("test_list.mat", "lists/test_list.mat")
+DOGS = Archive(
+    "Stanford Dogs",
+    expected="the folder that images.tar and lists.tar were unpacked in",
+    images="Images/",
+    source="Stanford Dogs is to be had from http://vision.stanford.edu/aditya86/ImageNetDogs/",
+)
+
+
+def read_cars(root: str | Path, *, complete: bool = True) -> ImageSet:
+    """Read Stanford Cars; images come in the order of the lists. Errors and `complete` as in `read_cub`."""
+    root, meta, train, test = CARS.find(root, CAR_NAMES, CAR_TRAIN, CAR_TEST)
+    classes = list(read_mat(meta, ["class_names"], _class_name))
+    parts = []
+    for folder, listing in (("cars_train", train), ("cars_test", test)):
+        rows = _read_annotations(listing, Inside(root, folder), len(classes))
+        if complete:
+            CARS.check_images(root / folder, [path for path, _ in rows.values()], listing)
+        parts.append(images_at(root / folder, rows))
+    check_trained(train, [classes[image.label] for image in parts[0]], meta, classes, "class name")
+    return ImageSet(CARS.name, classes, *parts, families=[name.split()[0] for name in classes])
+
+
+def _class_name(name: Any) -> tuple[str, None]:
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"must be a name, not {name!r}")
+    return name, None
+
+
+def _read_annotations(file: Path, inside: Inside, num_classes: int) -> dict[Any, Any]:
+    """{path from the data set's folder: (path in the images' folder, label)}."""
+
+    def parse(name: Any, class_id: Any) -> tuple[str, Any]:
+        if not 1 <= whole(class_id) <= num_classes:
+            raise ValueError(f"class {class_id} is not one of 1 to {num_classes}")
+        path = inside(name)
+        return f"{inside.folder}/{path}", (path, whole(class_id) - 1)
+
+    return read_mat(file, ["fname", "class"], parse, struct="annotations")
+
+
+def read_dogs(root: str | Path, *, complete: bool = True) -> ImageSet:
+    """Read Stanford Dogs; a class is called like its folder. Errors and `complete` as in `read_cub`.
+
+    The lists may lie in a folder lists/. Images come in the order of the lists, classes in that of their numbers.
+    """
+    root, train, test = DOGS.find(root, DOG_TRAIN, DOG_TEST)
+    folder_of: dict[int, str] = {}
+    class_of: dict[str, int] = {}
+    inside = Inside(root, "Images")
+
+    def parse(name: Any, class_id: Any) -> tuple[str, Any]:
+        path, class_id = inside(name), whole(class_id)
+        folder = str(path.parent)
+        if folder_of.setdefault(class_id, folder) != folder:
+            raise ValueError(f"class {class_id} was in {folder_of[class_id]} before")
+        if class_of.setdefault(folder, class_id) != class_id:
+            raise ValueError(f"{folder} had class {class_of[folder]} before")
+        return str(path), (path, class_id)
+
+    parts = []
+    for listing in (train, test):
+        rows = read_mat(listing, ["file_list", "labels"], parse)
+        if complete:
+            DOGS.check_images(root / "Images", [path for path, _ in rows.values()], listing)
+        parts.append(rows)
+    check_apart(train, parts[0], test, parts[1], "image")
+    check_trained(train, (class_id for _, class_id in parts[0].values()), test, folder_of, "class label")
+    label_of = {class_id: label for label, class_id in enumerate(sorted(folder_of))}
+    images = [
+        images_at(root / "Images", {key: (path, label_of[class_id]) for key, (path, class_id) in rows.items()})
+        for rows in parts
+    ]
+    return ImageSet(DOGS.name, [folder_of[class_id] for class_id in label_of], *images)
