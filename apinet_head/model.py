@@ -27,11 +27,26 @@ from apinet_head.loss import LossTerms
 Self = TypeVar("Self", bound="APINet")
 
 
+# The Hub's own template has placeholders; the licence of a net is for whoever trained it to say.
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+An image classifier trained with [API-Net]({{ paper_url }}) and saved by apinet-head:
+
+```python
+from apinet_head import APINet
+
+net = APINet.from_pretrained("THIS_FOLDER").eval()
+```
+"""
+
+
 class APINet(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="apinet-head",
-    license="apache-2.0",
+    model_card_template=MODEL_CARD,
     paper_url="https://arxiv.org/abs/2002.10191",
     pipeline_tag="image-classification",
     tags=["image-classification", "fine-grained", "timm"],
