@@ -61,17 +61,17 @@ def without(state, key):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: without(s, "conv.4.0.conv1.weight"), r"Missing key[^:]*: \"backbone.layer1.0.conv1.weight"),
-        (lambda s: without(s, "map2.bias"), r"Missing key[^:]*: \"head.mutual.fc2.bias"),
+        (lambda s: without(s, "conv.4.0.conv1.weight"), r"missing for .*: backbone.layer1.0.conv1.weight"),
+        (lambda s: without(s, "map2.bias"), r"missing for .*: head.mutual.fc2.bias"),
         (lambda s: without(s, "fc.bias"), r"no fc.bias"),
         (lambda s: {**s, "extra.weight": torch.zeros(1)}, r"not keys of the published API-Net: extra.weight"),
         (
             lambda s: {**s, "conv.4.7.conv1.weight": torch.zeros(1)},
-            r"Unexpected key[^:]*: \"backbone.layer1.7.conv1.weight",
+            r"not expected in .*: conv.4.7.conv1.weight",
         ),
         (
             lambda s: {**s, "map1.weight": torch.zeros(256, 4096)},
-            r"size mismatch for head.mutual.fc1.weight.*\[256, 4096\].*\[512, 4096\]",
+            r"map1.weight is \[256, 4096\] instead of \[512, 4096\]",
         ),
         (lambda s: [1, 2], r"a checkpoint is a dict, .*got list"),
     ],
