@@ -112,7 +112,7 @@ def out_of_memory(patch, step):
 
 
 @pytest.mark.parametrize(
-    ("flags", "chunks", "less"), [([], "all at once", 3), (["--chunk-size", "2"], "in chunks of 2", 1)]
+    ("flags", "chunks", "less"), [([], "all at once", 3), (["--chunk-size", "4"], "in chunks of 4", 2)]
 )
 def test_a_full_gpu_ends_the_run_with_a_smaller_chunk_size(birds, tmp_path, monkeypatch, flags, chunks, less):
     with monkeypatch.context() as patch:

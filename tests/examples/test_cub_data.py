@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cub_folder import LISTS, PATHS
 
-from workbench.images import family, read_boxes, read_cub, read_parts
+from workbench.datasets.bird_lists import family, read_boxes, read_cub, read_parts
 
 
 def read_all(root: Path) -> None:

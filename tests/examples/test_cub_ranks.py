@@ -12,10 +12,10 @@ import pytest
 import torch
 from ranks import under_torchrun
 
-import score as evaluate
-import train_cub as train
+import score
+import train_cub
 from apinet_head import APINet
-from workbench.images import test_transform as plain_transform
+from workbench.images import eval_transform
 
 pytestmark = under_torchrun
 
@@ -60,7 +60,7 @@ def torchrun(script, *arguments):
 
 
 def on_two_ranks(*runs):
-    return torchrun(str(ROOT / "tests" / "cub_on_ranks.py"), json.dumps(runs))
+    return torchrun(str(ROOT / "tests" / "helpers" / "cub_on_ranks.py"), json.dumps(runs))
 
 
 def told(output):
@@ -130,7 +130,7 @@ def test_there_is_one_log_and_one_state_of_both(finished):
 
 def test_every_test_image_is_scored_once(finished):
     folder, _ = finished
-    alone = evaluate.main([str(folder / "api" / "last"), "--device", "cpu"])
+    alone = score.main([str(folder / "api" / "last"), "--device", "cpu"])
     assert alone["images"] == 25
     assert json.loads((folder / "api-scores.json").read_text()) == alone
     for rank in told(folder / "api"):
@@ -140,8 +140,8 @@ def test_every_test_image_is_scored_once(finished):
 @pytest.mark.parametrize("name", ["api-exact", "baseline-exact", "memory-exact"])
 def test_two_ranks_train_as_one_process_with_the_whole_batch(finished, cache, tmp_path, monkeypatch, name):
     folder, _ = finished
-    monkeypatch.setattr(train, "train_transform", plain_transform)
-    train.main([*RUNS[name], "--output", str(tmp_path / "run")])
+    monkeypatch.setattr(train_cub, "train_transform", eval_transform)
+    train_cub.main([*RUNS[name], "--output", str(tmp_path / "run")])
     here, there = (output / "last" for output in (tmp_path / "run", folder / name))
     here, there = (APINet.from_pretrained(path).state_dict() for path in (here, there))
     for key in here:
@@ -160,7 +160,7 @@ def test_killed_rank_ends_the_run_and_resuming_ends_as_if_never_interrupted(fini
     assert saved == "epoch-0002-batch-00001"
 
     with pytest.raises(SystemExit, match=r"holds a run of 2 process.* here are 1: .*--nproc_per_node=2"):
-        train.main(flags)
+        train_cub.main(flags)
 
     resumed = on_two_ranks({"flags": flags})
     assert resumed.returncode == 0, resumed.stderr

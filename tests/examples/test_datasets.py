@@ -21,10 +21,9 @@ from dataset_folders import (
 )
 from scipy.io import savemat
 
-import score as evaluate
-import train_cub as train
-from workbench.datasets import ARCHIVES, READERS
-from workbench.datasets.birds_cache import open_data
+import score
+import train_cub
+from workbench.datasets import ARCHIVES, READERS, open_data
 from workbench.settings import PRESETS, RECIPES, Settings, parse, run_folder
 
 
@@ -146,10 +145,10 @@ def test_open_data_takes_the_reader(name: str, tmp_path: Path) -> None:
 def test_training_and_evaluating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write("aircraft", Path("."))
-    result = train.main([*TINY, "--dataset", "aircraft", "--data", "fgvc-aircraft-2013b", "--epochs", "1"])
+    result = train_cub.main([*TINY, "--dataset", "aircraft", "--data", "fgvc-aircraft-2013b", "--epochs", "1"])
     run = tmp_path / "runs/fgvc-aircraft-2013b-api-test_resnet-seed0"
     assert json.loads((run / "settings.json").read_text())["dataset"] == "aircraft"
-    assert json.loads((run / "last/run.json").read_text())["classes"] == list(AIRCRAFT)
+    assert json.loads((run / "last/classes.json").read_text())["classes"] == list(AIRCRAFT)
     assert result["images"] == 4
-    found = evaluate.main([str(run / "last"), "--device", "cpu"])
+    found = score.main([str(run / "last"), "--device", "cpu"])
     assert found["test_top1"] == pytest.approx(result["test_top1"])

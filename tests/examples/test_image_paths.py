@@ -11,9 +11,10 @@ from bad_files import PIXELS
 from dataset_folders import dog_rows, write, write_dog_list
 from scipy.io import loadmat
 
-import check_images as check
+import check_images
 from workbench.datasets import READERS
-from workbench.images import load_image, read_cub
+from workbench.datasets.bird_lists import read_cub
+from workbench.image_files import load_image
 
 PHOTOS = {
     "cub": ("images/001.Sooty_Albatross/a.jpg", "images.txt, line 1, '1 001.Sooty_Albatross/a.jpg'"),
@@ -61,7 +62,7 @@ def test_link_out_is_refused_with_path_and_line(name: str, what: str, outside: P
         assert reason in str(caught.value) or what == "folder"
         assert f"the path leaves {base} by a link, to {outside}/" in str(caught.value)
     with pytest.raises(SystemExit, match="the path leaves"):
-        check.main([str(root), "--dataset", name, "--workers", "0", "--output", str(tmp_path / "list")])
+        check_images.main([str(root), "--dataset", name, "--workers", "0", "--output", str(tmp_path / "list")])
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -98,7 +99,7 @@ def test_circles_of_folders(cub: Path, tmp_path: Path) -> None:
     (cub / "images/003.Sooty_Albatross").symlink_to("003.Sooty_Albatross")
     with pytest.raises(FileNotFoundError, match=r"lacks 2 images \(003\.Sooty_Albatross/a\.jpg, 003"):
         read_cub(cub)
-    bad = check.main([str(cub), "--workers", "0", "--output", str(tmp_path / "list")])
+    bad = check_images.main([str(cub), "--workers", "0", "--output", str(tmp_path / "list")])
     assert [path.name for path, _ in bad] == ["b.jpg", "a.jpg"]
     assert all("Too many levels of symbolic links" in reason for _, reason in bad)
 

@@ -1,4 +1,4 @@
-"""examples/workbench/images.py: images decoded, never replaced, and handed to a DataLoader."""
+"""workbench/images.py: images decoded, never replaced, and handed to a DataLoader."""
 
 import re
 import warnings
@@ -9,11 +9,15 @@ import PIL.Image
 import pytest
 import torch
 from cub_folder import noise
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import create_transform
 from torch.utils.data import DataLoader
 
-from workbench.images import Image, ImageDataset, load_image, read_cub, test_transform, train_transform
+from workbench.datasets import Image
+from workbench.datasets.bird_lists import read_cub
+from workbench.image_files import load_image
+from workbench.images import ImageDataset, eval_transform, train_transform, unnormalized
 
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))  # dark to bright, from left to right
 
 
@@ -90,7 +94,7 @@ def test_dataset(cub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = read_cub(cub).train + read_cub(cub).test
     loads: list[Path] = []
     monkeypatch.setattr("workbench.images.load_image", lambda path: loads.append(path) or load_image(path))
-    transform = test_transform(24, 16)
+    transform = eval_transform({"squash": 24, "crop": 16, **HALF})
     plain = ImageDataset(images, transform)
     assert len(plain) == 4
     assert plain.labels == [image.label for image in images] == [1, 0, 0, 1]
@@ -112,7 +116,7 @@ def test_dataset(cub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("cache", [False, True])
 def test_dataset_in_a_loader_with_workers(cub: Path, cache: bool) -> None:
     images = read_cub(cub).train + read_cub(cub).test
-    dataset = ImageDataset(images, test_transform(24, 16), resize=24, cache=cache)
+    dataset = ImageDataset(images, eval_transform({"squash": 24, "crop": 16, **HALF}), resize=24, cache=cache)
     loader = DataLoader(dataset, batch_size=3, num_workers=2, persistent_workers=True)
     for _ in range(2):
         pictures, labels, indices = map(torch.cat, zip(*loader, strict=True))
@@ -125,40 +129,42 @@ def test_broken_image_comes_out_of_a_worker(cub: Path) -> None:
     images = read_cub(cub).train
     images[1].path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"b\.jpg \(0 bytes\) is no image"):
-        list(DataLoader(ImageDataset(images, test_transform(24, 16)), num_workers=1))
+        list(DataLoader(ImageDataset(images, eval_transform({"squash": 24, "crop": 16, **HALF})), num_workers=1))
 
 
-def test_test_transform_is_timms() -> None:
+def test_transform_for_testing_is_timms() -> None:
     picture = PIL.Image.fromarray(noise(50, 90, 3))
-    theirs = create_transform(
-        112, is_training=False, crop_mode="squash", crop_pct=112 / 128, interpolation="bilinear"
-    )  # fmt: skip
-    assert torch.equal(test_transform(128, 112)(picture), theirs(picture))
+    arguments = {"input_size": [3, 112, 112], "interpolation": "bilinear", "crop_pct": 112 / 128, **HALF}
+    theirs = create_transform(**arguments, is_training=False, crop_mode="squash")
+    assert torch.equal(eval_transform({"squash": 128, "crop": 112, **HALF})(picture), theirs(picture))
+    own = eval_transform(arguments)  # of a model folder whose images are not squashed
+    assert torch.equal(own(picture), create_transform(**arguments)(picture))
 
 
 def test_train_transform() -> None:
     """What comes out is a crop of the squashed picture, mirrored or not; all of both come up."""
     picture = PIL.Image.fromarray(noise(50, 90, 3))
-    whole = test_transform(8, 8)(picture)
+    whole = eval_transform({"squash": 8, "crop": 8, **HALF})(picture)
     crops = {}
     for top in range(3):
         for left in range(3):
             crop = whole[:, top : top + 6, left : left + 6]
             crops |= {crop.numpy().tobytes(): (top, left, False), crop.flip(2).numpy().tobytes(): (top, left, True)}
-    transform = train_transform(8, 6)
+    transform = train_transform({"squash": 8, "crop": 6, **HALF})
     torch.manual_seed(0)
     seen = {crops[transform(picture).contiguous().numpy().tobytes()] for _ in range(300)}
     assert len(seen) == len(crops) == 18
 
 
-@pytest.mark.parametrize("transform", [train_transform, test_transform])
+@pytest.mark.parametrize("transform", [train_transform, eval_transform])
 def test_transforms_normalise(transform) -> None:
     picture = PIL.Image.new("RGB", (10, 10), (255, 0, 51))
     values = torch.tensor([1, 0, 0.2])
-    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
-    torch.testing.assert_close(transform(8, 6)(picture)[:, 3, 3], (values - mean) / std)
-    own = transform(8, 6, mean=(0.5, 0.5, 0.5), std=(2, 2, 2))
-    torch.testing.assert_close(own(picture)[:, 3, 3], (values - 0.5) / 2)
-    for resize, crop in ((8, 9), (8, 0)):
-        with pytest.raises(ValueError, match=f"crop={crop} and resize=8"):
-            transform(resize, crop)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    config = {"squash": 8, "crop": 6, "mean": mean, "std": std}
+    pixels = transform(config)(picture)
+    torch.testing.assert_close(pixels[:, 3, 3], (values - torch.tensor(mean)) / torch.tensor(std))
+    torch.testing.assert_close(unnormalized(pixels, config)[:, 3, 3], values)
+    for crop in (9, 0):
+        with pytest.raises(ValueError, match=f"crop={crop} and squash=8"):
+            transform({**config, "crop": crop})
