@@ -1,7 +1,7 @@
-"""The last word on near neighbours: distances by subtraction, of the few candidates that products cannot tell apart.
+"""Exact comparison of near neighbours: distances by subtraction, for candidates within rounding of each other.
 
-A cost |k|² - 2 q·k carries the rounding of |q|² and |k|². Where neighbours are much nearer to each other than to the
-origin, as trained features are, that is more than what tells them apart.
+A cost |k|² - 2 q·k carries the rounding of |q|² and |k|². For neighbours that are much nearer to each other than to
+the origin, as in trained features, this exceeds the differences of their distances.
 """
 
 import torch
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from apinet_head.mining.query import Query, flip
 
-ROUNDING = 32  # eps of |q|² + |q - k|² that two costs may be wrong by: each was seen to be by up to 12, for any D
-CANCELLED = 8  # up to so many times |q - k|², |q|² costs no more than the rounding of any distance
-CLOSEST = 8  # candidates that are compared again where the host doesn't wait to see how many are needed
+ROUNDING = 32  # bound of the error of two costs in eps (|q|² + |q - k|²); measured: up to 12 each, for any D
+CANCELLED = 8  # cancellation is harmless while |q|² <= CANCELLED |q - k|²
+CLOSEST = 8  # candidates compared again where reading the number needed would synchronise
 AT_ONCE = 2**22  # numbers
 
 
 def slack(query: Query, best: Tensor, squares: Tensor, cancelled: float = CANCELLED) -> Tensor:
-    """By how much rounding may hide the true best behind the best cost [S,B]; 0 where that does no harm."""
+    """By how much the cost of the true best may exceed the best cost [S,B] due to rounding; 0 where harmless."""
     distance = flip(query.searches, best).clamp(min=0)
     rounding = ROUNDING * torch.finfo(best.dtype).eps * (squares + distance)
     return rounding.where((squares > cancelled * distance) & (squares < torch.inf) & (best < torch.inf), 0)
 
 
 def settle(query: Query, partner: Tensor, search: Tensor, row: Tensor, key: Tensor) -> None:
-    """Put the best of the candidates `key` of the queries `row` in `search`, all three [N], into partner [S,B]."""
+    """Write the best of the candidates `key` of queries `row` in searches `search`, all [N], to partner [S,B]."""
     step = max(1, AT_ONCE // query.rows.shape[1])
     parts = zip(torch.split(row, step), torch.split(key, step), strict=True)
     distance = torch.cat([(query.features[i].double() - query.rows[j].double()).square().sum(1) for i, j in parts])
@@ -37,9 +37,9 @@ def settle(query: Query, partner: Tensor, search: Tensor, row: Tensor, key: Tens
 
 
 def best_of(query: Query, scale: Tensor | None, key: Tensor, is_candidate: Tensor) -> Tensor:
-    """Of candidates `key` [S,B,K], as far as they are some, the best by subtraction, and the first of equal ones [S,B].
+    """The best of the candidates `key` [S,B,K] by subtraction, the first of equal ones [S,B].
 
-    For all queries and with a fixed K, so that nothing waits for the device. Arbitrary where there is no candidate.
+    K is fixed for all queries, so that nothing synchronises. Arbitrary where there is no candidate.
     """
     key = key.where(is_candidate, 0)
     searches, count, size = key.shape
@@ -60,7 +60,7 @@ def _distances_of(query: Query, scale: Tensor | None, key: Tensor, part: slice) 
 
 
 def _wide(rows: Tensor, scale: Tensor | None) -> Tensor:
-    """In float64 and in the scale, so that the square of a difference is a number, whatever finite rows there are."""
+    """Rows in float64 and scaled, so that squared differences of finite rows are finite."""
     rows = rows if rows.device.type == "mps" else rows.double()  # there is no float64 on MPS
     if scale is None:
         return rows

@@ -1,7 +1,7 @@
-"""Feature rows as distances need them: in float32 at least, finite, about a centre and in a scale of their own.
+"""Feature rows prepared for distances: in float32 at least, finite, centred and scaled.
 
-The centre and the scale are those of the bulk of the rows: a sample's median, which no single row moves, nor a tenth of
-them, however far away they are. Shifting and scaling all rows alike changes no comparison of distances.
+Centre and scale are those of the bulk of the rows, from the median of a sample, which is robust to outliers (a tenth of
+the rows, of any size). Shifting and scaling all rows alike changes no comparison of distances.
 """
 
 import math
@@ -14,12 +14,12 @@ from torch import Tensor
 from apinet_head.mining.query import Query, is_eager_cpu, peaks
 
 SAMPLE = 32  # rows whose median is the centre
-BULK = -20  # the rows of the bulk get values near 2**BULK: less room is needed below, for near neighbours, than above
+BULK = -20  # rows of the bulk are scaled to about 2**BULK: outliers need more room above than near neighbours below
 SYMMETRIC_FROM = 12_000_000  # multiplications, on a CPU: 120 rows of 830
 
 
 class Rows:
-    """Queries and keys, made ready a tile at a time, so that no copy of all of them is needed.
+    """Queries and keys, prepared a tile at a time to avoid a copy of all of them.
 
     Attributes:
         squares: |k|² of the prepared keys [M].
@@ -27,7 +27,7 @@ class Rows:
         usable: which keys may be partners at all, [M] bool; None if all may.
         unlabelled: whether there may be queries without a class.
         odd: whether there may be prepared rows that are not finite.
-        products: of all rows with each other [B,B], if they were needed for the squares.
+        products: of all rows with each other [B,B], if computed for the squares.
         scale: a power of two that brings differences of the original rows into the range of their dtype.
     """
 
@@ -45,7 +45,7 @@ class Rows:
     ) -> None:
         self.query, self.dtype, self.centre, self.scale = query, dtype, centre, scale
         if tile is None and query.keys is None and scale is None and is_worth_halving(query.features):
-            # They are on the diagonal of what is needed anyway, which saves a pass over the rows.
+            # The squares are the diagonal of the products, which saves a pass over the rows.
             self.products = symmetric_products(query.features.to(dtype))
             self.squares = self.products.diagonal().clone()
         else:
@@ -62,7 +62,7 @@ class Rows:
         rows = rows.to(self.dtype)
         if self.centre is None or self.scale is None:
             return rows
-        # A row so far away that its square would be infinite is as good as at the edge of the range.
+        # Rows whose square would overflow are clamped.
         edge = _edge(self.dtype, rows.shape[1])
         return torch.sub(rows.nan_to_num(0.0, 0.0, 0.0) * self.scale, self.centre * self.scale).clamp(-edge, edge)
 
@@ -73,7 +73,7 @@ class Rows:
 
 
 def as_they_are(query: Query, tile: int | None) -> Rows | None:
-    """The rows without any preparation; None if a square would be infinite or lost near 0. For eager CPU tensors."""
+    """The rows without preparation, for eager CPU tensors; None if a square would overflow or underflow."""
     rows = Rows(query, tile, torch.promote_types(query.features.dtype, torch.float32))
     labelled = None if int(query.key_labels.min()) >= 0 else query.key_labels >= 0
     rows.unlabelled = labelled is not None if query.keys is None else int(query.labels.min()) < 0
@@ -104,12 +104,12 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Te
 
 
 def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = None) -> Rows:
-    """The rows shifted and scaled, with as many operations whatever their values are, and no wait for the device."""
+    """The rows shifted and scaled, without synchronisation or data-dependent operations."""
     largest_of_row = peaks(query.rows)
     usable = largest_of_row.isfinite() & (query.key_labels >= 0)
     dtype = dtype or torch.promote_types(query.features.dtype, torch.float32)
     centre, scale = bulk(query.rows, usable)
-    # As large as the largest row allows, so that the smallest distance is no zero; unless that would lose the bulk.
+    # As large as the largest row allows, to keep small distances from underflow, but not below the scale of the bulk.
     largest = largest_of_row.where(usable, 0).amax()
     if query.keys is not None:
         largest = torch.maximum(largest, peaks(query.features).nan_to_num(0.0, 0.0).amax().to(largest.dtype))
@@ -121,22 +121,22 @@ def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = N
 
 
 def _edge(dtype: torch.dtype, dim: int) -> float:
-    """The largest value that prepared rows may have: their squared distances are finite."""
+    """The largest value of prepared rows with finite squared distances."""
     return float(torch.finfo(dtype).max ** 0.5 / (4 * dim**0.5))
 
 
 def bulk(rows: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre [D] and scale (0-d) of the usable rows [N,D], those of a sample of them."""
+    """Centre [D] and scale (0-d) of the usable rows [N,D], from a sample."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    # Scattered by the golden ratio: outliers that come at regular intervals don't fill the sample.
+    # Sampled at multiples of the golden ratio, so that outliers at regular intervals do not fill the sample.
     count = usable.cumsum(0)
     rank = (torch.arange(1, SAMPLE + 1, device=rows.device) * 0.6180339887498949 % 1 * count[-1:]).long() + 1
     place = torch.searchsorted(count, rank).clamp(max=rows.shape[0] - 1)
     sample, middle = rows.index_select(0, place).to(dtype), (SAMPLE - 1) // 2
     centre = sample.sort(0).values[middle].nan_to_num(0.0, 0.0, 0.0)  # a median, and deterministic on every device
-    # Halved, for the difference of two finite numbers may be infinite.
+    # Halved, as the difference of two finite numbers may overflow.
     spread = (sample / 2 - centre / 2).abs().amax(1).sort().values
-    # The lower quartile of those that differ from the centre at all: most rows may be the same, and others outliers.
+    # The lower quartile of rows that differ from the centre: most rows may be equal, and others outliers.
     same = (spread == 0).sum()
     quartile = (same + (SAMPLE - same).div(4, rounding_mode="floor")).clamp(max=SAMPLE - 1)
     typical = spread.index_select(0, quartile[None])[0]
@@ -148,15 +148,15 @@ def bulk(rows: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Within it products are in the rows' own dtype."""
-    # Only where there is one to switch off: traced graphs stay plain, and the meta device has none.
+    """Context that disables autocast, so that products are in the rows' own dtype."""
+    # Only if enabled: this keeps traced graphs simple, and the meta device has no autocast.
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def no_reduced_precision(device_type: str) -> AbstractContextManager[None]:
-    """Within it oneDNN rounds no factors of float32 products on a CPU; `subtract_products` takes care of CUDA."""
+    """Context in which oneDNN computes float32 products in full precision; for CUDA see `subtract_products`."""
     if device_type != "cpu" or torch.compiler.is_compiling():
         return nullcontext()
     precision = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
@@ -167,7 +167,7 @@ def no_reduced_precision(device_type: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    # torch.backends.mkldnn.flags would touch, and warn of, settings that have nothing to do with this.
+    # torch.backends.mkldnn.flags would modify, and warn about, unrelated settings.
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
@@ -177,39 +177,39 @@ def _without_onednn() -> Iterator[None]:
 
 
 def subtract_products(squares: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """squares - 2 queries @ keys.T [N,M], in float32 also where TF32 is allowed."""
+    """squares - 2 queries @ keys.T [N,M], in full float32 precision even if TF32 is allowed."""
     if queries.dtype == torch.float32 and queries.device.type == "cuda" and _may_round_to_tf32():
         return torch.sub(squares, multiply_in_parts(queries, keys), alpha=2)
     return torch.addmm(squares, queries, keys.T, alpha=-2)
 
 
 def _may_round_to_tf32() -> bool:
-    if torch.compiler.is_compiling():  # the compiler reads no such setting, and it may change after
+    if torch.compiler.is_compiling():  # the setting may change after compilation
         return True
     matmul = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", None)  # asking for allow_tf32 raises where this was set
+    precision = getattr(matmul, "fp32_precision", None)  # allow_tf32 raises if this was set
     return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def multiply_in_parts(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right.T by products whose factors TF32 holds exactly, or nearly: its 11 bits twice are 22 of 24."""
+    """left @ right.T from products of factors that TF32 represents (almost) exactly: twice 11 bits are 22 of 24."""
     (high, low), (other_high, other_low) = _split(left), _split(right)
     return high @ other_high.T + (high @ other_low.T + low @ other_high.T)
 
 
 def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
-    high = (rows.view(torch.int32) & -0x2000).view(torch.float32)  # without the 13 bits that TF32 doesn't have
+    high = (rows.view(torch.int32) & -0x2000).view(torch.float32)  # without the 13 bits that TF32 lacks
     return high, rows - high
 
 
 def is_worth_halving(rows: Tensor) -> bool:
-    """Whether `symmetric_products` takes less time than all products: on a CPU, where they outweigh the copies."""
-    # A traced size can't be split, and a small product is over before its parts are set up.
+    """Whether `symmetric_products` is faster than the full product: for large products on a CPU."""
+    # A traced size cannot be split.
     return is_eager_cpu(rows) and rows.shape[0] ** 2 * rows.shape[1] >= SYMMETRIC_FROM
 
 
 def symmetric_products(rows: Tensor) -> Tensor:
-    """rows @ rows.T [N,N] of rows [N,D], a third of them not multiplied but copied from above the diagonal."""
+    """rows @ rows.T [N,N] of rows [N,D], with a third of the products copied from above the diagonal."""
     size = rows.shape[0]
     products, columns = rows.new_empty(size, size), rows.T
     a, b = size // 3, 2 * size // 3

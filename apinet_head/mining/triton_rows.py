@@ -1,7 +1,7 @@
 """The kernels that make feature rows ready for `triton_search`: what `rows.about_the_bulk` does, for tensor cores.
 
     y_i = scale (x_p(i) - centre) = w_i (high_i + low_i)    p sorts the rows by label, w_i is a power of two
-    s_i = |y_i|²                                            infinity where the row is to be nobody's partner
+    s_i = |y_i|²                                            infinity where the row may not be a partner
 
 Tensor cores take half precision. A row is stored as two float16 rows, which keep 22 of float32's 24 bits and mostly
 all: high·high + high·low + low·high is as good as a product in float32 (Ootomo, Yokota, "Recovering single precision
@@ -85,7 +85,7 @@ def find_centre(
     value = tl.where(tl.abs(value) < float("inf"), value, 0)
     middle = tl.sum(tl.where(ordinal(value, 0, SAMPLE) == (SAMPLE - 1) // 2, value, 0), axis=0)
     tl.store(centre + channel, middle, mask=channel < DIM)
-    # Halved, for the difference of two finite numbers may be infinite.
+    # Halved, as the difference of two finite numbers may overflow.
     tl.atomic_max(spread + tl.arange(0, SAMPLE), tl.max(tl.abs(value / 2 - middle[None, :] / 2), axis=1))
 
 

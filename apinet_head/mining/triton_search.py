@@ -86,7 +86,7 @@ def offer(cost, index, target, best, QUERIES, SIDE: tl.constexpr):
 
 @triton.jit
 def costs(product, squares, SIGN: tl.constexpr, AXIS: tl.constexpr):
-    """SIGN times |k|² - 2 q·k, infinity where k is nobody's partner. |q|² is left out: all candidates of q have it."""
+    """SIGN times |k|² - 2 q·k, infinity where k may not be a partner. |q|² is left out: all candidates of q have it."""
     square = tl.where(squares < float("inf"), squares * SIGN, float("inf"))
     return product * SIGN + tl.expand_dims(square, 1 - AXIS)
 
@@ -122,7 +122,7 @@ def offer_tile(
         offer(cost if AXIS == 1 else cost.T, tl.load(key_origin + candidate), target, best, QUERIES, SIDE)
 
 
-# Triton makes no kernel of its own for these if they are 1, or divide by 16.
+# Excluded from specialisation: Triton would compile another kernel for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["QUERIES", "KEYS", "OFFSET"])
 def search(
     queries, keys, query_weights, key_weights, squares, query_origin, key_origin, starts, ends, best,
