@@ -5,14 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def peak_of_step(
-    net: nn.Module, images: tuple[int, ...], chunk_size: int | None, amp: torch.dtype | None, loss: Loss
+    net: nn.Module, images: tuple[int, ...], chunk_size: int | None, keep: int, amp: torch.dtype | None, loss: Loss
 ) -> tuple[int, int, int]:
     """Bytes at the peak of forward, `zero_grad()` and backward; of parameters and buffers; of those that learn.
 
@@ -21,12 +23,10 @@ def peak_of_step(
     tracker, autocast = _tracker(), torch.autocast("cpu", dtype=amp or torch.bfloat16, enabled=amp is not None)
     try:
         # On the CPU: autograd would ask a fake CUDA tensor's device for a thread. Shapes and bytes are the same.
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _AsOnCuda():
             net = fake_copy(net, mode).train()
-            if amp is not None:
-                _float32_as_on_cuda(net)
             with autocast:
-                _set_chunk_size(net, torch.empty(images), chunk_size)
+                _set_chunks(net, torch.empty(images), chunk_size, keep)
             learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
             for parameter in learning:
                 parameter.grad = torch.empty_like(parameter)
@@ -62,13 +62,6 @@ def _tracker() -> Any:
     return tracker
 
 
-def _float32_as_on_cuda(net: nn.Module) -> None:
-    """Have modules compute in float32 that do so in CUDA's autocast but not in the CPU's."""
-    for module in net.modules():
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.Softmax)):
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
-
-
 def fake_copy(net: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
     """The net with fake parameters and buffers on the CPU, and without other ranks: nothing is allocated for it."""
 
@@ -85,13 +78,14 @@ def fake_copy(net: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
     return copied  # type: ignore[no-any-return]
 
 
-def _set_chunk_size(net: nn.Module, images: Tensor, chunk_size: int | None) -> None:
-    """Put the chunk size into the net, and leave out chunks that are like others."""
+def _set_chunks(net: nn.Module, images: Tensor, chunk_size: int | None, keep: int) -> None:
+    """Put chunk size and number of kept chunks into the net, and leave out chunks that are like others."""
     chunked: Any = next((m for m in net.modules() if hasattr(m, "chunk_size") and hasattr(m, "backbone")), None)
     if chunked is not None:
         chunked.chunk_size = len(images) if chunk_size is None else chunk_size
+        chunked.keep = chunked.keep_chunks = keep  # one for a ChunkedBackbone, the other for an APINet
         if len(images) > chunked.chunk_size:
-            chunked.backbone = _LastChunks(chunked.backbone, images, chunked.chunk_size)
+            chunked.backbone = _LastChunks(chunked.backbone, images, chunked.chunk_size, keep)
     elif chunk_size is not None:
         raise ValueError(
             f"chunk_size={chunk_size} is for an APINet, or a net with a ChunkedBackbone in it: {type(net).__name__} "
@@ -100,24 +94,66 @@ def _set_chunk_size(net: nn.Module, images: Tensor, chunk_size: int | None) -> N
 
 
 class _LastChunks(nn.Module):
-    """Runs a backbone on the last two chunks of a batch; the features of the others are empty, which saves time.
+    """Runs a backbone on the last chunks of a batch; the features of the others are empty, which saves time.
 
     The others have no higher peak. In forward, all other features are there when the last chunks run. Backward begins
-    with the last chunk, which may be smaller; the one before it has the gradients of the last beside it, as all others.
+    with the kept chunks, of which the last may be smaller; one that is recomputed has the gradients of the last beside
+    it, as all others.
     """
 
-    def __init__(self, backbone: nn.Module, images: Tensor, chunk_size: int) -> None:
+    def __init__(self, backbone: nn.Module, images: Tensor, chunk_size: int, keep: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.chunks, self.calls = -(-len(images) // chunk_size), 0
+        self.left_out, self.calls = -(-len(images) // chunk_size) - max(keep + 1, 2), 0
         with torch.no_grad():
             self.like = backbone(images[:chunk_size])
 
     def forward(self, images: Tensor) -> Any:
         self.calls += 1
         # Calls beyond the number of chunks recompute, which only those do that were run.
-        if self.calls >= self.chunks - 1 or not isinstance(self.like, Tensor):
+        if self.calls > self.left_out or not isinstance(self.like, Tensor):
             return self.backbone(images)
         # A leaf that learns: the gradient of all features is whole before that of the last chunks comes.
         learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
         return self.like.new_empty((len(images), *self.like.shape[1:]), requires_grad=learns)
+
+
+FLOAT32 = (  # in CUDA's autocast, but not in the CPU's
+    F.layer_norm, F.group_norm, F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax,
+    Tensor.log_softmax,
+)  # fmt: skip
+
+
+class _AsOnCuda(TorchFunctionMode):
+    """Has functions take dtypes and kernels of CUDA on the CPU.
+
+    Attention is one of them: where the CPU would compute and keep its [N,N] weights, CUDA's kernel keeps none.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args = (args[0].float(), *args[1:])
+        if func is F.scaled_dot_product_attention and args[0].ndim == 4 and args[0].dtype is not torch.float64:
+            func = _attention_on_cuda
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """`scaled_dot_product_attention` as it prepares its tensors for the kernel on CUDA."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if enable_gqa:
+        key, value = (one.repeat_interleave(query.shape[-3] // one.shape[-3], -3) for one in (key, value))
+    if attn_mask is not None:
+        length = attn_mask.shape[-1]
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype is torch.bool else attn_mask
+        attn_mask = F.pad(attn_mask.to(query.dtype), (0, -length % 8))[..., :length]
+        attn_mask = attn_mask.expand(*query.shape[:3], length)
+    learns = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    out: Tensor = attend(query, key, value, attn_mask, learns, dropout_p, is_causal, scale=scale)[0]
+    return out

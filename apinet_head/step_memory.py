@@ -1,7 +1,7 @@
 """How much memory a training step takes, and which chunk size fits a GPU: estimated without that GPU."""
 
-from bisect import bisect_right
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,33 +34,46 @@ class StepMemory(NamedTuple):
         return f"{gib(self.total)}: {parts}"
 
 
+Chunks = tuple[int | None, int]  # chunk size, None for the whole batch; and how many chunks are kept
+
+
 class ChunkChoice(NamedTuple):
-    """A chunk size; `str()` says why that one.
+    """A chunk size, and how many chunks are kept; `str()` says why these.
 
     Attributes:
         chunk_size: for `APINet(chunk_size=...)`; None for the whole batch.
+        keep_chunks: for `APINet(keep_chunks=...)`.
         batch_size: images in a step.
-        needed: bytes that a step takes, for each chunk size that was estimated.
+        needed: bytes that a step takes, for each chunk size and number of kept chunks that was estimated.
         budget: `memory` less the margin.
         memory: bytes that there are.
     """
 
     chunk_size: int | None
+    keep_chunks: int
     batch_size: int
-    needed: dict[int | None, int]
+    needed: dict[Chunks, int]
     budget: int
     memory: int
 
+    @property
+    def recomputed(self) -> float:
+        """Share of the batch that runs through the backbone a second time."""
+        return _recomputed(self.batch_size, (self.chunk_size, self.keep_chunks)) / self.batch_size
+
+    @property
+    def time(self) -> float:
+        """Time of a step over that of the whole batch at once, where a forward pass is a third of it."""
+        return 1 + self.recomputed / 3
+
     def __str__(self) -> str:
-        chunks = "the whole batch"
-        if self.chunk_size is not None:
-            count, uneven = -(-self.batch_size // self.chunk_size), self.batch_size % self.chunk_size
-            chunks = f"{count} chunks of {'up to ' if uneven else ''}{self.chunk_size}"
-        needed = gib(self.needed[self.chunk_size])
-        others = {size: amount for size, amount in self.needed.items() if size != self.chunk_size}
+        chosen = self.chunk_size, self.keep_chunks
+        others = {chunks: amount for chunks, amount in self.needed.items() if chunks != chosen}
+        price = f", {self.recomputed:.0%} recomputed in about {self.time:.2f} times the time of the whole batch"
         return (
-            f"{chunks} for a batch of {self.batch_size}: {needed} by estimate, of {gib(self.budget)} to be used "
-            f"({gib(self.memory)} less the margin)" + "".join(f"; {line}" for line in _lines(others))
+            f"{_named(chosen, self.batch_size)} for a batch of {self.batch_size}{price if self.chunk_size else ''}: "
+            f"{gib(self.needed[chosen])} by estimate, of {gib(self.budget)} to be used ({gib(self.memory)} less the "
+            "margin)" + "".join(f"; {line}" for line in _lines(others, self.batch_size))
         )
 
 
@@ -70,6 +83,7 @@ def step_memory(
     image_size: int | tuple[int, ...],
     *,
     chunk_size: int | None = None,
+    keep_chunks: int = 1,
     amp: torch.dtype | None = None,
     moments: int = 1,
     loss: Loss | None = None,
@@ -85,8 +99,8 @@ def step_memory(
         batch_size: images in a step on one device.
         image_size: S of images [3,S,S]; or the shape of an image.
         chunk_size: in place of that of the `APINet` or `ChunkedBackbone` in the net; None for the whole batch.
-        amp: dtype of autocast, torch.bfloat16 or torch.float16; None for none. Modules LayerNorm, GroupNorm and Softmax
-            stay in float32 as on CUDA; where softmax is called as a function, the estimate is too low.
+        keep_chunks: in place of that of the net, see `ChunkedBackbone`.
+        amp: dtype of autocast, torch.bfloat16 or torch.float16; None for none.
         moments: tensors that the optimiser keeps per parameter: 1 for SGD with momentum, 2 for Adam.
         loss: a function of net, images and labels; None for `api_loss(net(images, labels))`.
 
@@ -104,6 +118,7 @@ def step_memory(
     check_module(net, "net")
     check_int(batch_size, "batch_size", 1)
     check_int(moments, "moments", 0)
+    check_int(keep_chunks, "keep_chunks", 0)
     shape = tuple(image_size) if isinstance(image_size, (tuple, list)) else (3, image_size, image_size)
     for side in shape:
         check_int(side, "image_size", 1)
@@ -112,7 +127,7 @@ def step_memory(
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp must be torch.bfloat16, torch.float16 or None, got {amp!r}")
     loss = loss or (lambda net, images, labels: api_loss(net(images, labels)))
-    peak, fixed, gradients = peak_of_step(net, (batch_size, *shape), chunk_size, amp, loss)
+    peak, fixed, gradients = peak_of_step(net, (batch_size, *shape), chunk_size, keep_chunks, amp, loss)
     optimizer = moments * gradients
     return StepMemory(peak + optimizer, fixed, gradients, optimizer, peak - fixed - gradients)
 
@@ -122,21 +137,24 @@ def pick_chunk_size(
     batch_size: int,
     image_size: int | tuple[int, ...],
     *,
+    chunk_size: int | None = None,
     memory: int | None = None,
     margin: float = 0.15,
     amp: torch.dtype | None = None,
     moments: int = 1,
     loss: Loss | None = None,
 ) -> ChunkChoice:
-    """The chunk size with which a training step fits into `memory`, by `step_memory`.
+    """The chunk size and the number of kept chunks with which a training step fits into `memory`, by `step_memory`.
 
-    The whole batch if that fits; else the fewest chunks that do, as even as can be. Sizes that leave one image to a
-    chunk are passed over where BatchNorm would normalise that image by itself.
+    The whole batch if that fits; else those with which the fewest images are recomputed, and of them the fewest chunks.
+    Sizes below 8 are taken only where larger ones don't fit, and none that leaves one image to a chunk where BatchNorm
+    would normalise that image by itself.
 
     Args:
         net: see `step_memory`.
         batch_size: see `step_memory`.
         image_size: see `step_memory`.
+        chunk_size: take this one, as 15 of the published training, and pick only how many to keep.
         memory: bytes for the step, parameters included; None for what is free on the current CUDA device (ask before
             the net is moved there).
         margin: share of `memory` to leave alone for what `step_memory` doesn't count. 15 % is a guess, not yet measured
@@ -153,31 +171,35 @@ def pick_chunk_size(
     Examples:
         >>> from apinet_head import APINet
         >>> net = APINet("resnet18", num_classes=10)
-        >>> pick_chunk_size(net, batch_size=32, image_size=64, memory=205 * 2**20).chunk_size
-        8
+        >>> choice = pick_chunk_size(net, batch_size=32, image_size=64, memory=205 * 2**20)
+        >>> choice.chunk_size, choice.keep_chunks
+        (8, 1)
     """
     if not 0 <= check_number(margin, "margin") < 1:
         raise ValueError(f"margin must be a share in [0, 1), got {margin}")
     memory = _free_memory() if memory is None else memory
     budget = int(check_number(memory, "memory", 0) * (1 - margin))
-    needed: dict[int | None, int] = {}
+    needed: dict[Chunks, int] = {}
 
-    def need(chunk_size: int | None) -> int:
-        step = step_memory(net, batch_size, image_size, chunk_size=chunk_size, amp=amp, moments=moments, loss=loss)
-        needed[chunk_size] = step.total
-        return step.total
+    def need(chunks: Chunks) -> int:
+        if chunks not in needed:
+            size, keep = chunks
+            options: Any = {"chunk_size": size, "keep_chunks": keep, "amp": amp, "moments": moments, "loss": loss}
+            needed[chunks] = step_memory(net, batch_size, image_size, **options).total
+        return needed[chunks]
 
-    if need(None) <= budget:
-        return ChunkChoice(None, batch_size, needed, budget, memory)
+    if need((None, 1)) <= budget and chunk_size is None:
+        return ChunkChoice(None, 1, batch_size, needed, budget, memory)
     batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in fake_copy(net).train().modules())
-    sizes = _sizes(batch_size, batch_norm)
-    fitting = bisect_right(sizes, budget, key=need)  # memory grows with the chunk
-    if fitting == 0:
-        raise ValueError(
-            f"no chunk size brings a batch of {batch_size} into {gib(budget)} ({gib(memory)} less the margin): "
-            f"{', '.join(_lines(needed))}. Take mixed precision (amp), or a smaller net, batch or image_size"
-        )
-    return ChunkChoice(sizes[fitting - 1], batch_size, needed, budget, memory)
+    sizes = _sizes(batch_size, batch_norm) if chunk_size is None else [chunk_size]
+    for group in ([size for size in sizes if size >= 8], [size for size in sizes if size < 8]):
+        if group and need((group[0], 1)) <= budget:
+            chosen = _least_recomputed(batch_size, group, budget, needed, need)
+            return ChunkChoice(*chosen, batch_size, needed, budget, memory)
+    raise ValueError(
+        f"no chunk size brings a batch of {batch_size} into {gib(budget)} ({gib(memory)} less the margin): "
+        f"{', '.join(_lines(needed, batch_size))}. Take mixed precision (amp), or a smaller net, batch or image_size"
+    )
 
 
 def gib(amount: int) -> str:
@@ -191,11 +213,57 @@ def _sizes(batch_size: int, batch_norm: bool) -> list[int]:
     return [size for size in sizes if not batch_norm or (batch_size - 1) % size]
 
 
+def _least_recomputed(
+    batch_size: int, sizes: list[int], budget: int, needed: dict[Chunks, int], need: Callable[[Chunks], int]
+) -> Chunks:
+    """Of all that fits what recomputes the fewest images in the fewest chunks; chunks of sizes[0], one kept, do fit.
+
+    Memory is linear in the images whose activations are there at once, and in the size of a chunk. So from a few
+    estimates all others are foreseen, and only what is likely to be chosen is estimated.
+    """
+    least = sizes[0]
+
+    def alive(chunks: Chunks) -> int:
+        return max(chunks[0] or 0, batch_size - _recomputed(batch_size, chunks))
+
+    most = min(3 if batch_size % least else 2, -(-batch_size // least))  # a smaller last chunk is no measure
+    more, less = (least, most), (least, most - 1)
+    per_image = (need(more) - need(less)) / max(1, alive(more) - alive(less))
+    per_size = (need((None, 1)) - need((least, 1))) / max(1, batch_size - least) - per_image
+
+    def foresee(chunks: Chunks) -> float:
+        return need(more) + per_image * (alive(chunks) - alive(more)) + per_size * ((chunks[0] or 0) - least)
+
+    excess = 0.0
+    possible = [(size, keep + 1) for size in sizes for keep in range(-(-batch_size // size))]
+    for chunks in sorted(possible, key=lambda one: (_recomputed(batch_size, one), -one[0])):
+        if chunks in needed or foresee(chunks) + excess <= budget:
+            if need(chunks) <= budget:
+                break
+            excess = max(excess, need(chunks) - foresee(chunks))
+    return chunks
+
+
+def _recomputed(batch_size: int, chunks: Chunks) -> int:
+    """Images of a batch that run through the backbone a second time."""
+    size, keep = chunks
+    return 0 if size is None else max(0, -(-batch_size // size) - keep) * size if keep else batch_size
+
+
 def _free_memory() -> int:
     if not torch.cuda.is_available():
         raise ValueError("without a CUDA device memory must be given, in bytes: memory=11 * 2**30, for example")
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def _lines(needed: dict[int | None, int]) -> list[str]:
-    return [f"{'the whole batch' if size is None else f'chunks of {size}'}: {gib(needed[size])}" for size in needed]
+def _named(chunks: Chunks, batch_size: int) -> str:
+    size, keep = chunks
+    if size is None:
+        return "the whole batch"
+    count, uneven = -(-batch_size // size), batch_size % size
+    kept = f"{'all' if keep >= count else keep or 'none'} kept"
+    return f"{count} chunks of {'up to ' if uneven else ''}{size} ({kept})"
+
+
+def _lines(needed: dict[Chunks, int], batch_size: int) -> list[str]:
+    return [f"{_named(chunks, batch_size)}: {gib(amount)}" for chunks, amount in needed.items()]
