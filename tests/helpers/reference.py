@@ -15,13 +15,11 @@ def candidates(
     labels: np.ndarray, key_labels: np.ndarray, finite: np.ndarray, same_class: bool, offset: int | None
 ) -> np.ndarray:
     """[B,M] bool: the candidate mask."""
-    allowed = np.zeros((len(labels), len(key_labels)), dtype=bool)
-    for query in range(len(labels)):
-        for key in range(len(key_labels)):
-            itself = offset is not None and key == query + offset
-            labelled = labels[query] >= 0 and key_labels[key] >= 0
-            is_class = (labels[query] == key_labels[key]) == same_class
-            allowed[query, key] = finite[key] and not itself and labelled and is_class
+    same = labels[:, None] == key_labels
+    allowed = (same == same_class) & (labels[:, None] >= 0) & (key_labels >= 0) & finite
+    if offset is not None:
+        queries = np.arange(len(labels))
+        allowed[queries, queries + offset] = False
     return allowed
 
 
@@ -59,15 +57,16 @@ def check_partners(
     middle = np.median(k[finite], 0) if finite.any() else 0
     spread = np.quantile(((k[finite] - middle) ** 2).sum(1), 0.8) if finite.any() else 0
     eps = torch.finfo(torch.promote_types(features.dtype, torch.float32)).eps
-    for query in np.flatnonzero(valid.numpy()):
-        chosen = int(partner[query])
-        assert allowed[query, chosen], f"row {query} got {chosen}, which is no candidate"
-        if how == "random" or not np.isfinite(x[query]).all():
-            continue
-        of_candidates = distance[query][allowed[query]]
-        best = of_candidates.min() if how == "similar" else of_candidates.max()
-        norm = best if exact else best + spread + ((x[query] - middle) ** 2).sum()
-        assert abs(distance[query, chosen] - best) <= 16 * eps * norm, f"row {query} got {chosen}"
+    rows, chosen = np.flatnonzero(valid.numpy()), partner.numpy()[valid.numpy()]
+    assert allowed[rows, chosen].all(), f"rows {rows[~allowed[rows, chosen]]} got no candidates"
+    if how == "random":
+        return
+    rows, chosen = (some[np.isfinite(x[rows]).all(1)] for some in (rows, chosen))
+    nearest, farthest = (np.where(allowed, distance, worst)[rows] for worst in (np.inf, -np.inf))
+    best = nearest.min(1) if how == "similar" else farthest.max(1)
+    norm = best if exact else best + spread + ((x[rows] - middle) ** 2).sum(1)
+    wrong = np.abs(distance[rows, chosen] - best) > 16 * eps * norm
+    assert not wrong.any(), f"rows {rows[wrong]} got {chosen[wrong]}"
 
 
 def head(
