@@ -1,4 +1,4 @@
-"""A page in the browser to drop an image on, by a model folder that train_own.py wrote: app.py MODEL
+"""A page in the browser to drop an image on, by a model folder: python examples/app.py own-model
 
 It is served on this machine, for this machine alone. Needs Gradio: pip install 'apinet-head[app]'
 """
@@ -8,24 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform
 
+from workbench import model_folder
+from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
-from workbench.model_folder import load
+from workbench.images import eval_transform
 
 
-def make_page(folder: Path, top: int = 5) -> Any:
+def make_page(folder: Path, top: int = 5, device: str = "cpu") -> Any:
     """The Gradio interface.
 
     Raises:
-        SystemExit: there is no Gradio, or no such model.
+        SystemExit: there is no Gradio, no such model or no such device.
     """
     try:
         import gradio
     except ImportError:
         raise SystemExit("the page needs Gradio: pip install 'apinet-head[app]', or pip install gradio") from None
-    net, classes, settings = load(folder)
-    transform = create_transform(**settings)
+    place = check_device(device)
+    net, classes, config = model_folder.load(folder)
+    net, transform = net.to(place), eval_transform(config)
 
     def classify(file: str | None) -> dict[str, float]:
         if file is None:
@@ -35,7 +37,7 @@ def make_page(folder: Path, top: int = 5) -> Any:
         except BadImageError as error:
             raise gradio.Error(str(error)) from None
         with torch.inference_mode():
-            probabilities = net(image[None])[0].softmax(0).tolist()
+            probabilities = net(image[None].to(place))[0].softmax(0).tolist()
         return dict(zip(classes, probabilities, strict=True))
 
     return gradio.Interface(
@@ -49,13 +51,20 @@ def make_page(folder: Path, top: int = 5) -> Any:
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, help="model folder of train_own.py or train_cub.py")
     parser.add_argument("--top", type=int, default=5, help="classes shown (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
-    options = parser.parse_args()
-    make_page(options.model, options.top).launch(server_name="127.0.0.1", server_port=options.port)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.top < 1:
+        parser.error(f"--top must be at least 1, got {options.top}")
+    page = make_page(options.model, options.top, options.device)
+    try:
+        page.launch(server_name="127.0.0.1", server_port=options.port)
+    except OSError as error:  # the port is taken
+        raise SystemExit(f"--port {options.port}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,36 +1,45 @@
-"""A model folder as an ONNX file for images [N,3,H,W] of any N, checked with onnxruntime: export_onnx.py MODEL
+"""A model folder as an ONNX file for images [N,3,H,W] of any N, checked with onnxruntime.
 
-Needs pip install 'apinet-head[export]'. docs/deploy.md has the other ways.
+python examples/export_onnx.py own-model
+
+The file's metadata has what is needed to use it without the model folder, as JSON: `classes`, the names by row of the
+logits, and `transform`, how images are prepared, with the mean and standard deviation of the backbone. Needs
+pip install 'apinet-head[export]'. docs/deploy.md has the other ways.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 
-from workbench.model_folder import load
+from workbench import model_folder
 
 
 def export(folder: Path, file: Path) -> float:
     """The largest difference between the probabilities of the file and of the net, for random images.
 
     Raises:
-        SystemExit: there is no such model, or a package is missing.
+        SystemExit: there is no such model, a package is missing, or the file can't be written.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 # torch.onnx needs it, and says so in other words
     except ImportError as error:
         raise SystemExit(f"{error}: pip install 'apinet-head[export]'") from None
-    net, _, settings = load(folder)
+    net, classes, transform = model_folder.load(folder)
     model = net.to_deploy()
-    shape = settings["input_size"]
+    shape = transform.get("input_size") or [3, transform["crop"], transform["crop"]]
     # The exporter takes a dimension of 1 for one that is always 1.
     program = torch.onnx.export(
         model, (torch.randn(2, *shape),), dynamo=True, input_names=["images"], output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
     )  # fmt: skip
-    program.save(file)
+    program.model.metadata_props.update(classes=json.dumps(classes), transform=json.dumps(transform))
+    try:
+        program.save(file)
+    except OSError as error:
+        raise SystemExit(f"{file} cannot be written: {error.strerror}") from None
     images = torch.randn(3, *shape)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (logits,) = session.run(["logits"], {"images": images.numpy()})
@@ -38,11 +47,11 @@ def export(folder: Path, file: Path) -> float:
         return (torch.from_numpy(logits).softmax(1) - model(images).softmax(1)).abs().max().item()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--output", type=Path, help="default: model.onnx in the model folder")
-    options = parser.parse_args()
+    parser.add_argument("model", type=Path, help="model folder of train_own.py or train_cub.py")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: model.onnx in the model folder")
+    options = parser.parse_args(arguments)
     file = options.output or options.model / "model.onnx"
     difference = export(options.model, file)
     print(f"{file}: its probabilities differ from the net's by {difference:.1e} at most")

@@ -1,36 +1,143 @@
-"""The likeliest classes of images, by a model folder that train_own.py wrote: predict.py MODEL IMAGE..."""
+"""The likeliest classes of images, or of all images in a folder, by a model folder of either training.
+
+python examples/predict.py own-model photo.jpg other.png
+python examples/predict.py own-model DIR --csv predictions.csv
+python examples/predict.py runs/CUB_200_2011-api-resnet101-seed0/last DIR --top 5 --device cuda --batch-size 128
+
+An image that can't be decoded is named and left out, and the command then ends with 1.
+"""
 
 import argparse
+import csv
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from workbench.datasets.bad_images import shown
+from workbench import model_folder
+from workbench.datasets.bad_images import processors, shown
+from workbench.datasets.folders import SUFFIXES
+from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
-from workbench.model_folder import load
+from workbench.images import eval_transform
+from workbench.model_folder import Model
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    parser.add_argument("--top", type=int, default=3, help="classes of each image (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.top < 1:
-        parser.error(f"--top must be at least 1, got {options.top}")
-    net, classes, settings = load(options.model)
-    transform = create_transform(**settings)
-    for path in options.images:
+class Files(Dataset[Any]):
+    """(path, image) by index, and for files that can't be decoded (path, error)."""
+
+    def __init__(self, paths: list[Path], transform: Any) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Path, Tensor | BadImageError]:
         try:
-            image = transform(load_image(path))
+            return self.paths[index], self.transform(load_image(self.paths[index]))
         except BadImageError as error:
-            raise SystemExit(shown(str(error))) from None
-        with torch.inference_mode():
-            top = net(image[None])[0].softmax(0).topk(min(options.top, len(classes)))
-        found = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        print(shown(str(path)), *(f"{classes[row]} {value:.4f}" for value, row in found), sep="  ", flush=True)
+            return self.paths[index], error
+
+
+def find_images(sources: list[Path]) -> list[Path]:
+    """Files as they are given, and of folders all images in and below them, by their names, sorted.
+
+    Raises:
+        SystemExit: something is not there, or a folder has no images.
+    """
+    paths = []
+    for source in sources:
+        if not source.exists():
+            raise SystemExit(f"{shown(str(source))}: no such file or folder")
+        found = [source]
+        if source.is_dir():
+            found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            if not found:
+                raise SystemExit(f"{shown(str(source))}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
+        paths += found
+    return paths
+
+
+def classify(model: Model, loader: Iterable[Any], top: int, device: torch.device) -> Iterator[tuple[Path, Any]]:
+    """Of each image its likeliest classes, (name, probability), or the error where it can't be decoded."""
+    net, classes, _ = model
+    net = net.to(device)
+    for batch in loader:
+        images = [image for _, image in batch if isinstance(image, Tensor)]
+        found = iter(())
+        if images:
+            with torch.inference_mode():
+                best = net(torch.stack(images).to(device)).softmax(1).topk(min(top, len(classes)))
+            found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for path, image in batch:
+            if isinstance(image, Tensor):
+                yield path, [(classes[row], value) for value, row in zip(*next(found), strict=True)]
+            else:
+                yield path, image
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="model folder of train_own.py or train_cub.py")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of images")
+    parser.add_argument("--top", type=int, default=3, help="classes of each image (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table there, instead of lines on the screen")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
+    about = "processes that load images (default: %(default)s)"
+    parser.add_argument("--workers", type=int, default=min(8, processors() - 1), help=about)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.top < 1 or options.batch_size < 1 or options.workers < 0:
+        parser.error("--top and --batch-size must be at least 1, --workers at least 0")
+    device = check_device(options.device)
+    paths = find_images(options.images)
+    model = model_folder.load(options.model)
+    workers = options.workers if len(paths) > options.batch_size else 0  # a few images are quicker without
+    files = Files(paths, eval_transform(model.transform))
+    loader = DataLoader(files, options.batch_size, num_workers=workers, collate_fn=list)
+    bad = 0
+    with open_table(options.csv, min(options.top, len(model.classes))) as table:
+        bar = tqdm(loader, desc="predicting", unit=" batches", disable=table is None)
+        for path, found in classify(model, bar, options.top, device):
+            if isinstance(found, BadImageError):
+                bad += 1
+                print(shown(str(found)), file=sys.stderr)
+            elif table:
+                table.writerow([path, *(cell for name, value in found for cell in (name, f"{value:.4f}"))])
+            else:
+                print(shown(str(path)), *(f"{name} {value:.4f}" for name, value in found), sep="  ", flush=True)
+    if options.csv:
+        print(f"{len(paths) - bad} images: {options.csv}")
+    if bad:
+        print(f"{bad} of {len(paths)} images cannot be decoded", file=sys.stderr)
+    return int(bad > 0)
+
+
+@contextmanager
+def open_table(file: Path | None, top: int) -> Iterator[Any]:
+    """A writer of rows below the names of the columns; None without a file.
+
+    Raises:
+        SystemExit: the file can't be written.
+    """
+    if file is None:
+        yield None
+        return
+    try:
+        with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines:  # paths need not be text
+            table = csv.writer(lines)
+            others = [name for place in range(2, top + 1) for name in (f"predicted_{place}", f"probability_{place}")]
+            table.writerow(["path", "predicted", "probability", *others])
+            yield table
+    except OSError as error:
+        raise SystemExit(f"--csv {shown(str(file))} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,26 +3,25 @@
 torchrun --nproc_per_node=2 examples/frameworks/accelerate_loop.py --cpu   # or accelerate launch
 """
 
-import argparse
-
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
-from toy import CLASSES, Shapes
+from toy import CLASSES, Shapes, make_parser
 
 from apinet_head import APINet, BalancedBatchSampler, api_loss
 
 
 def main(arguments: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="test_resnet", help="any timm model name (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser = make_parser(__doc__)
     parser.add_argument("--mixed-precision", default="no", choices=["no", "fp16", "bf16"])
     parser.add_argument("--cpu", action="store_true", help="needed for several processes without a GPU")
     args = parser.parse_args(arguments)
-    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+    try:
+        accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+    except ValueError as error:  # the device has no such precision
+        raise SystemExit(f"--mixed-precision {args.mixed_precision}: {error}") from None
     set_seed(0)
 
     train = Shapes(train=True)

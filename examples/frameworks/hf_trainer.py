@@ -1,6 +1,5 @@
 """API-Net in the Trainer of Hugging Face's transformers."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toy import CLASSES, Shapes
+from toy import CLASSES, Shapes, make_parser
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 
 from apinet_head import APINet, BalancedBatchSampler, api_loss
@@ -52,9 +51,7 @@ def top1(found: EvalPrediction) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backbone", default="test_resnet", help="any timm model name (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser = make_parser(__doc__)
     parser.add_argument("--cpu", action="store_true", help="needed for several processes without a GPU")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/trainer"), help="where the net goes; default: %(default)s"

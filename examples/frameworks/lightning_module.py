@@ -1,13 +1,13 @@
 """API-Net as a LightningModule, with balanced batches, and a backbone that runs chunk by chunk."""
 
-import argparse
 from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
-from toy import CLASSES, Shapes
+from toy import CLASSES, Shapes, make_parser
 
 from apinet_head import APINet, BalancedBatchSampler, api_loss_terms
 
@@ -54,19 +54,21 @@ class ShapesData(lightning.LightningDataModule):
 
 
 def main(arguments: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backbone", default="test_resnet", help="any timm model name (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser = make_parser(__doc__)
     parser.add_argument("--chunk-size", type=int, default=12, help="images at a time, to save memory")
-    parser.add_argument("--accelerator", default="auto", help="Lightning's")
+    kinds = ("auto", "cpu", "gpu", "mps")
+    parser.add_argument("--accelerator", choices=kinds, default="auto", help="Lightning's (default: %(default)s)")
     parser.add_argument("--devices", type=int, default=1, help="processes, each with a GPU if there are any")
     args = parser.parse_args(arguments)
     lightning.seed_everything(0)
-    trainer = lightning.Trainer(
-        accelerator=args.accelerator, devices=args.devices, max_epochs=args.epochs, logger=False,
-        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-        use_distributed_sampler=False,  # the sampler gives each process its share itself
-    )  # fmt: skip
+    try:
+        trainer = lightning.Trainer(
+            accelerator=args.accelerator, devices=args.devices, max_epochs=args.epochs, logger=False,
+            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+            use_distributed_sampler=False,  # the sampler gives each process its share itself
+        )  # fmt: skip
+    except MisconfigurationException as error:  # there is no such accelerator, or not so many
+        raise SystemExit(f"--accelerator {args.accelerator}, --devices {args.devices}: {error}") from None
     trainer.fit(APIClassifier(args.backbone, len(CLASSES), chunk_size=args.chunk_size), datamodule=ShapesData())
     found = float(trainer.callback_metrics["accuracy"])
     if trainer.is_global_zero:

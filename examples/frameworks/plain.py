@@ -1,19 +1,14 @@
 """API-Net in a training loop of plain PyTorch."""
 
-import argparse
-
 import torch
 from torch.utils.data import DataLoader
-from toy import CLASSES, Shapes, accuracy_on
+from toy import CLASSES, Shapes, accuracy_on, make_parser
 
 from apinet_head import APINet, BalancedBatchSampler, api_loss
 
 
 def main(arguments: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backbone", default="test_resnet", help="any timm model name (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=20)
-    args = parser.parse_args(arguments)
+    args = make_parser(__doc__).parse_args(arguments)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 

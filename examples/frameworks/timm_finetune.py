@@ -1,7 +1,5 @@
 """API-Net with what timm has for training: model, transform, optimiser, schedule, meters, and the weights' average."""
 
-import argparse
-
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
@@ -9,24 +7,20 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, accuracy
 from torch.utils.data import DataLoader
-from toy import CLASSES, SIZE, Shapes, accuracy_on
+from toy import CLASSES, SIZE, Shapes, accuracy_on, make_parser
 
 from apinet_head import APINet, BalancedBatchSampler, api_loss
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backbone", default="test_resnet", help="any timm model name (default: %(default)s)")
-    parser.add_argument("--pretrained", action="store_true")
-    parser.add_argument("--epochs", type=int, default=20)
-    args = parser.parse_args(arguments)
+    args = make_parser(__doc__).parse_args(arguments)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     # Some models are made for one size of images.
     settings = {"img_size": SIZE} if timm.get_pretrained_cfg(args.backbone).fixed_input_size else {}
     settings["drop_path_rate"] = 0.05
-    net = APINet(args.backbone, len(CLASSES), pretrained=args.pretrained, backbone_args=settings).to(device)
+    net = APINet(args.backbone, len(CLASSES), backbone_args=settings).to(device)
     config = resolve_model_data_config(net) | {"input_size": (3, SIZE, SIZE), "crop_pct": 1.0}
     augmented = create_transform(**config, is_training=True, scale=(0.7, 1.0), color_jitter=0.1)
     train, test = Shapes(True, augmented), Shapes(False, create_transform(**config))

@@ -1,10 +1,13 @@
-"""Drawn shapes with labels: a data set small enough to try a training loop on, and the same in every run."""
+"""What the loops here share: drawn shapes with labels, the same in every run, and the flags --backbone and --epochs."""
 
+import argparse
+import difflib
 import hashlib
 import random
 from collections.abc import Callable
 from typing import Any
 
+import timm
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
@@ -64,3 +67,25 @@ def accuracy_on(images: Dataset[tuple[Any, int]], net: nn.Module, device: str) -
     net.eval()
     correct = [net(batch.to(device)).argmax(1).cpu() == labels for batch, labels in DataLoader(images, batch_size=32)]
     return torch.cat(correct).float().mean().item()
+
+
+def make_parser(about: str | None) -> argparse.ArgumentParser:
+    """A parser of the flags that all loops have; a mistake in one is a line, with near names of models."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about_backbone = "any timm model name (default: %(default)s)"
+    parser.add_argument("--backbone", type=_model, default="test_resnet", help=about_backbone)
+    parser.add_argument("--epochs", type=_count, default=20, help="default: %(default)s")
+    return parser
+
+
+def _model(name: str) -> str:
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:5] or difflib.get_close_matches(name, timm.list_models(), 5)
+        raise argparse.ArgumentTypeError(f"timm has no model {name}" + (f"; near: {', '.join(near)}" if near else ""))
+    return name
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text}")
+    return int(text)

@@ -4,6 +4,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from workbench.report import METHODS, percent, setting
+
 SHOWN = 100  # classes in the table, the worst; metrics.json has all
 
 
@@ -32,7 +34,6 @@ def _text(metrics: dict[str, Any]) -> str:
         percent(metrics[key]) for key in ("accuracy", "mean_class_accuracy", "largest_class_share")
     )
     low, high = map(percent, metrics["accuracy_interval"])
-    method = "plain cross-entropy, the baseline of API-Net" if settings["baseline"] else "API-Net"
     weights = "from scratch" if settings["no_pretrained"] else "from timm's pretrained weights"
     licences = "the images" if settings["no_pretrained"] else "the images and of the pretrained weights"
     rows = [
@@ -43,13 +44,13 @@ def _text(metrics: dict[str, Any]) -> str:
     rows += ["", f"{left} more classes are in metrics.json."] if left else []
     return f"""# {settings["backbone"]} on {name}
 
-An image classifier for {len(metrics["by_class"])} classes, trained {weights} with {method}
-([the paper](https://arxiv.org/abs/2002.10191)).
+An image classifier for {len(metrics["by_class"])} classes, trained {weights} with
+{METHODS[settings["baseline"]]} ([the paper](https://arxiv.org/abs/2002.10191)).
 
 ## Results
 
 After the last epoch, {accuracy} of the {metrics["test_images"]} test images are right (95 % interval {low} to {high}),
-and {of_classes} as the mean over the classes. To name the largest class always would make {constant} right. The test
+and {of_classes} as the mean over the classes. Always naming the largest class would make {constant} right. The test
 images chose nothing: neither an epoch nor a setting.
 
 | class, worst first | training images | test images | accuracy |
@@ -61,7 +62,7 @@ images chose nothing: neither an epoch nor a setting.
 {name}: {data["train"]} training and {data["test"]} test images. {" ".join(f"{_cell(note)}." for note in data["notes"])}
 The licence of this model is up to whoever trained it, and to the licences of {licences}.
 
-{chr(10).join(f"- `{key}`: {value}" for key, value in settings.items())}
+{chr(10).join(f"- `{key}`: {setting(value)}" for key, value in settings.items())}
 
 {metrics["minutes"]:.1f} minutes on {metrics["machine"]}
 
@@ -82,10 +83,6 @@ with torch.inference_mode():
     print(about["classes"][int(net(image[None]).argmax())])
 ```
 """
-
-
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _cell(text: str) -> str:

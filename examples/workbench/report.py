@@ -22,10 +22,15 @@ from torch import Tensor
 
 from apinet_head import APINet, explain_pair
 from workbench.heat import about_map, map_size, overlay
-from workbench.images import unnormalized
+from workbench.images import ImageDataset, unnormalized
 from workbench.metrics import confusions, ranked_pairs
 
 THEMES = {"light": "default", "dark": "dark_background"}
+METHODS = {
+    "": "API-Net",
+    "balanced": "plain cross-entropy on balanced batches, a baseline of API-Net",
+    "shuffled": "plain cross-entropy on shuffled images, a baseline of API-Net",
+}
 COLOURS = {"light": "Blues", "dark": "inferno"}  # where there is nothing, the page shows
 NAMED = 60  # classes whose names fit beside an image of the confusions
 AS_TABLE = 30  # classes up to which the confusions are a table of counts, and not an image
@@ -64,12 +69,11 @@ class ConfusedPairs(NamedTuple):
 def write(file: Path, metrics: dict[str, Any], confused: ConfusedPairs) -> None:
     """The report of a training; the names of classes and files may hold any characters."""
     classes = metrics["classes"]
-    method = {"": "API-Net", "balanced": "the baseline, cross-entropy on the same balanced batches"}
     render(
         file,
         title=f"{metrics['data']['name']}: training report",
         metrics=metrics,
-        method=method.get(metrics["settings"]["baseline"], "the baseline, cross-entropy on shuffled batches"),
+        method=METHODS[metrics["settings"]["baseline"]],
         curves=draw_curves(metrics["history"]),
         matrix=draw_matrix(torch.tensor(metrics["confusion"]), classes) if len(classes) > AS_TABLE else None,
         confused=confused.pairs,
@@ -94,6 +98,8 @@ def percent(share: float | None) -> str:
 
 def setting(value: Any) -> str:
     """As one would write it: 3e-05, and not 2.9999999999999997e-05."""
+    if value is None or value == "":
+        return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -171,18 +177,25 @@ def _themed(draw: Callable[[Any, str], None], size: tuple[float, float]) -> dict
 
 
 def show_pairs(
-    net: APINet, train: Any, test: Any, likely: Tensor, transform: dict[str, Any], *, baseline: bool
+    net: APINet,
+    train: ImageDataset,
+    test: ImageDataset,
+    classes: list[str],
+    likely: Tensor,
+    transform: dict[str, Any],
+    *,
+    baseline: bool,
 ) -> ConfusedPairs:
     """The most confused pairs of classes, each with a wrong image, and what the net looks at when it compares it.
 
     Args:
         net: on the CPU.
-        train, test: data sets of (image, label), with `items` (path and label) and `labels`; both prepared for testing.
+        train, test: both prepared for testing.
+        classes: names by label.
         likely: [N,C], the probabilities of the test images.
         transform: how the images are prepared, as in classes.json.
         baseline: the net's gates were not trained, so that its most active channels are shown.
     """
-    names = {label: item.label for label, item in zip(train.labels, train.items, strict=True)}
     labels, predicted = torch.tensor(test.labels), likely.argmax(1)
     example = test[0][0][None]
     try:
@@ -199,15 +212,15 @@ def show_pairs(
             alike = [_most_alike(net, train, image, label) for label in (b, a)]
             images = torch.stack([image, *(train[index][0] for index in alike)])
             heats = _heats(net, images, baseline) if heated else [None] * 3
-            files = [test.items[row].path.name, *(train.items[index].path.name for index in alike)]
+            files = [test.images[row].path.name, *(train.images[index].path.name for index in alike)]
             captions = [
-                f"{names[a]}, taken for {names[b]} ({likely[row, b]:.0%})",
-                f"{names[b]}, in training",
-                f"{names[a]}, in training",
+                f"{classes[a]}, taken for {classes[b]} ({likely[row, b]:.0%})",
+                f"{classes[b]}, in training",
+                f"{classes[a]}, in training",
             ]
             found_pictures = zip(unnormalized(images, transform), heats, files, captions, strict=True)
             pictures = [Picture(*each) for each in found_pictures]
-        found.append(Confused(names[a], names[b], there, back, pictures))
+        found.append(Confused(classes[a], classes[b], there, back, pictures))
     return ConfusedPairs(found, note)
 
 
@@ -230,7 +243,7 @@ def _heats(net: APINet, images: Tensor, baseline: bool) -> list[Tensor | None]:
 
 
 @torch.no_grad()
-def _most_alike(net: APINet, train: Any, image: Tensor, label: int) -> int:
+def _most_alike(net: APINet, train: ImageDataset, image: Tensor, label: int) -> int:
     """By the cosine of the features, among the first images of the class."""
     rows = [row for row, other in enumerate(train.labels) if other == label][:CANDIDATES]
     features = net.backbone(torch.stack([image, *(train[row][0] for row in rows)]))

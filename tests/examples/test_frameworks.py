@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 from toy import CLASSES, Shapes
 
-from apinet_head import APINet, BalancedBatchSampler, api_loss
+from apinet_head import APINet, BalancedBatchSampler
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "frameworks"
@@ -146,7 +146,14 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 def on_two_ranks(example, folder, *flags, launcher=TORCHRUN):
     """What each rank was given, and its accuracy."""
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "frameworks_on_ranks.py"), example, str(folder), *flags]
+    command = [
+        sys.executable,
+        *launcher,
+        str(ROOT / "tests" / "helpers" / "frameworks_on_ranks.py"),
+        example,
+        str(folder),
+        *flags,
+    ]
     path = os.pathsep.join([str(ROOT), str(FOLDER), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -261,30 +268,33 @@ def test_features_of_a_folder_of_class_folders(tmp_path):
         run_cached(tmp_path, "--data", str(tmp_path / "nowhere"))
 
 
-# Of each kind of backbone a small one, on small images, with random weights.
-FAMILIES = {
-    "vit_tiny_patch16_224": 192, "vit_small_patch14_dinov2": 384, "swin_tiny_patch4_window7_224": 768,
-    "convnext_atto": 320, "efficientnet_lite0": 1280,
-}  # fmt: skip
+EXAMPLES = ["plain", "timm_finetune", "lightning_module", "accelerate_loop", "hf_trainer", "cached_features"]
 
 
-@pytest.mark.parametrize("backbone", FAMILIES)
-def test_every_kind_of_backbone_gives_features_and_learns(tmp_path, monkeypatch, backbone):
-    nets = []
-    monkeypatch.setattr(
-        cached_features, "APINet", lambda *args, **others: nets.append(APINet(*args, **others)) or nets[0]
-    )
-    assert 0 <= run_cached(tmp_path, "--backbone", backbone, "--epochs", "2") <= 1
-    features = load_file(tmp_path / "features.safetensors")["train"]
-    assert features.shape == (120, FAMILIES[backbone])
-    assert features.isfinite().all()
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_mistakes_in_flags_are_one_line(example, capsys, own_accelerate):
+    main = importlib.import_module(example).main
+    for flags, message in (
+        (["--backbone", "resnet18x"], "error: argument --backbone: timm has no model resnet18x; near: resnet18"),
+        (["--epochs", "0"], "error: argument --epochs: must be a whole number from 1, got 0"),
+    ):
+        with pytest.raises(SystemExit):
+            main(flags)
+        assert message in capsys.readouterr().err
 
-    (net,) = nets
-    images, labels = torch.randn(8, 3, 48, 48), torch.arange(8) // 2
-    api_loss(net.train()(images, labels)).backward()
-    gradients = [parameter.grad for parameter in net.backbone.parameters() if parameter.grad is not None]
-    assert all(gradient.isfinite().all() for gradient in gradients)
-    assert sum(bool(gradient.any()) for gradient in gradients) > 20
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_devices_and_weights_that_are_not_available_are_one_line(own_accelerate, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for example, flags, message in (
+        ("lightning_module", ["--accelerator", "gpu"], "--accelerator gpu, --devices 1: "),
+        ("accelerate_loop", ["--mixed-precision", "fp16"], "--mixed-precision fp16: .*GPU"),
+        ("cached_features", ["--pretrained", "--cache", str(tmp_path / "cache")], "^test_resnet: "),
+    ):
+        with pytest.raises(SystemExit, match=message) as ended:
+            importlib.import_module(example).main(flags)
+        assert "\n" not in str(ended.value)
 
 
 def test_timm_with_a_backbone_made_for_one_size_of_images(drawn):
