@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     device = accelerator.device
     with first_process_first():
         folder = RunFolder(
-            path, asdict(settings), lambda old: differences(old, settings), data, settings.keep_checkpoints
+            path, asdict(settings), lambda old: differences(old, asdict(settings)), data, settings.keep_checkpoints
         )
         set_seed(settings.seed)
         net = make_net(settings, len(data.classes)).to(memory_format=torch.channels_last)  # convolutions like it
@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                     folder.save(state)
                     saved = time.monotonic()
                 if stop:
-                    end_stopped(folder, state, int(stop))
+                    folder.end_stopped(state, int(stop))
 
             # Test, log and save.
             row = {"lr": optimizer.param_groups[-1]["lr"], **means(accelerator, state)}
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             folder.save(state)
             saved = time.monotonic()
             if stop := highest([shutdown.signal])[0]:  # it came during the test
-                end_stopped(folder, state, int(stop))
+                folder.end_stopped(state, int(stop))
 
         # The result: the net as it is after the last epoch, and what it confuses.
         logits, labels = predict(net, test_loader, device)
@@ -307,11 +307,6 @@ def end_at_nonfinite(place: str, wrong: str, paths: list[Path], settings: Settin
         f"the settings, or leave such steps out with --skip-nonfinite {settings.skip_nonfinite + 10}",
         1,
     )
-
-
-def end_stopped(folder: RunFolder, state: RunState, signal: int) -> None:
-    where = folder.checkpoints.folder / state.progress.name
-    end_all(f"stopped by signal {signal}, saved as {where}; the same command goes on from there", 128 + signal)
 
 
 if __name__ == "__main__":

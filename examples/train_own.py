@@ -1,80 +1,294 @@
 """Fine-tune on your own images: train_own.py DIR, a folder of class folders, or a CSV of path,label.
 
 Writes a model folder with the net, its classes, its metrics, a model card and a report to look at (report.html).
+Started again with the same command, an interrupted training goes on from its last checkpoint.
 
 python examples/train_own.py DIR
 python examples/train_own.py DIR --backbone convnext_tiny --image-size 288 --out model
-python examples/train_own.py DIR --baseline --out baseline     # plain cross-entropy, to compare with
+python examples/train_own.py DIR --baseline shuffled --out baseline     # cross-entropy as usual, to compare with
 """
 
 import argparse
+import csv
+import json
+import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from timm.data import create_transform
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor
+from tqdm import tqdm
 
-from workbench import model_folder
-from workbench.confused import show_pairs
-from workbench.datasets.bad_images import processors, shown
+from apinet_head import APINet, BalancedBatchSampler, api_loss
+from workbench import metrics, model_folder, report
+from workbench.checkpoint import RunState
+from workbench.datasets import Image, ImageSet
+from workbench.datasets.bad_images import ending_at_bad_images, processors, shown
 from workbench.datasets.folders import Split, by_class, read, short_side, sound, warnings
 from workbench.defaults import Known, choose
-from workbench.metrics import by_class as rows_by_class
-from workbench.metrics import confusions, machine, summary
-from workbench.own_training import Images, advice_on_memory, fit, fixed_size, make_net, probabilities, transforms
-from workbench.report_page import write
+from workbench.distributed import end_all
+from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
+from workbench.images import ImageDataset, eval_loader, eval_transform, train_loader
+from workbench.model_card import make_card
+from workbench.run_folder import RunFolder
+from workbench.settings import differences, number
 
 NOT_SETTINGS = ("source", "out", "overwrite")
-
-
-def number(kind: type, least: float) -> Callable[[str], Any]:
-    """For argparse: a number that is not below `least`."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse's "invalid int value"
-    return parse
+HARMLESS = {"workers", "device", "checkpoint_minutes"}  # an interrupted training may go on with others
+TESTS = 20  # times that the test images are looked at for the curves, at most; they choose nothing
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("source", type=Path, help="folder of class folders, with train/ and test/ in it or not; or a CSV")
-    add("--out", type=Path, default=Path("own-model"), help="model folder (default: %(default)s)")
-    add("--overwrite", action="store_true", help="write over the model in --out")
+    add = parser.add_argument_group("data").add_argument
+    parser.add_argument(
+        "source", type=Path, help="folder of class folders, with train/ and test/ in it or not; or a CSV"
+    )
     add("--test-share", type=float, default=0.25, help="of each class, where there is no split (default: %(default)s)")
     add("--skip-bad", action="store_true", help="leave out images that cannot be decoded")
-    add("--baseline", action="store_true", help="plain cross-entropy, no pairs")
+    add = parser.add_argument_group("model").add_argument
+    add("--out", type=Path, default=Path("own-model"), help="model folder (default: %(default)s)")
+    add("--overwrite", action="store_true", help="write over the model in --out")
     add("--no-pretrained", action="store_true", help="train from scratch, without weights from the network")
-    add("--seed", type=int, default=0, help="of split, batches, crops and weights (default: %(default)s)")
-    add("--workers", type=number(int, 0), default=min(8, processors() - 1), help="processes that load images; 0: none")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    chosen = parser.add_argument_group("chosen from the data, if not given")
-    chosen.add_argument("--backbone", help="any timm model name")
-    chosen.add_argument("--image-size", type=number(int, 32), help="pixels a side")
-    chosen.add_argument("--n-classes", type=number(int, 2), help="classes in a batch")
-    chosen.add_argument("--n-samples", type=number(int, 1), help="images of each of these")
-    chosen.add_argument("--epochs", type=number(int, 1))
-    chosen.add_argument("--lr", type=number(float, 0), help="learning rate of AdamW")
-    chosen.add_argument("--backbone-lr", type=number(float, 0), help="of the backbone (a tenth of --lr if pretrained)")
-    add("--weight-decay", type=number(float, 0), default=0.05, help="of AdamW (default: %(default)s)")
     add(
         "--chunk-size", type=number(int, 1), metavar="N",
         help="images at a time through the backbone: the same batch in less memory (default: all)",
     )  # fmt: skip
+    add = parser.add_argument_group("chosen from the data, if not given").add_argument
+    add("--backbone", help="any timm model name")
+    add("--image-size", type=number(int, 32), help="pixels a side")
+    add("--n-classes", type=number(int, 2), help="classes in a batch")
+    add("--n-samples", type=number(int, 1), help="images of each of these")
+    add("--epochs", type=number(int, 1))
+    add("--lr", type=number(float, 0), help="learning rate of AdamW")
+    add("--backbone-lr", type=number(float, 0), help="of the backbone (a tenth of --lr if pretrained)")
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--baseline", choices=("balanced", "shuffled"), default="",
+        help="cross-entropy instead of API-Net: on the same balanced batches, or on shuffled ones as usual",
+    )  # fmt: skip
+    add("--weight-decay", type=number(float, 0), default=0.05, help="of AdamW (default: %(default)s)")
+    add("--amp", choices=("no", "fp16", "bf16"), default="no", help="mixed precision (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of split, batches, crops and weights (default: %(default)s)")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add("--workers", type=number(int, 0), default=min(8, processors() - 1), help="processes that load images; 0: none")
+    add(
+        "--checkpoint-minutes", type=number(float, 0), default=5.0,
+        help="save after so many minutes too, not only with an epoch; 0: only then (default: %(default)s)",
+    )  # fmt: skip
     return parser
 
 
-def read_data(options: argparse.Namespace) -> tuple[Split, list[str]]:
-    """The images and the classes, with notes and warnings printed.
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if not 0 < options.test_share < 1:
+        parser.error(f"--test-share must be between 0 and 1, got {options.test_share}")
+    # What may be wrong with the flags is found before all images are looked at.
+    device = check_device(options.device)
+    check_free(options.out, options.overwrite)
+    if options.backbone:
+        check_backbone(options.backbone)
+
+    # Data, and what is chosen from it.
+    data, notes = read_data(options)
+    fill_in(options, data, device)
+    sampler, note = make_sampler(options, data)
+    print(note)
+    notes.append(note)
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+
+    # Net, optimiser, schedule.
+    folder = RunFolder(options.out / "run", settings, lambda old: differences(old, settings, HARMLESS), data)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=options.amp)
+    device = accelerator.device
+    set_seed(options.seed)
+    net = make_net(options, len(data.classes)).to(device, memory_format=torch.channels_last)
+    steps = options.epochs * sampler.n_batches
+    optimizer = torch.optim.AdamW(net.parameter_groups(options.lr, options.backbone_lr, options.weight_decay))
+    scheduler = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 20, t_in_epochs=False)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    train_transform, transform = transforms(net, options.image_size)
+    train, test = ImageDataset(data.train, train_transform), ImageDataset(data.test, eval_transform(transform))
+    loader = train_loader(train, sampler, device, options.workers)
+    test_loader = eval_loader(data.test, transform, 32, options.workers)
+
+    # From where the folder is: from nothing, or exactly as the training left off.
+    state = RunState(accelerator, net, optimizer, scheduler, sampler)
+    folder.go_on(state, options.epochs)
+    progress, saved = state.progress, time.monotonic()
+    every, batch = -(-options.epochs // TESTS), options.n_classes * options.n_samples
+    with (
+        Shutdown() as shutdown,
+        advice_on_memory(net, batch, options.image_size, options.chunk_size or 0),
+        ending_at_bad_images(),
+        tqdm(total=steps, initial=progress.step, unit=" steps", mininterval=0.5) as bar,
+    ):
+        for epoch in range(progress.epoch, options.epochs):
+            bar.set_description(f"epoch {epoch + 1}/{options.epochs}")
+            sampler.set_epoch(epoch)
+            net.train()
+            start = time.perf_counter() - progress.seconds
+            for images, labels, indices in loader:
+                # Forward, loss, backward, step.
+                scheduler.step_update(progress.step)
+                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+                labels = labels.to(device, non_blocking=True)
+                with accelerator.autocast():
+                    figures = compute_loss(net, images, labels, options.baseline)
+                optimizer.zero_grad()
+                accelerator.backward(figures["loss"])
+                # Scaled gradients of fp16 may overflow, which the scaler answers by a smaller scale.
+                if wrong := nonfinite(figures, [] if accelerator.scaler else net.parameters()):
+                    paths = "\n  ".join(shown(str(data.train[index].path)) for index in indices.tolist())
+                    end_all(
+                        f"step {progress.step + 1} is not finite: {wrong}: try a lower --lr than {options.lr:g}, or "
+                        f"look at its images:\n  {paths}", 1,
+                    )  # fmt: skip
+                optimizer.step()
+
+                # Log and save.
+                for name, value in figures.items():
+                    state.sums[name] = state.sums.get(name, 0) + value.detach()
+                progress.step, progress.batch, progress.counted = (
+                    progress.step + 1,
+                    progress.batch + 1,
+                    progress.batch + 1,
+                )
+                progress.seconds = time.perf_counter() - start
+                bar.update()
+                due = options.checkpoint_minutes and time.monotonic() - saved > 60 * options.checkpoint_minutes
+                if shutdown.signal or (due and progress.batch < sampler.n_batches):
+                    folder.save(state)
+                    saved = time.monotonic()
+                if shutdown.signal:
+                    folder.end_stopped(state, shutdown.signal)
+
+            # Test, log and save.
+            row = {name: float(value) / progress.batch for name, value in state.sums.items()}
+            progress.epoch += 1
+            row["epoch"] = progress.epoch
+            if progress.epoch % every == 0 or progress.epoch == options.epochs:
+                logits, truth = metrics.predict(net, test_loader, device)
+                row["test_accuracy"] = float((logits.argmax(1) == truth).double().mean())
+            bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "epoch"}, refresh=False)
+            row["seconds"] = progress.seconds
+            progress.history.append(row)
+            progress.batch, progress.seconds, state.sums = 0, 0.0, {}
+            folder.save(state)
+            saved = time.monotonic()
+            if shutdown.signal:  # it came during the test
+                folder.end_stopped(state, shutdown.signal)
+
+        # The result: the net as it is after the last epoch.
+        likely = metrics.predict(net, test_loader, device)[0].softmax(1)
+    found = measure(data, notes, settings, likely, progress.history, str(device))
+    net = net.cpu().eval()
+    with folder.writing():
+        model_folder.save(options.out, net, data.classes, transform)
+        (options.out / "metrics.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+        write_predictions(options.out / "predictions.csv", data, likely)
+        # save_pretrained writes a card that knows nothing of this model, and only where there is none.
+        make_card(found).save(options.out / "README.md")
+        plain = ImageDataset(data.train, eval_transform(transform))
+        pairs = report.show_pairs(
+            net, plain, test, data.classes, likely, transform, baseline=bool(options.baseline)
+        )  # fmt: skip
+        report.write(options.out / "report.html", found, pairs)
+    shutil.rmtree(folder.path)  # the model is whole: nothing goes on from here
+    low, high = found["accuracy_interval"]
+    print(f"test accuracy {found['accuracy']:.1%} ({low:.1%} to {high:.1%}); {options.out / 'report.html'}")
+
+
+def compute_loss(net: APINet, images: Tensor, labels: Tensor, baseline: str) -> dict[str, Tensor]:
+    """The loss, and the share of the rows of logits that are right."""
+    if baseline:
+        logits, targets = net(images), labels
+        loss = F.cross_entropy(logits, targets)
+    else:
+        output = net(images, labels)
+        logits, targets = output.logits_self, output.labels
+        loss = api_loss(output)
+    return {"loss": loss, "train_accuracy": (logits.argmax(1) == targets).float().mean()}
+
+
+def make_sampler(options: argparse.Namespace, data: ImageSet) -> tuple[BalancedBatchSampler, str]:
+    """The batches, and what is true of an epoch of them."""
+    if options.n_classes > len(data.classes):
+        raise SystemExit(f"--n-classes {options.n_classes}: the data has {len(data.classes)} classes")
+    labels = [image.label for image in data.train]
+    if options.baseline == "shuffled":  # all images as one class, of which each batch takes its next ones
+        size = min(options.n_classes * options.n_samples, len(labels))
+        sampler = BalancedBatchSampler([0] * len(labels), 1, size, seed=options.seed)
+        return sampler, f"an epoch is {sampler.n_batches} batches of {size} images, none of which comes twice in it"
+    sampler = BalancedBatchSampler(labels, options.n_classes, options.n_samples, seed=options.seed)
+    seen = len({row for batch in sampler for row in batch})
+    return sampler, (
+        f"an epoch is {sampler.n_batches} batches in which all classes come equally often; the first one has {seen} of "
+        f"the {len(labels)} training images, some of small classes more than once. So the net learns to expect classes "
+        "equally often: where they are not, it names rare ones too often"
+    )
+
+
+def make_net(options: argparse.Namespace, classes: int) -> APINet:
+    """The net; a backbone of a fixed image size is made for the images."""
+    arguments = {} if fixed_size(options.backbone) in (None, options.image_size) else {"img_size": options.image_size}
+    with making_the_net(options.backbone, pretrained=not options.no_pretrained, instead="--no-pretrained"):
+        return APINet(
+            options.backbone,
+            classes,
+            pretrained=not options.no_pretrained,
+            chunk_size=options.chunk_size,
+            backbone_args=arguments,
+        )
+
+
+def fixed_size(backbone: str) -> int | None:
+    """Pixels a side, of a backbone that takes no other images unless it is made for them."""
+    config = check_backbone(backbone)
+    return config.input_size[1] if config is not None and config.fixed_input_size else None
+
+
+def transforms(net: APINet, size: int) -> tuple[Any, dict[str, Any]]:
+    """For training, and the settings of the one for testing: the whole height or width, no border.
+
+    Crops are larger and colours change less than in timm's defaults: a detail may be all in which two classes differ.
+    """
+    test = {
+        "input_size": [3, size, size],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        **model_folder.normalization(net),
+    }
+    return create_transform(**test, is_training=True, scale=(0.4, 1.0), color_jitter=0.2), test
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Before the training, not after it.
+
+    Raises:
+        SystemExit: the folder holds something that is not to be overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"--out {folder} is a file")
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= {"run"}:
+        return
+    if not (folder / "classes.json").is_file():
+        raise SystemExit(f"--out {folder} holds something else than a model of train_own.py: choose another folder")
+    if not overwrite:
+        raise SystemExit(f"--out {folder} holds a model: choose another folder, or write over it with --overwrite")
+
+
+def read_data(options: argparse.Namespace) -> tuple[ImageSet, list[str]]:
+    """The images, with notes and warnings, which are printed.
 
     Raises:
         SystemExit: there is nothing to learn from them or to test with.
@@ -88,24 +302,29 @@ def read_data(options: argparse.Namespace) -> tuple[Split, list[str]]:
         raise SystemExit(f"{options.source}: two classes or more are needed, got {', '.join(classes) or 'none'}")
     if not split.test:
         raise SystemExit(f"{options.source}: no class has two images, one to train with and one to test")
-    print(f"{len(classes)} classes, {len(split.train)} training and {len(split.test)} test images")
     found = [*split.notes, *(f"warning: {text}" for text in warnings(split.train, split.test))]
     notes = [shown(note) for note in found]
-    print("\n".join(notes))
-    return split._replace(notes=notes), classes
+    print(f"{len(classes)} classes, {len(split.train)} training and {len(split.test)} test images", *notes, sep="\n")
+    return as_image_set(options.source.resolve().stem, split, classes), notes
 
 
-def fill_in(options: argparse.Namespace, split: Split) -> None:
+def as_image_set(name: str, split: Split, classes: list[str]) -> ImageSet:
+    rows = {label: row for row, label in enumerate(classes)}
+    train, test = ([Image(item.path, rows[item.label], str(item.path)) for item in part] for part in split[:2])
+    return ImageSet(name, classes, train, test)
+
+
+def fill_in(options: argparse.Namespace, data: ImageSet, device: torch.device) -> None:
     """Choose what was not asked for, and say why."""
-    sizes = [len(members) for members in by_class(split.train).values()]
+    labels = [image.label for image in data.train]
     choices = choose(
         Known(
-            images=len(split.train),
-            classes=len(sizes),
-            typical=int(median(sizes)),
-            side=short_side(split.train),
+            images=len(labels),
+            classes=len(data.classes),
+            typical=int(median(labels.count(label) for label in range(len(data.classes)))),
+            side=short_side([image.path for image in data.train]),
             pretrained=not options.no_pretrained,
-            gpu=options.device != "cpu",
+            gpu=device.type != "cpu",
         )
     )
     fixed = fixed_size(options.backbone or choices["backbone"][0])
@@ -118,62 +337,37 @@ def fill_in(options: argparse.Namespace, split: Split) -> None:
         print(f"{name} {getattr(options, name):{'g' if name == 'lr' else ''}}: {why if given is None else 'as asked'}")
     if options.backbone_lr is None:
         options.backbone_lr = options.lr if options.no_pretrained else options.lr / 10
-    if options.n_classes > len(sizes):
-        raise SystemExit(f"--n-classes {options.n_classes}: the data has {len(sizes)} classes")
 
 
 def measure(
-    train: Images, test: Images, classes: list[str], likely: Tensor, split: Split, options: argparse.Namespace
+    data: ImageSet,
+    notes: list[str],
+    settings: dict[str, Any],
+    likely: Tensor,
+    history: list[dict[str, float]],
+    device: str,
 ) -> dict[str, Any]:
-    """All that metrics.json has of a net that gives the test images these probabilities, but for its training."""
-    confusion = confusions(test.labels, likely.argmax(1).tolist(), len(classes))
+    """All of metrics.json."""
+    confusion = metrics.confusions([image.label for image in data.test], likely.argmax(1).tolist(), len(data.classes))
     return {
-        **summary(confusion),
-        "by_class": rows_by_class(classes, train.labels, confusion),
+        **metrics.summary(confusion),
+        "by_class": metrics.by_class(data.classes, [image.label for image in data.train], confusion),
         "confusion": confusion.tolist(),
-        "classes": classes,
-        "machine": machine(options.device),
-        "data": {
-            "name": options.source.resolve().stem,
-            "train": len(train),
-            "test": len(test),
-            "notes": split.notes,
-        },
-        "settings": {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS},
+        "classes": data.classes,
+        "machine": metrics.machine(device),
+        "data": {"name": data.name, "train": len(data.train), "test": len(data.test), "notes": notes},
+        "settings": settings,
+        "history": history,
+        "minutes": sum(row["seconds"] for row in history) / 60,
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    if not 0 < options.test_share < 1:
-        parser.error(f"--test-share must be between 0 and 1, got {options.test_share}")
-    model_folder.check_free(options.out, options.overwrite)
-    if options.backbone:
-        fixed_size(options.backbone)  # before all images are looked at, for it ends the command where there is none
-    split, classes = read_data(options)
-    fill_in(options, split)
-    torch.manual_seed(options.seed)
-    net, config = make_net(options, len(classes))
-    net = net.to(options.device, memory_format=torch.channels_last)
-    train_transform, settings = transforms(net, options.image_size)
-    test_transform = create_transform(**settings)
-    train, test = Images(split.train, classes, train_transform), Images(split.test, classes, test_transform)
-
-    start = time.monotonic()
-    with advice_on_memory(options):
-        history = fit(net, train, test, options)
-        likely = probabilities(net, test, options)
-    took = {"history": history, "minutes": (time.monotonic() - start) / 60}
-
-    metrics = {**measure(train, test, classes, likely, split, options), **took}
-    net = net.cpu().eval()
-    model_folder.save(options.out, net, config, {"classes": classes, "transform": settings}, metrics)
-    model_folder.save_predictions(options.out / "predictions.csv", test, classes, likely)
-    pairs = show_pairs(net, Images(split.train, classes, test_transform), test, likely, options)
-    write(options.out / "report.html", metrics, pairs)
-    low, high = metrics["accuracy_interval"]
-    print(f"test accuracy {metrics['accuracy']:.1%} ({low:.1%} to {high:.1%}); {options.out / 'report.html'}")
+def write_predictions(file: Path, data: ImageSet, likely: Tensor) -> None:
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        rows = csv.writer(lines)
+        rows.writerow(["path", "label", "predicted", "probability"])
+        for image, (probability, row) in zip(data.test, (each.max(0) for each in likely), strict=True):
+            rows.writerow([image.path, data.classes[image.label], data.classes[int(row)], f"{float(probability):.4f}"])
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ what it would have seen, however many workers load the images, and each of sever
 import atexit
 import hashlib
 import multiprocessing
+import random
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from timm.data import create_transform
@@ -134,7 +136,7 @@ class PlacedBatches(Sampler[list[tuple[int, int]]]):
 
 
 class AugmentedImages(Dataset[Any]):
-    """The images' items by (index, seed): transforms draw from torch's generator, seeded for that item alone."""
+    """The images' items by (index, seed): the generators that transforms draw from are seeded for that item alone."""
 
     def __init__(self, images: Dataset[Any]) -> None:
         self.images = images
@@ -144,9 +146,19 @@ class AugmentedImages(Dataset[Any]):
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
         index, seed = place
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
-            return self.images[index]
+        before = (
+            random.getstate(),
+            np.random.get_state(),
+        )  # timm's transforms draw from these, torchvision's from torch's
+        try:
+            with torch.random.fork_rng(devices=[]):
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
+                return self.images[index]
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def leave_signals_to_the_parent(_: int) -> None:

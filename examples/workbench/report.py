@@ -203,7 +203,7 @@ def show_pairs(
     except ValueError as error:  # the map is coarse, or its channels are not those of the gates
         note, heated = f"There are no heat maps: {error}.", False
     found = []
-    for a, b, there, back in ranked_pairs(confusions(test.labels, predicted.tolist(), likely.shape[1])):
+    for a, b, there, back in ranked_pairs(confusions(test.labels, predicted.tolist(), len(classes))):
         pictures: list[Picture] = []
         if len(found) < PAIRS:
             wrong = ((labels == a) & (predicted == b)).nonzero()[:, 0]

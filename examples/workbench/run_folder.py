@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import matplotlib
 
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from workbench.checkpoint import Checkpoints, RunState, write_bytes
 from workbench.datasets import ImageSet
-from workbench.distributed import first_process_first
+from workbench.distributed import end_all, first_process_first
 
 UNTRAINED = {"settings.json", "data.json", "tensorboard", "state"}  # left by a run that ended before a checkpoint
 
@@ -58,7 +58,7 @@ class RunFolder:
         if is_untrained(path):
             return
         if not (path / "settings.json").exists():
-            raise SystemExit(f"{path} is no folder of a run and not empty; choose another --output")
+            raise SystemExit(f"{path} is no folder of a run and not empty; choose another folder")
         old = json.loads((path / "data.json").read_text()) if (path / "data.json").exists() else self.data
         found = [
             f"{name}: {old.get(name)!r} there, {new!r} here" for name, new in self.data.items() if old.get(name) != new
@@ -69,7 +69,7 @@ class RunFolder:
         ):
             if lines:
                 listing = "\n  ".join(lines)
-                advice = "Choose another --output, or remove the folder."
+                advice = "Choose another folder, or remove this one."
                 raise SystemExit(f"{path} holds a run {what}:\n  {listing}\n{advice}")
 
     def begin(self) -> None:
@@ -123,6 +123,11 @@ class RunFolder:
         yield partial
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
+
+    def end_stopped(self, state: RunState, signal: int) -> NoReturn:
+        """End all processes after a signal, when the state is saved."""
+        where = self.checkpoints.folder / state.progress.name
+        end_all(f"stopped by signal {signal}, saved as {where}; the same command goes on from there", 128 + signal)
 
     def write_log(self, history: list[dict[str, float]], columns: list[str]) -> None:
         partial = self.path / "log.csv.partial"

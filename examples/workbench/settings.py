@@ -2,8 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +194,12 @@ def run_folder(settings: Settings) -> Path:
     return Path(settings.output or f"runs/{data}-{settings.method}-{settings.backbone}-seed{settings.seed}")
 
 
-def differences(old: dict[str, Any], settings: Settings) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], harmless: Collection[str] = HARMLESS) -> list[str]:
     """What differs between the settings of two runs, less what changes no result."""
     # With "auto", a run takes the number of the one that it goes on with.
-    harmless = HARMLESS | ({"chunk_size"} if settings.chunk_size == AUTO else set())
+    auto = {"chunk_size"} if new["chunk_size"] == AUTO else set()
     return [
-        f"{name}: {old.get(name)!r} there, {new!r} here"
-        for name, new in sorted(asdict(settings).items())
-        if name not in harmless and old.get(name) != new
+        f"{name}: {old.get(name)!r} there, {value!r} here"
+        for name, value in sorted(new.items())
+        if name not in {*harmless, *auto} and old.get(name) != value
     ]

@@ -94,7 +94,8 @@ def origin(data: ImageSet, settings: Settings, results: Mapping[str, Sequence[Ma
 
 
 def _is_finished(path: Path, settings: Settings) -> bool:
-    RunFolder(path, asdict(settings), lambda old: differences(old, settings))  # ends here if it is another run's
+    here = asdict(settings)
+    RunFolder(path, here, lambda old: differences(old, here))  # ends here if it is another run's
     return (path / "result.json").exists()
 
 

@@ -1,7 +1,9 @@
 """Reading of any folder or CSV of labelled images, what is chosen from it, and the figures of the results."""
 
+import codecs
 import random
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -103,6 +105,78 @@ def test_csv_cannot_leave_its_folder(folder, kind):
         folders.read(folder / "list.csv")
 
 
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "Val"), ("training", "testing")])
+def test_folders_of_a_split_are_taken_in_any_case(tmp_path, train, test):
+    for part, name in ((train, "cat"), (train, "Dog "), (test, "Cat"), (test, "Dog ")):
+        save(tmp_path / part / name / "1.jpg", (len(part), 0, 0))
+    found = folders.read(tmp_path)
+    assert counts(found.train) == counts(found.test) == {"cat": 1, "Dog": 1}
+    assert any("cat is spelt in several ways: 'Cat', 'cat'" in note for note in found.notes)
+
+
+def test_test_images_without_training_images_are_no_classes(tmp_path):
+    for part in ("Test", "val"):
+        save(tmp_path / part / "cat/1.jpg")
+    with pytest.raises(SystemExit, match=r"one folder of training images is needed, train/; it has Test, val"):
+        folders.read(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take both names for one")
+def test_two_folders_of_training_images_are_an_error(tmp_path):
+    for part in ("Train", "train", "test"):
+        save(tmp_path / part / "cat/1.jpg")
+    with pytest.raises(SystemExit, match=r"one folder of training images is needed, train/; it has Train, train"):
+        folders.read(tmp_path)
+
+
+def test_csv_spellings_of_a_class_are_one(folder):
+    labels = ["cat", "cat ", "Dog", "dog", "dog"]
+    rows = [f"red/{index}.png, {label}" for index, label in enumerate(labels)]
+    (folder / "list.csv").write_text("\n".join([" Path,LABEL ", *rows]))
+    train, test, notes = folders.read(folder / "list.csv")
+    assert counts(train + test) == {"cat": 2, "dog": 3}
+    assert "the class dog is spelt in several ways: 'Dog', 'dog'" in notes
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-bom", "cp1252"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_as_excel_writes_it(folder, encoding, delimiter):
+    text = "\r\n".join(
+        delimiter.join(row)
+        for row in (
+            ("path", "label", "split"),
+            ("red/0.png", "Drossel grün", "Train"),
+            ("red/1.png", "Zaunkönig", "train"),
+            ("red/2.png", "Zaunkönig", " test"),
+        )
+    )
+    content = codecs.BOM_UTF16_LE + text.encode("utf-16-le") if "bom" in encoding else text.encode(encoding)
+    (folder / "list.csv").write_bytes(content)
+    train, test, notes = folders.read(folder / "list.csv")
+    assert [item.label for item in train + test] == ["Drossel grün", "Zaunkönig", "Zaunkönig"]
+    assert len(test) == 1
+    assert ("read as Windows-1252" in " ".join(notes)) == (encoding == "cp1252")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the first line must name the columns path and label"),
+        (b"path,label\n", "no rows"),
+        (b"path,label\nred/0.png\n", "line 2: a path and a label are needed"),
+        (b"path,label\nred/99.png,red\n", "line 2: red/99.png: no such file"),
+        ("path,label\nred/0.png,red\n".encode("utf-16-le"), "save it as UTF-8"),
+        (b"path,label,split\nred/0.png,red,test\n", "no training images"),
+        (b'path,label\n"' + b"a" * 200_000, r"line \d: field larger than field limit"),
+    ],
+)
+def test_csv_mistakes_end_with_one_line(folder, content, message):
+    (folder / "list.csv").write_bytes(content)
+    with pytest.raises(SystemExit, match=message) as ended:
+        folders.read(folder / "list.csv")
+    assert "\n" not in str(ended.value)
+
+
 def test_warnings(folder):
     items = folders.read_folder(folder)
     red, blue = [[item for item in items if item.label == name] for name in ("red", "blue")]
@@ -138,7 +212,7 @@ def test_short_side_is_the_median(tmp_path):
     sizes = [(50, 90), (100, 40), (300, 200)]
     for index, size in enumerate(sizes):
         save(tmp_path / f"{index}.png", size=size)
-    assert folders.short_side([folders.Item(tmp_path / f"{index}.png", "a") for index in range(3)]) == 50
+    assert folders.short_side([tmp_path / f"{index}.png" for index in range(3)]) == 50
 
 
 @pytest.mark.parametrize(

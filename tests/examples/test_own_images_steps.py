@@ -1,49 +1,201 @@
-"""A step of training on one's own images, and what ends it."""
+"""The loop of train_own.py: its loss, what ends it, and that it goes on where it was interrupted, bit for bit."""
 
 import copy
+import csv
+import json
+import os
+import random
+import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
 
-import train_own as own_train
-from apinet_head import api_loss
-from workbench.own_training import advice_on_memory, make_net, step
+import train_own
+from apinet_head import APINet, api_loss
+from workbench.datasets import folders
 
-FLAGS = ["DIR", "--backbone", "test_resnet", "--image-size", "32", "--no-pretrained", "--device", "cpu"]
+FLAGS = ["--backbone", "test_resnet", "--image-size", "32", "--no-pretrained", "--device", "cpu", "--workers", "0"]
+FLAGS += ["--epochs", "3", "--n-classes", "2", "--n-samples", "2", "--lr", "0.01"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--baseline"]])
-def test_a_step_learns_by_the_loss_of_its_method(flags):
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Three classes of 4, 6 and 8 noisy images: 13 for training, 5 for testing."""
+    root, rng = tmp_path_factory.mktemp("images") / "shades", random.Random(0)
+    for name, count in {"blue": 4, "green": 6, "red": 8}.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = bytes(rng.randrange(256) for _ in range(3 * 40 * 40))
+            Image.frombytes("RGB", (40, 40), pixels).save(root / name / f"{index}.png")
+    return root
+
+
+def train(images, out, *flags):
+    train_own.main([str(images), "--out", str(out), *FLAGS, *flags])
+    return load_file(out / "model.safetensors"), json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A training never interrupted."""
+    return train(images, tmp_path_factory.mktemp("whole") / "model")
+
+
+def untimed(metrics):
+    history = [{name: value for name, value in row.items() if name != "seconds"} for row in metrics["history"]]
+    left_out = ("minutes", "machine", "settings")
+    return {name: value for name, value in metrics.items() if name not in left_out} | {"history": history}
+
+
+def assert_ends_alike(one, other):
+    assert one[0].keys() == other[0].keys()
+    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+    assert untimed(one[1]) == untimed(other[1])
+
+
+@pytest.mark.parametrize("baseline", ["", "balanced"])
+def test_the_loss_is_that_of_the_method(baseline):
     torch.manual_seed(0)
-    options = own_train.make_parser().parse_args([*FLAGS, *flags])
-    net, _ = make_net(options, 2)
+    net = APINet("test_resnet", 2)
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 0, 1, 1])
     twin = copy.deepcopy(net)
     torch.manual_seed(0)  # of the dropout
-    loss = F.cross_entropy(twin(images), labels) if flags else api_loss(twin(images, labels))
-    loss.backward()
+    loss = F.cross_entropy(twin(images), labels) if baseline else api_loss(twin(images, labels))
     torch.manual_seed(0)
-    found, right = step(net, images, labels, torch.optim.SGD(net.parameters(), 0.5), options)
-    assert found == pytest.approx(loss.item())
-    assert len(right) == (4 if flags else 16)
-    for learned, weights in zip(net.parameters(), twin.parameters(), strict=True):
-        moved = weights if weights.grad is None else weights - 0.5 * weights.grad
-        torch.testing.assert_close(learned, moved, atol=1e-5, rtol=1e-4)
+    found = train_own.compute_loss(net, images, labels, baseline)
+    assert found["loss"].item() == pytest.approx(loss.item())
+    assert 0 <= found["train_accuracy"] <= 1
 
 
-def test_loss_that_is_not_finite_ends_the_run():
-    options = own_train.make_parser().parse_args([*FLAGS, "--lr", "0.1"])
-    net, _ = make_net(options, 2)
-    images = torch.full((4, 3, 32, 32), float("nan"))
-    with pytest.raises(SystemExit, match=r"the loss is nan: try a lower --lr than 0.1"):
-        step(net, images, torch.tensor([0, 0, 1, 1]), torch.optim.SGD(net.parameters()), options)
+@pytest.mark.parametrize("step", [1, 4, 5, 9])
+def test_killed_in_any_step_it_ends_as_if_never_killed(images, whole, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        compute_loss, calls = train_own.compute_loss, []
+
+        def killed(*args):
+            calls.append(0)
+            if len(calls) == step:
+                raise KilledError
+            return compute_loss(*args)
+
+        patch.setattr(train_own, "compute_loss", killed)
+        with pytest.raises(KilledError):
+            train(images, tmp_path / "model", "--checkpoint-minutes", "1e-9")
+    assert not (tmp_path / "model" / "classes.json").exists()
+    torch.manual_seed(123)  # nothing may depend on what the new process happens to have
+    assert_ends_alike(train(images, tmp_path / "model", "--workers", "2"), whole)
+    assert not (tmp_path / "model" / "run").exists()
 
 
-def test_memory_that_runs_out_ends_with_a_chunk_size():
-    options = own_train.make_parser().parse_args([*FLAGS, "--n-classes", "8", "--n-samples", "4"])
-    with (
-        pytest.raises(SystemExit, match=r"32 images of 32 x 32 pixels, all at once\. .*--chunk-size 16;"),
-        advice_on_memory(options),
-    ):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+def test_sigterm_saves_and_stops(images, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        compute_loss, calls = train_own.compute_loss, []
+
+        def signalled(*args):
+            calls.append(0)
+            if len(calls) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return compute_loss(*args)
+
+        patch.setattr(train_own, "compute_loss", signalled)
+        with pytest.raises(SystemExit) as stopped:
+            train(images, tmp_path / "model", "--checkpoint-minutes", "0")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "saved as" in (said := capsys.readouterr().err)
+    assert "the same command goes on from there" in said
+    assert_ends_alike(train(images, tmp_path / "model", "--checkpoint-minutes", "0"), whole)
+
+
+def test_other_settings_do_not_go_on_with_a_run(images, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_own.report, "write", lambda *args: (_ for _ in ()).throw(KilledError))
+        with pytest.raises(KilledError):
+            train(images, tmp_path / "model")
+    with pytest.raises(SystemExit, match=r"holds a run of other settings:\n.*\n  lr: 0.01 there, 0.5 here"):
+        train(images, tmp_path / "model", "--lr", "0.5", "--overwrite")
+
+
+def test_loss_that_is_not_finite_ends_it_with_the_images(images, tmp_path, monkeypatch, capsys):
+    compute_loss = train_own.compute_loss
+
+    def broken(*args):
+        found = compute_loss(*args)
+        return found | {"loss": found["loss"] * float("nan")}
+
+    monkeypatch.setattr(train_own, "compute_loss", broken)
+    with pytest.raises(SystemExit) as ended:
+        train(images, tmp_path / "model")
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "step 1 is not finite: loss nan" in said
+    assert "try a lower --lr than 0.01" in said
+    assert said.count(".png") == 4
+
+
+def test_memory_that_runs_out_ends_with_a_chunk_size(images, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_own, "compute_loss", full)
+    with pytest.raises(SystemExit, match=r"4 images of 32 x 32 pixels, .* all at once: --chunk-size 2"):
+        train(images, tmp_path / "model")
+
+
+def test_shuffled_batches_have_no_image_twice_and_balanced_ones_all_classes_alike(images):
+    data = train_own.as_image_set("shades", split := folders.read(images), sorted(folders.by_class(split.train)))
+    batches, notes = {}, {}
+    for baseline in ("shuffled", "balanced"):
+        options = train_own.make_parser().parse_args(["DIR", *FLAGS, "--baseline", baseline])
+        sampler, notes[baseline] = train_own.make_sampler(options, data)
+        batches[baseline] = list(sampler)
+    shuffled = [row for batch in batches["shuffled"] for row in batch]
+    assert len(set(shuffled)) == len(shuffled) == 12  # of 13, in whole batches
+    assert {len(batch) for batch in batches["shuffled"]} == {4}
+    for batch in batches["balanced"]:
+        labels = [data.train[row].label for row in batch]
+        assert sorted(map(labels.count, set(labels))) == [2, 2]
+    seen = len({row for batch in batches["balanced"] for row in batch})
+    assert f"the first one has {seen} of the 13 training images" in notes["balanced"]
+    assert "none of which comes twice" in notes["shuffled"]
+
+
+def test_shuffled_baseline_is_trained_and_noted(images, tmp_path):
+    _, metrics = train(images, tmp_path / "model", "--baseline", "shuffled", "--epochs", "1")
+    assert metrics["settings"]["baseline"] == "shuffled"
+    assert "none of which comes twice" in " ".join(metrics["data"]["notes"])
+    with (tmp_path / "model" / "predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 5
+
+
+@pytest.mark.usefixtures("own_accelerate")
+def test_mixed_precision_is_taken(images, tmp_path, monkeypatch):
+    dtypes, forward = [], APINet.forward
+
+    def noted(self, images, *args, **kwargs):
+        dtypes.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return forward(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(APINet, "forward", noted)
+    AcceleratorState._reset_state()
+    _, metrics = train(images, tmp_path / "model", "--amp", "bf16", "--epochs", "1")
+    assert (True, torch.bfloat16) in dtypes
+    assert metrics["settings"]["amp"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--device", "nowhere"], "nowhere is not available"), (["--backbone", "resnet18000"], "no such model; near")],
+)
+def test_flags_are_checked_before_any_image_is_decoded(images, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(train_own, "read_data", lambda options: pytest.fail("the images were looked at"))
+    with pytest.raises(SystemExit, match=message) as ended:
+        train(images, tmp_path / "model", *flags)
+    assert "\n" not in str(ended.value)

@@ -6,16 +6,14 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from PIL import Image
-from torch.utils.data import Dataset
 
 from apinet_head import APINet, explain_pair
 from workbench import report
-from workbench.datasets.folders import Item
-from workbench.image_files import load_image
-from workbench.images import eval_transform
+from workbench.datasets.lists import Image
+from workbench.images import ImageDataset, eval_transform
 from workbench.metrics import by_class, summary
 from workbench.report import Confused, ConfusedPairs, Picture, picture, show_pairs
 
@@ -110,18 +108,11 @@ def test_heat_is_laid_over_the_picture():
 
 
 def decoded(uri):
-    image = Image.open(io.BytesIO(base64.b64decode(uri.split("base64,")[1])))
+    image = PIL.Image.open(io.BytesIO(base64.b64decode(uri.split("base64,")[1])))
     return [*image.getpixel((100, 30)), *image.getpixel((100, 200))]
 
 
-class Images(Dataset):
-    """As train_own.py's: items, their labels, and transformed images by index."""
-
-    def __init__(self, items, classes):
-        self.items, self.labels = items, [classes.index(item.label) for item in items]
-
-    def __getitem__(self, row):
-        return eval_transform(TRANSFORM)(load_image(self.items[row].path)), self.labels[row]
+CLASSES = ["a", "b", "c"]
 
 
 @pytest.fixture
@@ -134,9 +125,9 @@ def images(tmp_path):
         for label in ("a", "b", "c"):
             for index in range(4):
                 path = tmp_path / f"{part}-{label}{index}.png"
-                Image.fromarray((torch.rand(128, 128, 3) * 255).byte().numpy()).save(path)
-                items.append(Item(path, label))
-        found.append(Images(items, ["a", "b", "c"]))
+                PIL.Image.fromarray((torch.rand(128, 128, 3) * 255).byte().numpy()).save(path)
+                items.append(Image(path, ["a", "b", "c"].index(label), ""))
+        found.append(ImageDataset(items, eval_transform(TRANSFORM)))
     return found
 
 
@@ -159,7 +150,7 @@ def scaled(maps):
 def test_pairs_are_ranked_and_shown_with_their_training_images(images):
     train, test = images
     net = APINet("test_resnet", 3).eval()
-    shown = show_pairs(net, train, test, likely(), TRANSFORM, baseline=False)
+    shown = show_pairs(net, train, test, CLASSES, ["a", "b", "c"], likely(), TRANSFORM, baseline=False)
     assert [(pair.true, pair.predicted, pair.there, pair.back) for pair in shown.pairs] == [
         ("b", "c", 2, 1),
         ("a", "b", 1, 0),
@@ -173,29 +164,31 @@ def test_pairs_are_ranked_and_shown_with_their_training_images(images):
         features = net.backbone(torch.stack([test[5][0], *(train[row][0] for row in range(12))]))
     alike = torch.nn.functional.cosine_similarity(features[:1], features[1:])
     rows = [8 + int(alike[8:].argmax()), 4 + int(alike[4:8].argmax())]
-    assert [other.file, own.file] == [train.items[row].path.name for row in rows]
+    assert [other.file, own.file] == [train.images[row].path.name for row in rows]
     for place, row in enumerate(rows, 1):
         seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
         torch.testing.assert_close(shown.pairs[0].pictures[place].heat, scaled(seen.heatmaps[1]))
         if place == 1:
             torch.testing.assert_close(wrong.heat, scaled(seen.heatmaps[0]))
-    raw = torch.from_numpy(np.asarray(Image.open(test.items[5].path)) / 255).permute(2, 0, 1)
+    raw = torch.from_numpy(np.asarray(PIL.Image.open(test.images[5].path)) / 255).permute(2, 0, 1)
     torch.testing.assert_close(wrong.pixels.double(), raw, atol=1e-5, rtol=0)
 
 
 def test_baseline_is_shown_without_gates(images):
     train, test = images
     net = APINet("test_resnet", 3).eval()
-    shown = show_pairs(net, train, test, likely(), TRANSFORM, baseline=True)
+    shown = show_pairs(net, train, test, CLASSES, ["a", "b", "c"], likely(), TRANSFORM, baseline=True)
     wrong, other, _ = shown.pairs[0].pictures
-    row = next(row for row, item in enumerate(train.items) if item.path.name == other.file)
+    row = next(row for row, item in enumerate(train.images) if item.path.name == other.file)
     seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
     torch.testing.assert_close(wrong.heat, scaled(seen.plain_heatmaps[0]))
     assert "no trained gates" in shown.note
 
 
 def test_note_says_how_fine_the_heat_maps_are(images):
-    note = show_pairs(APINet("test_resnet", 3).eval(), *images, likely(), TRANSFORM, baseline=False).note
+    note = show_pairs(
+        APINet("test_resnet", 3).eval(), *images, CLASSES, ["a", "b", "c"], likely(), TRANSFORM, baseline=False
+    ).note
     assert "a feature map of 4 x 4: each of its values stands for about 32 x 32 pixels" in note
 
 
@@ -208,12 +201,16 @@ def test_note_says_how_fine_the_heat_maps_are(images):
 )
 def test_no_heat_maps_of_coarse_maps_or_mixed_channels(images, monkeypatch, backbone, side, note):
     monkeypatch.setitem(TRANSFORM, "input_size", [3, side, side])
-    shown = show_pairs(APINet(backbone, 3).eval(), *images, likely(), TRANSFORM, baseline=False)
+    shown = show_pairs(
+        APINet(backbone, 3).eval(), *images, CLASSES, ["a", "b", "c"], likely(), TRANSFORM, baseline=False
+    )
     assert re.match(f"There are no heat maps: .*{note}", shown.note)
     assert [each.heat for each in shown.pairs[0].pictures] == [None] * 3
 
 
 def test_only_the_first_pairs_have_pictures(images, monkeypatch):
     monkeypatch.setattr(report, "PAIRS", 1)
-    shown = show_pairs(APINet("test_resnet", 3).eval(), *images, likely(), TRANSFORM, baseline=False)
+    shown = show_pairs(
+        APINet("test_resnet", 3).eval(), *images, CLASSES, ["a", "b", "c"], likely(), TRANSFORM, baseline=False
+    )
     assert [len(pair.pictures) for pair in shown.pairs] == [3, 0]

@@ -1,9 +1,12 @@
 """Any folder of class folders, or a CSV of path,label, as lists of labelled images that were looked at first."""
 
+import codecs
 import csv
 import hashlib
+import io
 import random
 import statistics
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +17,8 @@ import PIL.Image
 from workbench.datasets.bad_images import find_bad, shown
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
-TEST_NAMES = ("test", "val", "valid", "validation")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # in this order, in any case
 UNEVEN = 10  # times as many images in the largest class as in the smallest
 NAMED = 5  # of many classes or files in a message
 
@@ -35,22 +39,55 @@ class Split(NamedTuple):
 def read(source: Path, test_share: float = 0.25, seed: int = 0) -> Split:
     """Training and test images: those that the CSV or the folders train/ and test/ (or val/) give, or else split here.
 
+    Names of classes that differ in case or spaces are one class, and so are train/, Train/ and training/.
+
     Raises:
         SystemExit: there are no such images; the message says what was looked for.
     """
     if source.is_file():
-        train, test = read_csv(source)
-        return Split(train, test, []) if test else _split(train, test_share, seed)
-    if not source.is_dir():
+        train, test, notes = read_csv(source)
+    elif source.is_dir():
+        train, test, notes = _read_parts(source)
+    else:
         raise SystemExit(f"{source}: no such folder or CSV file")
+    names, more = _one_spelling(item.label for item in train + test)
+    train, test = ([item._replace(label=names[item.label]) for item in part] for part in (train, test))
+    notes = [*notes, *more]
+    return Split(train, test, notes) if test else _split(train, test_share, seed, notes)
+
+
+def _read_parts(source: Path) -> Split:
+    """Of a folder: train/ and test/, or all as training images."""
     # A class may be called "train": it has images, where the split's folder has folders.
-    if not _has_folders(source / "train"):
-        return _split(read_folder(source), test_share, seed, _other_files(source))
-    tests = [source / name for name in TEST_NAMES if _has_folders(source / name)]
+    parts = {name: _parts(source, name) for name in (*TRAIN_NAMES, *TEST_NAMES)}
+    trains, tests = ([path for name in names for path in parts[name]] for names in (TRAIN_NAMES, TEST_NAMES))
+    if not trains and not tests:
+        return Split(read_folder(source), [], _other_files(source))
+    if len(trains) != 1:
+        found = ", ".join(path.name for path in trains or tests)
+        raise SystemExit(f"{source}: of a split, one folder of training images is needed, train/; it has {found}")
     notes = [f"{left} is not used: the test images are those of {tests[0]}" for left in tests[1:]]
-    notes += [note for folder in (source / "train", *tests[:1]) for note in _other_files(folder)]
-    train = read_folder(source / "train")
-    return Split(train, read_folder(tests[0]), notes) if tests else _split(train, test_share, seed, notes)
+    notes += [note for folder in (*trains, *tests[:1]) for note in _other_files(folder)]
+    return Split(read_folder(trains[0]), read_folder(tests[0]) if tests else [], notes)
+
+
+def _parts(source: Path, name: str) -> list[Path]:
+    """The folders of that name, in any case, that have folders in them."""
+    return [path for path in sorted(source.iterdir()) if path.name.lower() == name and _has_folders(path)]
+
+
+def _one_spelling(labels: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """{label: how its class is spelt}, the most frequent spelling; with a note for classes that have several."""
+    spellings: dict[str, Counter[str]] = defaultdict(Counter)
+    for label in labels:
+        spellings[unicodedata.normalize("NFC", " ".join(label.split())).casefold()][label] += 1
+    names, notes = {}, []
+    for counts in spellings.values():
+        best = " ".join(max(counts, key=lambda label: (counts[label], label)).split())
+        names |= dict.fromkeys(counts, best)
+        if len(counts) > 1:
+            notes.append(f"the class {best} is spelt in several ways: {', '.join(map(repr, sorted(counts)))}")
+    return names, notes
 
 
 def read_folder(folder: Path) -> list[Item]:
@@ -66,28 +103,49 @@ def read_folder(folder: Path) -> list[Item]:
     return items
 
 
-def read_csv(file: Path) -> tuple[list[Item], list[Item]]:
+def read_csv(file: Path) -> Split:
     """Rows of path,label and, if there is such a column, split; paths stay in the CSV's folder, whatever it says.
 
-    A split says "train", or "test" or another of `TEST_NAMES`. Without the column, all are training images.
+    A split says "train", or "test" or another of `TEST_NAMES`. Without the column, all are training images. Columns may
+    also be separated by semicolons or tabs, as Excel does it, which writes UTF-16 and Windows' own encoding, too.
     """
-    root = file.parent.resolve()
-    train: list[Item] = []
-    test: list[Item] = []
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        rows = csv.DictReader(lines)
-        if not {"path", "label"} <= set(rows.fieldnames or ()):
-            raise SystemExit(f"{file}: the first line must name the columns path and label, got {rows.fieldnames}")
-        for row in rows:
-            where, part = f"{file}, line {rows.line_num}", row.get("split", "train")
-            if not row["path"] or not row["label"]:
-                raise SystemExit(f"{where}: a path and a label are needed, got {row}")
-            if part not in ("train", *TEST_NAMES):
+    root, (text, notes) = file.parent.resolve(), _text(file)
+    header, _, rest = text.partition("\n")
+    delimiter = max(",;\t", key=header.count)
+    columns = [name.strip().lower() for name in next(csv.reader([header.strip("\r")], delimiter=delimiter), [])]
+    if not {"path", "label"} <= set(columns):
+        raise SystemExit(f"{file}: the first line must name the columns path and label, got {shown(str(columns))}")
+    parts: dict[bool, list[Item]] = {True: [], False: []}
+    rows = csv.DictReader(io.StringIO(rest, newline=""), columns, delimiter=delimiter)
+    try:
+        for given in rows:
+            row = {name: value.strip() for name, value in given.items() if isinstance(value, str)}
+            where, part = f"{file}, line {rows.line_num + 1}", (row.get("split") or "train").lower()
+            if not row.get("path") or not row.get("label"):
+                raise SystemExit(f"{where}: a path and a label are needed, got {shown(str(row))}")
+            if part not in (*TRAIN_NAMES, *TEST_NAMES):
                 raise SystemExit(f"{where}: the split must be train or test, got {part!r}")
-            (train if part == "train" else test).append(Item(_inside(root, row["path"], where), row["label"]))
-    if not train:
-        raise SystemExit(f"{file}: no {'training images' if test else 'rows'}")
-    return train, test
+            parts[part in TRAIN_NAMES].append(Item(_inside(root, row["path"], where), row["label"]))
+    except csv.Error as error:
+        raise SystemExit(f"{file}, line {rows.line_num + 1}: {error}") from None
+    if not parts[True]:
+        raise SystemExit(f"{file}: no {'training images' if parts[False] else 'rows'}")
+    return Split(parts[True], parts[False], notes)
+
+
+def _text(file: Path) -> tuple[str, list[str]]:
+    """What is in a file, by its byte order mark, as UTF-8, or else as Windows' Western encoding, with a note."""
+    content = file.read_bytes()
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return content.decode("utf-16", errors="replace"), []
+    try:
+        text, notes = content.decode("utf-8-sig"), []
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+        notes = [f"{file} is not UTF-8 and was read as Windows-1252: look whether the names are right"]
+    if "\0" in text:
+        raise SystemExit(f"{file}: no text in an encoding that is read here: save it as UTF-8")
+    return text, notes
 
 
 def by_class(items: Iterable[Item]) -> dict[str, list[Item]]:
@@ -132,12 +190,12 @@ def warnings(train: list[Item], test: list[Item]) -> list[str]:
     return found + _same_files(train, test)
 
 
-def short_side(items: list[Item], seed: int = 0, count: int = 200) -> int:
+def short_side(paths: list[Path], seed: int = 0, count: int = 200) -> int:
     """The median of the images' shorter sides, of so many of them, by what their headers say."""
-    chosen = random.Random(seed).sample(items, min(count, len(items)))
+    chosen = random.Random(seed).sample(paths, min(count, len(paths)))
     sides = []
-    for item in chosen:
-        with PIL.Image.open(item.path) as image:
+    for path in chosen:
+        with PIL.Image.open(path) as image:
             sides.append(min(image.size))
     return round(statistics.median(sides))
 
