@@ -289,7 +289,6 @@ def test_devices_and_weights_that_are_not_available_are_one_line(own_accelerate,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for example, flags, message in (
         ("lightning_module", ["--accelerator", "gpu"], "--accelerator gpu, --devices 1: "),
-        ("accelerate_loop", ["--mixed-precision", "fp16"], "--mixed-precision fp16: .*GPU"),
         ("cached_features", ["--pretrained", "--cache", str(tmp_path / "cache")], "^test_resnet: "),
     ):
         with pytest.raises(SystemExit, match=message) as ended:

@@ -150,7 +150,7 @@ def scaled(maps):
 def test_pairs_are_ranked_and_shown_with_their_training_images(images):
     train, test = images
     net = APINet("test_resnet", 3).eval()
-    shown = show_pairs(net, train, test, CLASSES, ["a", "b", "c"], likely(), TRANSFORM, baseline=False)
+    shown = show_pairs(net, train, test, CLASSES, likely(), TRANSFORM, baseline=False)
     assert [(pair.true, pair.predicted, pair.there, pair.back) for pair in shown.pairs] == [
         ("b", "c", 2, 1),
         ("a", "b", 1, 0),
@@ -177,7 +177,7 @@ def test_pairs_are_ranked_and_shown_with_their_training_images(images):
 def test_baseline_is_shown_without_gates(images):
     train, test = images
     net = APINet("test_resnet", 3).eval()
-    shown = show_pairs(net, train, test, CLASSES, ["a", "b", "c"], likely(), TRANSFORM, baseline=True)
+    shown = show_pairs(net, train, test, CLASSES, likely(), TRANSFORM, baseline=True)
     wrong, other, _ = shown.pairs[0].pictures
     row = next(row for row, item in enumerate(train.images) if item.path.name == other.file)
     seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
@@ -186,9 +186,7 @@ def test_baseline_is_shown_without_gates(images):
 
 
 def test_note_says_how_fine_the_heat_maps_are(images):
-    note = show_pairs(
-        APINet("test_resnet", 3).eval(), *images, CLASSES, ["a", "b", "c"], likely(), TRANSFORM, baseline=False
-    ).note
+    note = show_pairs(APINet("test_resnet", 3).eval(), *images, CLASSES, likely(), TRANSFORM, baseline=False).note
     assert "a feature map of 4 x 4: each of its values stands for about 32 x 32 pixels" in note
 
 
@@ -201,16 +199,12 @@ def test_note_says_how_fine_the_heat_maps_are(images):
 )
 def test_no_heat_maps_of_coarse_maps_or_mixed_channels(images, monkeypatch, backbone, side, note):
     monkeypatch.setitem(TRANSFORM, "input_size", [3, side, side])
-    shown = show_pairs(
-        APINet(backbone, 3).eval(), *images, CLASSES, ["a", "b", "c"], likely(), TRANSFORM, baseline=False
-    )
+    shown = show_pairs(APINet(backbone, 3).eval(), *images, CLASSES, likely(), TRANSFORM, baseline=False)
     assert re.match(f"There are no heat maps: .*{note}", shown.note)
     assert [each.heat for each in shown.pairs[0].pictures] == [None] * 3
 
 
 def test_only_the_first_pairs_have_pictures(images, monkeypatch):
     monkeypatch.setattr(report, "PAIRS", 1)
-    shown = show_pairs(
-        APINet("test_resnet", 3).eval(), *images, CLASSES, ["a", "b", "c"], likely(), TRANSFORM, baseline=False
-    )
+    shown = show_pairs(APINet("test_resnet", 3).eval(), *images, CLASSES, likely(), TRANSFORM, baseline=False)
     assert [len(pair.pictures) for pair in shown.pairs] == [3, 0]
