@@ -187,7 +187,7 @@ class APIHead(nn.Module):
                 raise ValueError("pairs, keys and criterion are for training and need labels, got labels=None")
             return classify(self.drop(features)) if has_classes else features
         check_labels(labels, features)
-        given = checked_keys(features, labels, keys, key_labels, key_offset)
+        table = checked_keys(features, labels, keys, key_labels, key_offset)
         if keys is not None and self.memory is not None:
             raise ValueError(f"a head with a memory searches partners there, got keys {describe(keys)}: use memory=0")
         if criterion is not None and not isinstance(criterion, APILoss):
@@ -200,19 +200,19 @@ class APIHead(nn.Module):
         trains = self.training and torch.is_grad_enabled()
         memory = self.memory if trains and pairs is None else None
 
-        # Keys: where partners are searched; None is this batch alone.
-        table = self._keys(features, labels, memory) if given is None else given
+        # Keys: where partners are searched.
+        if keys is None:
+            table = self._keys(features, labels, memory)
 
         # Pairs, and of each the two images and their labels.
         if pairs is not None:
-            check_pairs(pairs, features, features if table is None else table.features)
+            check_pairs(pairs, features, table.features)
         else:
             pairs = find_pairs(features, labels, searches_of(self.intra, self.inter), table)
-            if trains and given is None and memory is None and not self._has_checked_pairs:
+            if trains and keys is None and memory is None and not self._has_checked_pairs:
                 self._has_checked_pairs = _warn_if_few(features, labels, pairs)
-        images = _images(features, pairs, None if table is None else table.take(pairs.partner))
-        partner_labels = (labels if table is None else table.labels).index_select(0, pairs.partner)
-        row_labels = torch.cat([labels.index_select(0, pairs.anchor), partner_labels])
+        images = _images(features, pairs, None if table.is_batch(features) else table.take(pairs.partner))
+        row_labels = torch.cat([labels.index_select(0, pairs.anchor), table.labels.index_select(0, pairs.partner)])
         if memory is not None:
             self._remember(memory, features, labels, table)
 
@@ -247,18 +247,16 @@ class APIHead(nn.Module):
     def _across_ranks(self) -> bool:
         return self.gather and world_size(self._group) > 1
 
-    def _keys(self, features: Tensor, labels: Tensor, memory: FeatureMemory | None) -> Keys | None:
-        """The batches of all ranks and the memory, if partners are searched there."""
-        if not self._across_ranks() and memory is None:
-            return None
+    def _keys(self, features: Tensor, labels: Tensor, memory: FeatureMemory | None) -> Keys:
+        """The batch, with gather that of all ranks, and the memory."""
         batch = Keys(*(gather_checked(features, labels, self._group) if self.gather else (features, labels, 0)))
         if memory is None:
             return batch
         return batch._replace(labels=torch.cat([batch.labels, memory.labels]), past=memory.features)
 
-    def _remember(self, memory: FeatureMemory, features: Tensor, labels: Tensor, table: Keys | None) -> None:
+    def _remember(self, memory: FeatureMemory, features: Tensor, labels: Tensor, table: Keys) -> None:
         """Push the images of all ranks, so that all memories are equal: DDP broadcasts the buffers of one rank."""
-        if self.gather and table is not None:
+        if self.gather:
             features, labels = table.features, table.labels[: table.features.shape[0]]
         else:
             features, labels, _ = gather_checked(features.detach(), labels)

@@ -42,7 +42,13 @@ def api_loss(
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
 ) -> Tensor:
-    """The scalar to minimise, `api_loss_terms(...).total`."""
+    """The scalar to minimise, `api_loss_terms(...).total`.
+
+    Examples:
+        >>> from apinet_head import APIHead
+        >>> output = APIHead(dim=16, num_classes=5)(torch.randn(4, 16), torch.tensor([0, 0, 1, 1]))
+        >>> api_loss(output).backward()
+    """
     return api_loss_terms(
         output, margin=margin, rank_weight=rank_weight, label_smoothing=label_smoothing, class_weight=class_weight
     ).total

@@ -39,12 +39,16 @@ class Pairs(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Where partners are searched, if not only in the batch: K rows of features, then those of a memory."""
+    """Where partners are searched: K rows of features, such as the batch itself, then those of a memory."""
 
     features: Tensor  # [K,D]
     labels: Tensor  # [K+N] int64
     offset: int | None  # the row of query 0
     past: Tensor | None = None  # [N,D]
+
+    def is_batch(self, features: Tensor) -> bool:
+        """Whether these are just the features of the queries, so that distances are symmetric."""
+        return self.features is features and self.offset == 0 and self.past is None
 
     def take(self, rows: Tensor) -> Tensor:
         """Rows of all keys, without concatenating: the memory may be much larger than the batch."""
@@ -122,7 +126,7 @@ def find_pairs(
     features: Tensor,
     labels: Tensor,
     searches: tuple[Search, ...],
-    table: Keys | None,
+    table: Keys,
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> Pairs:
@@ -133,13 +137,11 @@ def find_pairs(
     anchor = pair % size
     if size == 0:
         return Pairs(anchor, anchor, anchor.bool(), anchor.bool())
-    if table is None:
-        query, fallback = Query(features.detach(), labels, None, labels, 0, searches), anchor
-    else:
-        keys = table.features.detach()
-        keys = keys if table.past is None else torch.cat([keys, table.past])
-        query = Query(features.detach(), labels, keys, table.labels, table.offset, searches)
-        fallback = torch.zeros_like(anchor) if table.offset is None else anchor + table.offset
+    keys = None
+    if not table.is_batch(features):
+        keys = table.features.detach() if table.past is None else torch.cat([table.features.detach(), table.past])
+    query = Query(features.detach(), labels, keys, table.labels, table.offset, searches)
+    fallback = torch.zeros_like(anchor) if table.offset is None else anchor + table.offset
     found = find(backend, query, generator)
     valid = found.valid.flatten()
     partner = found.partner.flatten().where(valid, fallback)
@@ -209,10 +211,10 @@ def searches_of(intra: str | None, inter: str | None) -> tuple[Search, ...]:
 
 def checked_keys(
     features: Tensor, labels: Tensor, keys: Tensor | None, key_labels: Tensor | None, key_offset: int | None
-) -> Keys | None:
-    """The given keys, or None; raises unless they fit the features and labels."""
+) -> Keys:
+    """The given keys, or else the batch; raises unless they fit the features and labels."""
     if keys is None and key_labels is None and key_offset is None:
-        return None
+        return Keys(features, labels.long(), 0)
     if keys is None or key_labels is None:
         name = "keys" if keys is not None else "key_labels" if key_labels is not None else "key_offset"
         raise ValueError(f"keys and key_labels need each other, and key_offset needs both, got only {name}")
