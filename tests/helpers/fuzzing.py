@@ -110,6 +110,15 @@ def spoil(data, arguments, ways):
     return arguments | {name: value}, [value]
 
 
+def accepted(data, call, arguments, ways):
+    """The arguments; None if one of them was spoiled, and the call refused it."""
+    given, spoiled = spoil(data, arguments, ways)
+    if not spoiled:
+        return given
+    check_refused(lambda: call(**given), *spoiled)
+    return None
+
+
 def check_refused(call, *spoiled):
     """Assert that the call raises an error of the package's own, which shows one of what was spoiled."""
     with pytest.raises((ValueError, TypeError)) as caught:
