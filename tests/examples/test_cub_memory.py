@@ -18,10 +18,9 @@ def mined(monkeypatch):
 
     def noted(features, labels, searches, table):
         pairs = find_pairs(features, labels, searches, table)
-        keys = None if table is None else torch.cat([table.features.detach(), table.past])
-        key_labels = None if table is None else table.labels.clone()
-        calls.append((features.detach(), labels, keys, key_labels, pairs))
-        assert table is None or table.offset == 0
+        keys = None if table.past is None else torch.cat([table.features.detach(), table.past])
+        calls.append((features.detach(), labels, keys, table.labels.clone(), pairs))
+        assert table.offset == 0
         return pairs
 
     monkeypatch.setattr(head_module, "find_pairs", noted)
