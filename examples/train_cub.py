@@ -56,6 +56,7 @@ def make_net(settings: Settings, num_classes: int) -> APINet:
             num_classes,
             pretrained=settings.pretrained,
             chunk_size=int(settings.chunk_size) or None,
+            keep_chunks=settings.keep_chunks,
             backbone_args=json.loads(settings.backbone_args),
             hidden_dim=settings.hidden_dim,
             dropout=settings.dropout,

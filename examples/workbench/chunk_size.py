@@ -13,7 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from apinet_head.step_memory import pick_chunk_size
+from apinet_head.step_memory import ChunkChoice, pick_chunk_size
+from workbench.distributed import first_process_first
 from workbench.run_folder import is_untrained
 from workbench.settings import AUTO, Settings
 
@@ -21,7 +22,7 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def with_chunk_size(settings: Settings, folder: Path, make_net: Callable[[Settings], nn.Module]) -> Settings:
-    """The settings with a number for "auto": the one that the run in `folder` began with, if any.
+    """The settings with numbers for "auto": those that the run in `folder` began with, if any.
 
     Of several processes, the first one picks for all.
 
@@ -30,39 +31,40 @@ def with_chunk_size(settings: Settings, folder: Path, make_net: Callable[[Settin
     """
     if settings.chunk_size != AUTO:
         return settings
-    size = [0]
-    if PartialState().is_main_process:
-        begun = folder / "settings.json"
-        if begun.exists() and not is_untrained(folder):
-            size, why = [json.loads(begun.read_text())["chunk_size"]], f"the number with which {folder} began"
-        else:
-            try:
-                size[0], why = estimate(settings, make_net)
-            except (ValueError, RuntimeError) as error:
-                raise SystemExit(f"--chunk-size auto: {error}") from None
-        print(f"--chunk-size auto: {size[0]} ({why})", flush=True)
-    broadcast_object_list(size)
-    return replace(settings, chunk_size=size[0])
+    numbers = [0, 0]
+    with first_process_first():
+        if PartialState().is_main_process:
+            begun = folder / "settings.json"
+            if begun.exists() and not is_untrained(folder):
+                old, why = json.loads(begun.read_text()), f"the number with which {folder} began"
+                numbers = [old["chunk_size"], old["keep_chunks"]]
+            else:
+                choice = estimate(settings, make_net)
+                numbers, why = [choice.chunk_size or 0, choice.keep_chunks], str(choice)
+            print(f"--chunk-size auto: {numbers[0]} ({why})", flush=True)
+    broadcast_object_list(numbers)
+    return replace(settings, chunk_size=numbers[0], keep_chunks=numbers[1])
 
 
-def estimate(settings: Settings, make_net: Callable[[Settings], nn.Module]) -> tuple[int, str]:
-    """The chunk size for a step of this process, 0 for the whole batch, and why.
+def estimate(settings: Settings, make_net: Callable[[Settings], nn.Module]) -> ChunkChoice:
+    """For a step of this process.
 
     Raises:
-        ValueError: no chunk size fits.
-        RuntimeError: this torch can't tell.
+        SystemExit: no chunk size fits, or this torch can't tell.
     """
     processes = PartialState().num_processes
-    choice = pick_chunk_size(
-        make_net(replace(settings, chunk_size=0, pretrained=False)),
-        settings.n_classes * settings.n_samples // processes,
-        settings.crop,
-        memory=free_memory(settings.device),
-        amp=DTYPES[settings.amp],
-        moments=1 if processes == 1 else 2,  # SGD's; many processes also average the gradients in buffers
-        loss=None if settings.method == "api" else cross_entropy,
-    )
-    return choice.chunk_size or 0, str(choice)
+    try:
+        return pick_chunk_size(
+            make_net(replace(settings, chunk_size=0, pretrained=False, memory=0)),  # past features are small
+            settings.n_classes * settings.n_samples // processes,
+            settings.crop,
+            memory=free_memory(settings.device),
+            amp=DTYPES[settings.amp],
+            moments=1 if processes == 1 else 2,  # SGD's; many processes also average the gradients in buffers
+            loss=None if settings.method == "api" else cross_entropy,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"--chunk-size auto: {error}") from None
 
 
 def free_memory(device: str) -> int:

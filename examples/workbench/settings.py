@@ -46,6 +46,7 @@ class Settings:
     chunk_size: int | str = setting(
         0, "images that go through the backbone at a time, to save memory; 0: the whole batch; auto: as many as fit"
     )
+    keep_chunks: int = setting(1, "of these chunks, how many are not recomputed; auto chooses this, too")
     hidden_dim: int = setting(512, "width of the mutual vector's MLP", least=1)
     dropout: float = setting(0.5, "in that MLP and before the classifier")
     mutual: str = setting("mlp", "the mutual vector", MUTUALS)
@@ -196,8 +197,8 @@ def run_folder(settings: Settings) -> Path:
 
 def differences(old: dict[str, Any], new: dict[str, Any], harmless: Collection[str] = HARMLESS) -> list[str]:
     """What differs between the settings of two runs, less what changes no result."""
-    # With "auto", a run takes the number of the one that it goes on with.
-    auto = {"chunk_size"} if new["chunk_size"] == AUTO else set()
+    # With "auto", a run takes the numbers of the one that it goes on with.
+    auto = {"chunk_size", "keep_chunks"} if new["chunk_size"] == AUTO else set()
     return [
         f"{name}: {old.get(name)!r} there, {value!r} here"
         for name, value in sorted(new.items())

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 
 import train_cub
 from apinet_head import APINet
-from apinet_head.step_memory import step_memory
+from apinet_head.step_memory import pick_chunk_size, step_memory
 from workbench import chunk_size
-from workbench.settings import AUTO, Settings, differences, parse
+from workbench.settings import AUTO, differences, parse
 
 TINY = [
     "--preset", "demo", "--backbone", "test_resnet", "--backbone-args", "{}", "--resize", "40", "--crop", "32",
@@ -24,76 +23,71 @@ def run(birds, output, *flags):
     return train_cub.main([*TINY, "--data", str(birds), "--output", str(output), *flags])
 
 
-def needed(settings, size, batch=12, **arguments):
-    """Memory in which chunks of `size` just fit, with the margin."""
-    net = train_cub.make_net(replace(settings, chunk_size=0), 6)
-    return int(step_memory(net, batch, settings.crop, chunk_size=size, **arguments).total / 0.85) + 2
-
-
 def give(monkeypatch, memory):
     monkeypatch.setattr(chunk_size, "free_memory", lambda device: memory)
 
 
 def noted(output):
-    return json.loads((output / "settings.json").read_text())["chunk_size"]
+    settings = json.loads((output / "settings.json").read_text())
+    return settings["chunk_size"], settings["keep_chunks"]
 
 
-def test_the_number_is_noted_and_kept(birds, tmp_path, monkeypatch, capsys):
+def test_the_numbers_are_noted_and_kept(birds, tmp_path, monkeypatch, capsys):
     settings = parse([*TINY[:-2], "--data", str(birds)])
-    give(monkeypatch, needed(settings, 4))
+    net = train_cub.make_net(settings, 6)
+    memory = int(step_memory(net, 12, 32, chunk_size=4).total / 0.85) + 2  # in which chunks of 4 just fit
+    choice = pick_chunk_size(net, 12, 32, memory=memory)
+    assert choice.chunk_size in (2, 3, 4)
+    give(monkeypatch, memory)
     run(birds, tmp_path / "run")
-    assert noted(tmp_path / "run") == 4
-    assert APINet.from_pretrained(tmp_path / "run" / "last").chunk_size == 4
-    assert json.loads((tmp_path / "run" / "last" / "run.json").read_text())["settings"]["chunk_size"] == 4
-    assert "--chunk-size auto: 4 (3 chunks of 4 for a batch of 12: " in capsys.readouterr().out
+    numbers = choice.chunk_size, choice.keep_chunks
+    assert noted(tmp_path / "run") == numbers
+    saved = APINet.from_pretrained(tmp_path / "run" / "last")
+    assert (saved.chunk_size, saved.keep_chunks) == numbers
+    assert f"--chunk-size auto: {numbers[0]} ({choice})" in capsys.readouterr().out
 
     give(monkeypatch, 2**40)
     run(birds, tmp_path / "run")
-    assert noted(tmp_path / "run") == 4
-    assert f"--chunk-size auto: 4 (the number with which {tmp_path / 'run'} began)" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="chunk_size: 4 there, 6 here"):
+    assert noted(tmp_path / "run") == numbers
+    began = f"--chunk-size auto: {numbers[0]} (the number with which {tmp_path / 'run'} began)"
+    assert began in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=f"chunk_size: {numbers[0]} there, 6 here"):
         run(birds, tmp_path / "run", "--chunk-size", "6")
 
 
 def test_a_run_begun_with_a_number_goes_on_with_it(birds, tmp_path):
-    run(birds, tmp_path / "run", "--chunk-size", "3")
+    run(birds, tmp_path / "run", "--chunk-size", "3", "--keep-chunks", "2")
     run(birds, tmp_path / "run")
-    assert noted(tmp_path / "run") == 3
+    assert noted(tmp_path / "run") == (3, 2)
 
 
 def test_the_whole_batch_is_zero(birds, tmp_path, monkeypatch, capsys):
     give(monkeypatch, 2**40)
     run(birds, tmp_path / "run")
-    assert noted(tmp_path / "run") == 0
+    assert noted(tmp_path / "run")[0] == 0
     assert "--chunk-size auto: 0 (the whole batch for a batch of 12: " in capsys.readouterr().out
 
 
-def auto(settings, folder):
-    return chunk_size.with_chunk_size(settings, folder, lambda plain: train_cub.make_net(plain, 6)).chunk_size
-
-
-def test_each_process_has_its_share_and_the_buffers_of_averaging(tmp_path, monkeypatch, capsys):
-    settings = parse([*TINY, "--crop", "96", "--resize", "96"])
-    two = SimpleNamespace(num_processes=2, is_main_process=True)
-    monkeypatch.setattr(chunk_size, "PartialState", lambda: two)
-    give(monkeypatch, needed(settings, 3, batch=6, moments=2))
-    assert auto(settings, tmp_path) == 3
-    assert "for a batch of 6" in capsys.readouterr().out
-    give(monkeypatch, needed(settings, 3, batch=6, moments=1))
-    assert auto(settings, tmp_path) == 2
-
-
-def test_the_baseline_has_its_own_loss(tmp_path, monkeypatch):
-    settings = parse([*TINY, "--method", "baseline"])
-    give(monkeypatch, needed(settings, 4, loss=chunk_size.cross_entropy))
-    assert auto(settings, tmp_path) == 4
-
-
-def test_mixed_precision_counts(tmp_path, monkeypatch):
-    settings = parse([*TINY, "--crop", "96", "--resize", "96", "--amp", "bf16"])
-    give(monkeypatch, needed(settings, 6, amp=torch.bfloat16))
-    assert auto(settings, tmp_path) == 6
-    assert auto(replace(settings, amp="no"), tmp_path) < 6
+@pytest.mark.parametrize(
+    ("flags", "processes", "expected"),
+    [
+        ([], 1, {"amp": None, "moments": 1, "loss": None}),
+        (["--amp", "bf16"], 1, {"amp": torch.bfloat16, "moments": 1, "loss": None}),
+        (["--method", "baseline"], 1, {"amp": None, "moments": 1, "loss": chunk_size.cross_entropy}),
+        ([], 2, {"amp": None, "moments": 2, "loss": None}),  # averaging gradients takes buffers
+    ],
+)
+def test_the_estimate_is_for_the_step_of_a_process(monkeypatch, flags, processes, expected):
+    asked = []
+    monkeypatch.setattr(chunk_size, "pick_chunk_size", lambda *args, **kwargs: asked.append((args, kwargs)))
+    monkeypatch.setattr(chunk_size, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    give(monkeypatch, 1234)
+    settings = parse([*TINY, "--memory", "16", *flags])
+    chunk_size.estimate(settings, lambda plain: plain)
+    ((net, batch, side), arguments) = asked[0]
+    assert (net.chunk_size, net.pretrained, net.memory) == (0, False, 0)
+    assert (batch, side) == (12 // processes, 32)
+    assert arguments == {"memory": 1234, **expected}
 
 
 def test_memory_is_that_of_the_gpu_or_of_the_machine(monkeypatch):
@@ -126,7 +120,7 @@ def test_only_numbers_and_auto_are_chunk_sizes(capsys):
 
 
 def test_auto_differs_from_no_number():
-    begun = vars(parse(["--chunk-size", "7"]))
-    assert differences(begun, parse(["--chunk-size", AUTO])) == []
-    assert differences(begun, parse(["--chunk-size", AUTO, "--seed", "9"])) == ["seed: 0 there, 9 here"]
-    assert differences(begun, Settings(**begun | {"chunk_size": 8})) == ["chunk_size: 7 there, 8 here"]
+    begun = vars(parse(["--chunk-size", "7", "--keep-chunks", "2"]))
+    assert differences(begun, vars(parse(["--chunk-size", AUTO]))) == []
+    assert differences(begun, vars(parse(["--chunk-size", AUTO, "--seed", "9"]))) == ["seed: 0 there, 9 here"]
+    assert differences(begun, begun | {"chunk_size": 8}) == ["chunk_size: 7 there, 8 here"]
