@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path, found in classify(model, bar, options.top, device):
             if isinstance(found, BadImageError):
                 bad += 1
-                print(shown(str(found)), file=sys.stderr)
+                tqdm.write(shown(str(found)), file=sys.stderr)  # above the bar
             elif table:
                 table.writerow([path, *(cell for name, value in found for cell in (name, f"{value:.4f}"))])
             else:

@@ -18,7 +18,7 @@ import timm
 import torch
 from tqdm import tqdm
 
-from workbench.images import ImageSet
+from workbench.datasets import ImageSet
 from workbench.run_folder import RunFolder
 from workbench.settings import Settings, differences, parse
 

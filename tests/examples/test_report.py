@@ -122,11 +122,11 @@ def images(tmp_path):
     found = []
     for part in ("train", "test"):
         items = []
-        for label in ("a", "b", "c"):
+        for label in CLASSES:
             for index in range(4):
                 path = tmp_path / f"{part}-{label}{index}.png"
                 PIL.Image.fromarray((torch.rand(128, 128, 3) * 255).byte().numpy()).save(path)
-                items.append(Image(path, ["a", "b", "c"].index(label), ""))
+                items.append(Image(path, CLASSES.index(label), ""))
         found.append(ImageDataset(items, eval_transform(TRANSFORM)))
     return found
 
@@ -197,8 +197,9 @@ def test_note_says_how_fine_the_heat_maps_are(images):
         ("mobilenetv3_small_050", 128, "a layer after the map mixes channels"),
     ],
 )
-def test_no_heat_maps_of_coarse_maps_or_mixed_channels(images, monkeypatch, backbone, side, note):
-    monkeypatch.setitem(TRANSFORM, "input_size", [3, side, side])
+def test_no_heat_maps_of_coarse_maps_or_mixed_channels(images, backbone, side, note):
+    for part in images:
+        part.transform = eval_transform({**TRANSFORM, "input_size": [3, side, side]})
     shown = show_pairs(APINet(backbone, 3).eval(), *images, CLASSES, likely(), TRANSFORM, baseline=False)
     assert re.match(f"There are no heat maps: .*{note}", shown.note)
     assert [each.heat for each in shown.pairs[0].pictures] == [None] * 3
