@@ -102,12 +102,13 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype must be float16, bfloat16, float32, float64 or None, got {dtype!r}")
 
 
-def check_int(value: int, name: str, least: int | None = None) -> int:
-    """The value as a Python int (or SymInt); raises unless it is an integer and at least `least`."""
+def check_int(value: int, name: str, least: int | None = None, most: int | None = None) -> int:
+    """The value as a Python int (or SymInt); raises unless it is an integer in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {shown(value)}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if (least is not None and value < least) or (most is not None and value > most):
+        allowed = f"at least {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
     return value if isinstance(value, torch.SymInt) else int(value)
 
 

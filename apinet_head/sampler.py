@@ -146,7 +146,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
             batches_done: number of batches trained on. None for the number drawn, which under a DataLoader with
                 workers is too large, because they prefetch.
         """
-        done = self._drawn if batches_done is None else self._check_done(batches_done)
+        done = check_int(self._drawn if batches_done is None else batches_done, "batches_done", 0, self.n_batches)
         return {"epoch": self.epoch, "batches_done": done, **self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,14 +165,9 @@ class BalancedBatchSampler(Sampler[list[int]]):
         if there != here:
             other = [f"{name}: {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
             raise ValueError(f"this state is of a sampler with other settings: {'; '.join(other)}")
-        epoch, done = check_int(state["epoch"], "epoch", 0), self._check_done(state["batches_done"])
+        epoch = check_int(state["epoch"], "epoch", 0)
+        done = check_int(state["batches_done"], "batches_done", 0, self.n_batches)
         self.epoch, self._start, self._drawn = epoch, done, done
-
-    def _check_done(self, batches_done: int) -> int:
-        done = check_int(batches_done, "batches_done")
-        if not 0 <= done <= self.n_batches:
-            raise ValueError(f"batches_done must be in [0, {self.n_batches}], got {done}")
-        return done
 
     def _settings(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in SETTINGS}
