@@ -49,6 +49,7 @@ class Pair(NamedTuple):
     sides: tuple[Side, Side]
     seen: PairExplanation
     activations: Tensor  # [2,k], of the plain channels
+    map_size: tuple[int, int]
     note: str
 
     @property
@@ -114,12 +115,12 @@ def make_pair(
                 marks=marks.differing(image, other) if marks and known else [],
             )
         )
-    note = f"Cosine of the two features: {float(seen.similarity):.3f}. {about_map(size, images)}"
+    note = f"Cosine of the two features: {float(seen.similarity):.3f}."
     labels = {image.label for image in pair}
     if families and len(labels) == 2 and -1 not in labels and len({families[label] for label in labels}) == 1:
         note += f" Two species of one family: {families[pair[0].label]}."
     return Pair(
-        unnormalized(images, transform), (sides[0], sides[1]), seen, features.gather(1, seen.plain_channels), note
+        unnormalized(images, transform), (sides[0], sides[1]), seen, features.gather(1, seen.plain_channels), size, note
     )
 
 
@@ -189,7 +190,8 @@ def write(folder: Path, title: str, pairs: list[Pair]) -> None:
         f"Beside each image, upper row: the {k} channels that its gates open most, given the other image of the pair. "
         f"Lower row: the {k} channels of the same net that are most active, without gates. Red is where in the image a "
         "channel is active, each scaled by itself. A gate is one number per channel: it decides which channels are "
-        "looked at, not where they are active. * marks a channel in both rows."
+        "looked at, not where they are active. * marks a channel in both rows. "
+        f"{about_map(pairs[0].map_size, pairs[0].pixels)}"
     )
     if any(side.marks for pair in pairs for side in pair.sides):
         note += " Circles: the visible parts in which the two species truly differ."

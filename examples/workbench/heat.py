@@ -34,7 +34,7 @@ def about_map(size: tuple[int, int], images: Tensor) -> str:
     """How fine the heat maps are, as a sentence."""
     cell = [round(side / cells) for side, cells in zip(images.shape[-2:], size, strict=True)]
     return (
-        f"They are enlarged from a feature map of {size[0]} x {size[1]}: each of its values stands for about "
+        f"The heat maps are enlarged from a feature map of {size[0]} x {size[1]}: each of its values stands for about "
         f"{cell[0]} x {cell[1]} pixels, and nothing smaller can be told apart."
     )
 

@@ -1,5 +1,6 @@
 """The README.md of a model folder, in the form of the Hugging Face Hub."""
 
+import re
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -44,8 +45,8 @@ def _text(metrics: dict[str, Any]) -> str:
     rows += ["", f"{left} more classes are in metrics.json."] if left else []
     return f"""# {settings["backbone"]} on {name}
 
-An image classifier for {len(metrics["by_class"])} classes, trained {weights} with
-{METHODS[settings["baseline"]]} ([the paper](https://arxiv.org/abs/2002.10191)).
+An image classifier for {len(metrics["by_class"])} classes, trained {weights} with {METHODS[settings["baseline"]]}
+([the paper](https://arxiv.org/abs/2002.10191)).
 
 ## Results
 
@@ -59,7 +60,10 @@ images chose nothing: neither an epoch nor a setting.
 
 ## Trained on
 
-{name}: {data["train"]} training and {data["test"]} test images. {" ".join(f"{_cell(note)}." for note in data["notes"])}
+{name}: {data["train"]} training and {data["test"]} test images.
+
+{chr(10).join(f"- {_cell(note)}" for note in data["notes"])}
+
 The licence of this model is up to whoever trained it, and to the licences of {licences}.
 
 {chr(10).join(f"- `{key}`: {setting(value)}" for key, value in settings.items())}
@@ -86,5 +90,5 @@ with torch.inference_mode():
 
 
 def _cell(text: str) -> str:
-    """A name as it is, whatever Markdown makes of its characters."""
-    return "".join(f"&#{ord(letter)};" if letter in "|<>&`*_[]\\\r\n" else letter for letter in text)
+    """A name as it is, whatever Markdown would make of its characters."""
+    return re.sub(r"([\\|<>&`*_\[\]])", r"\\\1", " ".join(text.splitlines()))

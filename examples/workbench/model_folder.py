@@ -7,6 +7,8 @@ Whatever else is known of it lies beside these: run.json of train_cub.py, metric
 """
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +50,8 @@ def load(folder: Path) -> Model:
     try:
         about = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
         classes, transform = about["classes"], about["transform"]
-        net = APINet.from_pretrained(str(folder)).eval()
+        with redirect_stdout(sys.stderr):  # huggingface_hub prints a line, which is no part of a command's result
+            net = APINet.from_pretrained(str(folder)).eval()
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"{folder}: the model cannot be read: {' '.join(str(error).split())}") from None
     if net.head.num_classes != len(classes):
