@@ -32,7 +32,13 @@ CLOSE = 0.12  # of the width of a plot: nearer to each other, two numbers below 
 
 def draw_mining(points: Sequence[Mapping[str, Any]], device: str, file: Path) -> None:
     """Time and memory side by side, at the widest D that was measured; a row of plots for each dtype."""
-    dtypes = list(dict.fromkeys(point["dtype"] for point in points))
+    points = [point for point in points if any("seconds" in side for side in point["sides"].values())]
+    sizes = {
+        dtype: {point["size"] for point in points if point["dtype"] == dtype}
+        for dtype in dict.fromkeys(point["dtype"] for point in points)
+    }
+    # One size is no curve.
+    dtypes = [dtype for dtype in sizes if len(sizes[dtype]) > 1] or list(sizes)
     width = max(point["dim"] for point in points)
     figure, grid = plt.subplots(
         len(dtypes), 2, figsize=(11, 1.2 + 3.9 * len(dtypes)), layout="constrained", squeeze=False

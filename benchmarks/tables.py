@@ -30,13 +30,16 @@ def mining_tables(points: Sequence[Point], ceilings: Mapping[str, Any] | None = 
     """Times, memory and agreement, for each dtype."""
     parts = []
     for dtype in dict.fromkeys(point["dtype"] for point in points):
-        some = [point for point in points if point["dtype"] == dtype]
+        asked = [point for point in points if point["dtype"] == dtype]
+        some = [point for point in asked if any("seconds" in side for side in point["sides"].values())] or asked
         parts += [f"Milliseconds, {dtype}; in brackets the ratio to {LIMIT} of the same round:", _times(some, ceilings)]
         if any("memory" in side for point in some for side in point["sides"].values()):
             parts += [f"Memory at most beyond the batch itself, MiB, {dtype}, D={_widest(some)}:", _memory(some)]
         parts += [f"What they find, {dtype}:", _findings(some)]
         if notes := _notes(some):
             parts += ["Without a figure:", notes]
+        if missing := [(point["size"], point["dim"]) for point in asked if point not in some]:
+            parts += [f"Not reached in the time there was: {_where(missing, asked)}."]
     return "\n\n".join(parts)
 
 
@@ -219,7 +222,8 @@ def _ratio(side: Mapping[str, Any]) -> str:
 
 def _range(values: Mapping[str, float], rounds: int) -> str:
     """Median and quartiles; a single round has none."""
-    return ("{median:.2f} [{low:.2f}, {high:.2f}]" if rounds > 1 else "{median:.2f}").format(**values)
+    shown = {name: f"{value:.2f}" if value >= 0.1 else f"{value:.2g}" for name, value in values.items()}
+    return ("{median} [{low}, {high}]" if rounds > 1 else "{median}").format(**shown)
 
 
 def _overhead(side: Mapping[str, Any]) -> str:
