@@ -25,11 +25,9 @@ def gather_features(
     The gradient of a rank's features is the sum of all ranks' gradients for them, so all ranks must call this and run
     the backward pass. With one process, the arguments are returned unchanged.
 
-    Ranks that hold the same images, as in tensor parallelism, must be in different groups: otherwise each image finds
-    its own copy.
-
-    Ranks compare shapes and dtypes first, so that a mismatch is an error instead of a hang. The host waits for these
-    few numbers, but not for the device if the group also has a CPU backend (`"cpu:gloo,cuda:nccl"`).
+    Ranks that hold the same images, as in tensor parallelism, must be in different groups, else each image finds its
+    own copy. Ranks compare shapes and dtypes first, so that a mismatch is an error instead of a hang; this does not
+    wait for the device if the group also has a CPU backend (`"cpu:gloo,cuda:nccl"`).
 
     Args:
         features: [B,D], floating point; shape and dtype the same on all ranks.

@@ -40,8 +40,8 @@ def explain_pair(net: APINet, images: Tensor, *, top_k: int = 5) -> PairExplanat
     As in the paper's section "Visualization". A gate is one number per channel and does not change a map scaled to
     [0, 1]: `heatmaps` and `plain_heatmaps` differ in the choice of channels.
 
-    The net runs in eval mode without gradients; its modes, gradients and buffers are left unchanged. Its modules may
-    be quantised, compiled or wrapped by adapters.
+    The net runs in eval mode without gradients and is left unchanged. Its modules may be quantised, compiled or wrapped
+    by adapters.
 
     Args:
         net: an `APINet` whose backbone pools a feature map, as nearly all of timm's do.

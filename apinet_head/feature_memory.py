@@ -15,8 +15,8 @@ class FeatureMemory(nn.Module):
     fixed, nothing synchronises, features are detached, and the state dict holds everything. Empty slots hold NaN and
     are never partners. `APIHead(memory=N)` creates one, and pushes and searches by itself.
 
-    The features are those of past weights, so start after a warm-up of the net. An image that comes again while it is
-    in the memory may be paired with its own past feature, so size should be well below an epoch.
+    The features are those of past weights, so start after a warm-up: `head.memory = FeatureMemory(N, D)`. An image may
+    be paired with its own past feature, so size should be well below an epoch.
 
     Args:
         size: M, number of features to keep.

@@ -39,13 +39,12 @@ class APIOutput(NamedTuple):
         logits_self: [2P,C], of features under their own gate; the gated features [2P,D] if there is no classifier.
         logits_other: [2P,C] or [2P,D], the same under the gate of the other image of the pair.
         labels: [2P], class indices.
-        valid: [2P] bool, False for rows that are masked out of the loss, because the pair does not exist or one of its
-            images has no class. A non-finite row of an image with a class stays valid, so that the loss is non-finite
-            whenever the gradients are.
+        valid: [2P] bool, False for rows masked out of the loss, because the pair does not exist or one of its images
+            has no class. Non-finite rows of images with a class stay valid, so that the loss shows them.
         pairs: the P pairs. Partners from the head's memory are numbered after the rows of the batch (of all ranks).
         num_rows: scalar by which the loss divides sums over rows; None for the number of valid rows. With gather, the
             mean of that number over the ranks, so that the mean of the ranks' losses is the loss of the whole batch.
-        group: name of the process group that num_rows is a mean over; None for the default one.
+        group: name of the process group of that mean; None for the default one.
         unclassified: True if there is no classifier, else None.
     """
 
@@ -62,13 +61,12 @@ class APIOutput(NamedTuple):
 class APIHead(nn.Module):
     """Attentive pairwise interaction on the pooled features of any backbone (paper, section 3).
 
-    With labels, each image of the batch is paired with its nearest of the same class and its nearest of another class.
-    From each pair a mutual vector m is computed, from it a gate g = sigmoid(m * x) for each of the two images, and
-    x + x * g is classified under the image's own gate and under the other one's. `api_loss` turns the result into a
-    loss. Without labels, in deployment, only the classifier runs.
+    With labels, each image is paired with its nearest of the same class and its nearest of another class. A mutual
+    vector m of the pair gives a gate g = sigmoid(m * x) for each of the two images, and x + x * g is classified under
+    the image's own gate and under the other one's, for `api_loss`. Without labels only the classifier runs.
 
-    On the first training batch, a head warns if more than a quarter of the pairs are not valid. This synchronises once
-    with a GPU; compiled heads and heads with a memory skip it.
+    A head warns if more than a quarter of the pairs of its first training batch are not valid, which synchronises once
+    with a GPU; compiled heads and heads with a memory do not check.
 
     Args:
         dim: channels D of the features.
@@ -81,13 +79,11 @@ class APIHead(nn.Module):
         gate: "pair" for one gate per image; "single" for sigmoid(m) as the gate of both, where logits_other is
             logits_self: train with rank_weight=0.
         intra: partner of the same class, as `inter` of another: "similar", "dissimilar", "random" or None.
-        gather: search partners among the features of all ranks; or of a ProcessGroup or one-dimensional DeviceMesh.
+        gather: search partners among the features of all ranks, or of a ProcessGroup or one-dimensional DeviceMesh.
             After DDP's averaging, loss and gradients equal those of one process with the whole batch. All ranks must
             call the head with labels and with equally many images.
-        memory: N > 0 also searches partners among the last N images that the head was trained on, kept in
-            `head.memory`, a `FeatureMemory`; in train mode with gradients enabled only. They get no gradient. All ranks
-            store the images of all, so all must call the head with equally many. To start after a warm-up, set
-            `head.memory = FeatureMemory(N, dim)` then.
+        memory: N > 0 also searches partners among the last N training images, kept in `head.memory`, a `FeatureMemory`;
+            they get no gradient. All ranks store the images of all, so all must call the head with equally many.
         device: of the parameters, as `dtype`.
 
     Raises:

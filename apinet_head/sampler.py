@@ -29,8 +29,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
     its own `n_classes / world_size` classes of each global batch.
 
     Args:
-        labels: class of each image: a sequence of ints, a tensor, an array or a pandas Series, not the data set. Images
-            with a negative label have no class and are left out.
+        labels: class of each image: a sequence of ints, a tensor, an array or a pandas Series. Images with a negative
+            label have no class and are left out.
         n_classes: classes in a global batch.
         n_samples: images of each class.
         n_batches: batches in an epoch; None for the number of images // the global batch size, at least 1.
