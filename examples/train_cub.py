@@ -41,8 +41,8 @@ from workbench.distributed import (
 from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
 from workbench.images import ImageDataset, eval_loader, train_loader, train_transform
 from workbench.metrics import confusion, predict, report, scores
-from workbench.run_folder import RunFolder, draw_curves, write_text
-from workbench.settings import Settings, differences, parse, run_folder
+from workbench.run_folder import RunFolder, describe, write_text
+from workbench.settings import HARMLESS, Settings, parse, run_folder
 
 COLUMNS = ["epoch", "step", "lr", "seconds", "loss", "cross_entropy", "ranking", "train_top1", "test_top1", "test_top5"]
 COLUMNS += ["skipped", "left_out"]
@@ -129,9 +129,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     device = accelerator.device
     with first_process_first():
-        folder = RunFolder(
-            path, asdict(settings), lambda old: differences(old, asdict(settings)), data, settings.keep_checkpoints
-        )
+        folder = RunFolder(path, asdict(settings) | describe(data), HARMLESS, settings.keep_checkpoints)
         set_seed(settings.seed)
         net = make_net(settings, len(data.classes)).to(memory_format=torch.channels_last)  # convolutions like it
         sampler = make_sampler(settings, data)
@@ -281,8 +279,6 @@ def record(
         state.accelerator.log(tested, step=state.progress.step)
         if first:
             folder.write_log(history, COLUMNS)
-        if first and tested:
-            draw_curves(history, folder.path / "curves.png")
 
 
 def save_model(

@@ -37,8 +37,8 @@ from workbench.distributed import end_all
 from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
 from workbench.images import ImageDataset, eval_loader, eval_transform, train_loader
 from workbench.model_card import make_card
-from workbench.run_folder import RunFolder
-from workbench.settings import differences, number
+from workbench.run_folder import RunFolder, describe
+from workbench.settings import number
 
 NOT_SETTINGS = ("source", "out", "overwrite")
 HARMLESS = {"workers", "device", "checkpoint_minutes"}  # an interrupted training may go on with others
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
 
     # Net, optimiser, schedule.
-    folder = RunFolder(options.out / "run", settings, lambda old: differences(old, settings, HARMLESS), data)
+    folder = RunFolder(options.out / "run", settings | describe(data), HARMLESS)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=options.amp)
     device = accelerator.device
     set_seed(options.seed)

@@ -7,14 +7,12 @@ and knows nothing of the place in the epoch.
 import io
 import os
 import pickle
-import random
 import shutil
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
@@ -51,8 +49,7 @@ class Progress:
 class RunState:
     """The parts of a run that change with it: all have state_dict and load_state_dict.
 
-    Attributes:
-        sums: of the begun epoch's figures, on the device.
+    Images need no random state: their crops are seeded one by one. `sums` are those of the begun epoch's figures.
     """
 
     accelerator: Accelerator
@@ -66,7 +63,8 @@ class RunState:
     def files(self) -> dict[str, Any]:
         """This process's files of a checkpoint: what is its own, and from the first one, what is the same on all."""
         process = PartialState()
-        files = {f"process-{process.process_index}.pt": {"random": self._random_states(), "sums": self.sums}}
+        random = {name: get() for name, (get, _) in self._generators().items()}
+        files: dict[str, Any] = {f"process-{process.process_index}.pt": {"random": random, "sums": self.sums}}
         if process.is_main_process:
             shared = {name: part.state_dict() for name, part in self._parts().items()}
             shared |= {"sampler": self.sampler.state_dict(self.progress.batch), "progress": asdict(self.progress)}
@@ -84,7 +82,7 @@ class RunState:
         if saved != here:
             raise SystemExit(
                 f"{checkpoint.parents[1]} holds a run of {saved} process(es), and here are {here}: go on with "
-                f"`torchrun --nproc_per_node={saved}`, or choose another --output"
+                f"`torchrun --nproc_per_node={saved}`, or choose another folder"
             )
         own = load(checkpoint / f"process-{process.process_index}.pt")
         for name, part in self._parts().items():
@@ -92,31 +90,20 @@ class RunState:
         self.sampler.load_state_dict(shared["sampler"])
         self.progress = Progress(**shared["progress"])
         self.sums = {name: value.to(self.accelerator.device) for name, value in own["sums"].items()}
-        self._set_random_states(own["random"])
+        for name, (_, set_state) in self._generators().items():
+            set_state(own["random"][name])
 
     def _parts(self) -> dict[str, Any]:
         parts = {"net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
         return parts | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
 
-    def _random_states(self) -> dict[str, Any]:
-        """Of all generators of this process, in plain types, which load without unpickling code."""
-        name, keys, *place = np.random.get_state()
-        states = {
-            "python": random.getstate(),
-            "numpy": (name, keys.tolist(), *place),
-            "torch": torch.get_rng_state(),
-        }
-        if self.accelerator.device.type != "cpu":
-            states["device"] = getattr(torch, self.accelerator.device.type).get_rng_state()
-        return states
-
-    def _set_random_states(self, states: dict[str, Any]) -> None:
-        random.setstate(states["python"])
-        name, keys, *place = states["numpy"]
-        np.random.set_state((name, np.array(keys, np.uint32), *place))
-        torch.set_rng_state(states["torch"])
-        if self.accelerator.device.type != "cpu":
-            getattr(torch, self.accelerator.device.type).set_rng_state(states["device"])
+    def _generators(self) -> dict[str, Any]:
+        """Of this process, how to get and to set their states."""
+        device = self.accelerator.device.type
+        found = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
+        if device != "cpu":
+            found[device] = getattr(torch, device).get_rng_state, getattr(torch, device).set_rng_state
+        return found
 
 
 class Checkpoints:
@@ -213,7 +200,5 @@ def write_bytes(path: Path, content: bytes) -> None:
 def sync_folder(path: Path) -> None:
     """Wait until the disk has the names in the folder too."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)

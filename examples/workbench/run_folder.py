@@ -1,8 +1,7 @@
-"""The folder of a training run: what it was asked for, what it found, and the checkpoints to go on from.
+"""The folder of a training run: what it was asked for, and the checkpoints to go on from.
 
-settings.json   what the run was asked for; data.json, what it found. Until there is more than these two, the next
-                start may ask for something else
-log.csv         a row per epoch; curves.png draws it, tensorboard/ has it for TensorBoard
+settings.json   what the run was asked for, and what tells its data from others
+log.csv         a row per epoch; tensorboard/ has it for TensorBoard
 best/, last/    model folders
 state/          the newest checkpoints, for going on after an interruption
 """
@@ -12,65 +11,45 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import matplotlib
-
-matplotlib.use("Agg")  # no window, also where there is a screen
-
-import matplotlib.pyplot as plt
 from accelerate import PartialState
 from safetensors import SafetensorError
 
 from workbench.checkpoint import Checkpoints, RunState, write_bytes
 from workbench.datasets import ImageSet
 from workbench.distributed import end_all, first_process_first
+from workbench.settings import differences
 
-UNTRAINED = {"settings.json", "data.json", "tensorboard", "state"}  # left by a run that ended before a checkpoint
+UNTRAINED = {"settings.json", "tensorboard", "state"}  # left by a run that ended before a checkpoint
 
 
 class RunFolder:
     """The folder of a run, new or begun by the same command; nothing is written before `begin`.
 
     Args:
-        settings: as they go into settings.json.
-        changed: of the settings of the run that is there, what differs, a line each.
+        settings: as they go into settings.json, with `describe(data)` for the data.
         keep: how many checkpoints to keep.
+        harmless: settings with which a run may go on that began with others.
 
     Raises:
         SystemExit: the folder holds a run of other settings or data, or something else.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        settings: dict[str, Any],
-        changed: Callable[[dict[str, Any]], list[str]],
-        data: ImageSet | None = None,
-        keep: int = 2,
-    ) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], harmless: Collection[str] = (), keep: int = 2) -> None:
         self.path, self.settings = path, settings
         self.checkpoints = Checkpoints(path / "state", keep)
-        self.data = describe(data) if data else {}
         if is_untrained(path):
             return
         if not (path / "settings.json").exists():
-            raise SystemExit(f"{path} is no folder of a run and not empty; choose another folder")
-        old = json.loads((path / "data.json").read_text()) if (path / "data.json").exists() else self.data
-        found = [
-            f"{name}: {old.get(name)!r} there, {new!r} here" for name, new in self.data.items() if old.get(name) != new
-        ]
-        for what, lines in (
-            ("of other settings", changed(json.loads((path / "settings.json").read_text()))),
-            ("on other data", found),
-        ):
-            if lines:
-                listing = "\n  ".join(lines)
-                advice = "Choose another folder, or remove this one."
-                raise SystemExit(f"{path} holds a run {what}:\n  {listing}\n{advice}")
+            raise SystemExit(f"{path} is no folder of a run and not empty; choose another one")
+        old = json.loads((path / "settings.json").read_text())
+        if found := differences(old, settings, harmless):
+            listing = "\n  ".join(found)
+            raise SystemExit(f"{path} holds another run:\n  {listing}\nChoose another folder, or remove this one.")
 
     def begin(self) -> None:
         """Make the folder of a run that is about to train: one that fails before that must not leave its settings."""
@@ -79,8 +58,6 @@ class RunFolder:
             if is_untrained(self.path):
                 shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
                 write_text(self.path / "settings.json", json.dumps(self.settings, indent=2))
-            if self.data:
-                write_text(self.path / "data.json", json.dumps(self.data, indent=2))
 
     def go_on(self, state: RunState, epochs: int) -> None:
         """Restore the newest checkpoint, if there is one; all processes take part."""
@@ -154,12 +131,8 @@ def describe(data: ImageSet) -> dict[str, Any]:
     """What tells a data set from another: its counts, and a hash of its images' names and labels in order."""
     # File names that are not UTF-8 count byte by byte.
     lines = [f"{image.path.parent.name}/{image.path.name} {image.label}" for image in [*data.train, *data.test]]
-    return {
-        "classes": len(data.classes),
-        "training images": len(data.train),
-        "test images": len(data.test),
-        "sha256 of the list": hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest(),
-    }
+    sha = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+    return {"training images": len(data.train), "test images": len(data.test), "sha256 of their list": sha}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -167,22 +140,3 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     write_bytes(partial, text.encode())
     os.replace(partial, path)
-
-
-def draw_curves(history: list[dict[str, float]], file: Path) -> None:
-    """Loss terms on the left, accuracy on the right, over epochs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    lines = {"train_top1": "training", "test_top1": "test top-1", "test_top5": "test top-5"}
-    for axes, series in (
-        (left, {name: name.replace("_", "-") for name in ("loss", "cross_entropy", "ranking")}),
-        (right, lines),
-    ):
-        for name, label in series.items():
-            rows = [row for row in history if name in row]
-            axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=label)
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
-    figure.savefig(file, dpi=120)
-    plt.close(figure)

@@ -195,12 +195,9 @@ def run_folder(settings: Settings) -> Path:
     return Path(settings.output or f"runs/{data}-{settings.method}-{settings.backbone}-seed{settings.seed}")
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], harmless: Collection[str] = HARMLESS) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], harmless: Collection[str]) -> list[str]:
     """What differs between the settings of two runs, less what changes no result."""
     # With "auto", a run takes the numbers of the one that it goes on with.
-    auto = {"chunk_size", "keep_chunks"} if new["chunk_size"] == AUTO else set()
-    return [
-        f"{name}: {old.get(name)!r} there, {value!r} here"
-        for name, value in sorted(new.items())
-        if name not in {*harmless, *auto} and old.get(name) != value
-    ]
+    harmless = {*harmless, *(("chunk_size", "keep_chunks") if new["chunk_size"] == AUTO else ())}
+    changed = {name: value for name, value in new.items() if name not in harmless and old.get(name) != value}
+    return [f"{name}: {old.get(name)!r} there, {value!r} here" for name, value in sorted(changed.items())]

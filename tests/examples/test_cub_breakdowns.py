@@ -147,11 +147,9 @@ def test_other_settings_and_data_may_follow_where_nothing_was_trained(birds, tmp
         out_of_memory(patch, 1)
         with pytest.raises(SystemExit):
             run(birds, tmp_path / "run", "--seed", "5")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"settings.json", "data.json", "tensorboard"}
-    (tmp_path / "run" / "data.json").write_text('{"classes": 7}')
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"settings.json", "tensorboard"}
     run(birds, tmp_path / "run", "--seed", "6", "--epochs", "1")
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["seed"] == 6
-    assert json.loads((tmp_path / "run" / "data.json").read_text())["classes"] == 6
     assert len(list((tmp_path / "run" / "tensorboard").rglob("events*"))) == 1
 
 
@@ -159,12 +157,12 @@ def test_other_settings_and_data_may_follow_where_nothing_was_trained(birds, tmp
 def test_but_not_where_anything_was(birds, tmp_path, left):
     """Each of what a run trained is enough: somebody may have removed the rest."""
     settings = asdict(train_cub.parse([*TINY, "--data", str(birds), "--seed", "5"]))
-    RunFolder(tmp_path / "run", settings, lambda old: []).begin()
+    RunFolder(tmp_path / "run", settings).begin()
     if left == "state":
         (tmp_path / "run" / left / "epoch-0001.damaged").mkdir(parents=True)
     else:
         (tmp_path / "run" / left).mkdir()
     before = tree(tmp_path / "run")
-    with pytest.raises(SystemExit, match=r"holds a run of other settings:\n  seed: 5 there, 6 here"):
+    with pytest.raises(SystemExit, match=r"holds another run:\n  seed: 5 there, 6 here"):
         run(birds, tmp_path / "run", "--seed", "6")
     assert tree(tmp_path / "run") == before

@@ -15,7 +15,7 @@ import train_cub
 from apinet_head import APINet
 from workbench import metrics, model_folder
 from workbench.datasets import open_data
-from workbench.settings import PRESETS, Settings, differences, parse, run_folder
+from workbench.settings import HARMLESS, PRESETS, Settings, differences, parse, run_folder
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def test_a_run_leaves_everything(birds, tmp_path, method):
     result = run(birds, tmp_path / "run", "--method", method, "--epochs", "2")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
-        "settings.json", "data.json", "log.csv", "curves.png", "result.json", "best", "last", "state", "tensorboard",
+        "settings.json", "log.csv", "result.json", "best", "last", "state", "tensorboard",
     }  # fmt: skip
     with (tmp_path / "run" / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -257,8 +257,8 @@ def test_bad_flags_end_with_usage(flags, capsys):
 
 def test_differences_pass_over_what_changes_no_result():
     settings = vars(parse([]))
-    assert differences(settings, settings | {"workers": 9, "output": "elsewhere"}) == []
-    assert differences(settings, settings | {"seed": 9}) == ["seed: 0 there, 9 here"]
+    assert differences(settings, settings | {"workers": 9, "output": "elsewhere"}, HARMLESS) == []
+    assert differences(settings, settings | {"seed": 9}, HARMLESS) == ["seed: 0 there, 9 here"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that this says is missing")

@@ -119,7 +119,7 @@ def test_other_settings_do_not_go_on_with_a_run(images, tmp_path, monkeypatch):
         patch.setattr(train_own.report, "write", lambda *args: (_ for _ in ()).throw(KilledError))
         with pytest.raises(KilledError):
             train(images, tmp_path / "model")
-    with pytest.raises(SystemExit, match=r"holds a run of other settings:\n.*\n  lr: 0.01 there, 0.5 here"):
+    with pytest.raises(SystemExit, match=r"holds another run:\n.*\n  lr: 0.01 there, 0.5 here"):
         train(images, tmp_path / "model", "--lr", "0.5", "--overwrite")
 
 
