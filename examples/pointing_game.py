@@ -30,8 +30,9 @@ from workbench.datasets.lists import Image
 from workbench.guard import check_device
 from workbench.heat import map_size
 from workbench.images import eval_loader
-from workbench.metrics import machine, scores
+from workbench.metrics import machine
 from workbench.run_folder import write_text
+from workbench.scores import scores
 from workbench.settings import Settings, parse
 
 PICKS = {"gates": "gates", "plain": "activations, no gates", "random": "channels at random"}

@@ -15,8 +15,8 @@ from workbench.datasets.bad_images import ending_at_bad_images
 from workbench.distributed import first_process_first, join_processes
 from workbench.guard import check_device
 from workbench.images import eval_loader
-from workbench.metrics import confusion, predict, report, scores
 from workbench.run_folder import write_text
+from workbench.scores import confusion, predict, report, scores
 from workbench.settings import Settings
 
 

@@ -40,8 +40,8 @@ from workbench.distributed import (
 )
 from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
 from workbench.images import ImageDataset, eval_loader, train_loader, train_transform
-from workbench.metrics import confusion, predict, report, scores
 from workbench.run_folder import RunFolder, describe, write_text
+from workbench.scores import confusion, predict, report, scores
 from workbench.settings import HARMLESS, Settings, parse, run_folder
 
 COLUMNS = ["epoch", "step", "lr", "seconds", "loss", "cross_entropy", "ranking", "train_top1", "test_top1", "test_top5"]

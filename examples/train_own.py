@@ -38,6 +38,7 @@ from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_de
 from workbench.images import ImageDataset, eval_loader, eval_transform, train_loader
 from workbench.model_card import make_card
 from workbench.run_folder import RunFolder, describe
+from workbench.scores import predict
 from workbench.settings import number
 
 NOT_SETTINGS = ("source", "out", "overwrite")
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress.epoch += 1
             row["epoch"] = progress.epoch
             if progress.epoch % every == 0 or progress.epoch == options.epochs:
-                logits, truth = metrics.predict(net, test_loader, device)
+                logits, truth = predict(net, test_loader, device)
                 row["test_accuracy"] = float((logits.argmax(1) == truth).double().mean())
             bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "epoch"}, refresh=False)
             row["seconds"] = progress.seconds
@@ -189,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
                 folder.end_stopped(state, shutdown.signal)
 
         # The result: the net as it is after the last epoch.
-        likely = metrics.predict(net, test_loader, device)[0].softmax(1)
+        likely = predict(net, test_loader, device)[0].softmax(1)
     found = measure(data, notes, settings, likely, progress.history, str(device))
     net = net.cpu().eval()
     with folder.writing():

@@ -154,6 +154,15 @@ def read_species(root: str | Path) -> dict[str, Species]:
     return species
 
 
+def read_places(root: str | Path) -> tuple[dict[int, list[float]], dict[int, dict[str, tuple[float, float]]]]:
+    """By image id, the bird's box (x, y, width, height) and (x, y) of its visible parts, in pixels of a written set."""
+    boxes, places = (np.loadtxt(Path(root) / name) for name in ("bounding_boxes.txt", "parts/part_locs.txt"))
+    parts: dict[int, dict[str, tuple[float, float]]] = {int(image): {} for image, *_ in boxes}
+    for image, part, x, y, _ in places[places[:, 4] == 1]:
+        parts[int(image)][PARTS[int(part) - 1]] = (x, y)
+    return {int(image): list(box) for image, *box in boxes}, parts
+
+
 def _draw_species(settings: dict[str, int], root: Path, index: int) -> list[tuple[str, BirdImage]]:
     """Writes the images of one species; returns their paths and annotations (without the pictures)."""
     species, images = catalogue(settings["species"])[index], settings["images_per_species"]

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from birds import Species, differing_parts, read_species
+from birds import Species, differing_parts, read_places, read_species
 from workbench import model_folder
 from workbench.datasets import open_data
 from workbench.datasets.bad_images import ending_at_bad_images
-from workbench.datasets.bird_lists import read_boxes, read_parts
 from workbench.datasets.lists import Image, ImageSet
 from workbench.image_files import load_image
 from workbench.images import eval_loader
@@ -72,7 +71,7 @@ class BirdMarks:
         root = data.test[0].path.parents[2]
         self.species: dict[str, Species] = read_species(root)
         self.classes, self.squash, self.crop = data.classes, transform["squash"], transform["crop"]
-        self.boxes, self.parts = read_boxes(root), read_parts(root)[1]
+        self.boxes, self.parts = read_places(root)
         self.size = load_image(data.test[0].path).width  # all are square, and of one size
 
     @classmethod

@@ -1,4 +1,4 @@
-"""examples/workbench/images.py: the official folder is read right, and every damage to it is named."""
+"""workbench/datasets: the official folder is read right, and every damage to it is named."""
 
 import os
 import re
@@ -7,12 +7,7 @@ from pathlib import Path
 import pytest
 from cub_folder import LISTS, PATHS
 
-from workbench.datasets.bird_lists import family, read_boxes, read_cub, read_parts
-
-
-def read_all(root: Path) -> None:
-    for read in (read_cub, read_boxes, read_parts):
-        read(root)
+from workbench.datasets.bird_lists import family, read_cub
 
 
 @pytest.mark.parametrize("at", ["folder", "parent", "text", "relative"])
@@ -28,20 +23,12 @@ def test_read_cub(cub: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(image.path.is_file() for image in dataset.train + dataset.test)
 
 
-def test_read_boxes_and_parts(cub: Path) -> None:
-    assert read_boxes(cub.parent) == {4: (1, 2, 3.5, 4), 2: (10, 0, 5, 6), 7: (0, 0, 9, 9), 30: (1, 1, 2, 2)}
-    names, visible = read_parts(cub)
-    assert names == ["back", "left leg"]
-    assert visible == {2: {"back": (5.5, 6)}, 4: {}, 7: {"back": (1, 2), "left leg": (3, 4)}, 30: {"back": (8, 9)}}
-
-
 def test_lists_from_other_systems(cub: Path) -> None:
     expected = read_cub(cub)
     for name in LISTS:  # byte order mark, Windows' line ends, blank lines at the end, spaces around
         text = LISTS[name].replace("\n", " \n") + "\n\n"
         (cub / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert read_cub(cub) == expected
-    read_all(cub)
 
 
 def test_file_name_that_is_not_utf8(cub: Path) -> None:
@@ -64,15 +51,14 @@ def test_class_folder_may_be_a_link(cub: Path) -> None:
 def test_missing_list(cub: Path, name: str) -> None:
     (cub / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"CUB_200_2011 has no {name}; expected .*vision\.caltech\.edu"):
-        read_all(cub)
+        read_cub(cub)
 
 
 def test_missing_root(tmp_path: Path) -> None:
-    for read in (read_cub, read_boxes, read_parts):
-        with pytest.raises(FileNotFoundError, match=r"nowhere is no folder; expected .*vision\.caltech\.edu"):
-            read(tmp_path / "nowhere")
-        with pytest.raises(FileNotFoundError, match=r"has no images\.txt, .* with images\.txt, .*vision\.caltech\.edu"):
-            read(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere is no folder; expected .*vision\.caltech\.edu"):
+        read_cub(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no images\.txt, .* with images\.txt, .*vision\.caltech\.edu"):
+        read_cub(tmp_path)
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -80,140 +66,57 @@ def test_missing_root(tmp_path: Path) -> None:
 def test_empty_list(cub: Path, name: str, text: str) -> None:
     (cub / name).write_text(text)
     with pytest.raises(ValueError, match=rf"{name} is empty, expected lines '<.* anew"):
-        read_all(cub)
+        read_cub(cub)
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        # Columns.
-        (
-            "images.txt",
-            "4 020.Great_Auk/Auk_1.jpg",
-            "4",
-            "images.txt, line 4, '4': 1 of 2 columns; expected '<image_id>",
-        ),
+        ("images.txt", "4 020.Great_Auk/Auk_1.jpg", "4",
+         "images.txt, line 4, '4': 1 of 2 columns; expected '<image_id>"),
         ("images.txt", "30 003", "x 003", "images.txt, line 1, 'x 003.Sooty_Albatross/b.jpg': invalid literal"),
         ("image_class_labels.txt", "7 20", "7 20 1", "image_class_labels.txt, line 2, '7 20 1': invalid literal"),
         ("image_class_labels.txt", "7 20", "7 Auk", "image_class_labels.txt, line 2, '7 Auk': invalid literal"),
         ("classes.txt", "3 003.Sooty_Albatross", "3", "classes.txt, line 2, '3': 1 of 2 columns"),
-        ("bounding_boxes.txt", "5.0 6.0", "5.0", "bounding_boxes.txt, line 2, '2 10.0 0.0 5.0': 4 of 5 columns"),
-        ("bounding_boxes.txt", "5.0 6.0", "5.0 6.0 7.0", "bounding_boxes.txt, line 2, '2 10.0 0.0 5.0 6.0 7.0': could"),
-        (
-            "bounding_boxes.txt",
-            "3.5",
-            "wide",
-            "line 1, '4 1.0 2.0 wide 4.0': could not convert string to float: 'wide'",
-        ),
-        ("parts/parts.txt", "1 back", "back", "parts.txt, line 2, 'back': 1 of 2 columns; expected '<part_id>"),
-        ("parts/part_locs.txt", "2 1 5.5 6.0 1", "2 1 5.5 6.0", "part_locs.txt, line 1, '2 1 5.5 6.0': 4 of 5 columns"),
-        # Values.
         ("train_test_split.txt", "4 0", "4 2", "train_test_split.txt, line 2, '4 2': must be 0 or 1, not '2'"),
         ("train_test_split.txt", "4 0", "4 01", "train_test_split.txt, line 2, '4 01': must be 0 or 1, not '01'"),
-        (
-            "parts/part_locs.txt",
-            "8.0 9.0 1",
-            "8.0 9.0 yes",
-            "must be 0 or 1, not 'yes'; expected '<image_id> <part_id>",
-        ),
         ("images.txt", "003.Sooty_Albatross/a", "../a", "images.txt, line 2, '2 ../a.jpg': the path leaves images/"),
-        (
-            "images.txt",
-            "Sooty_Albatross/a",
-            "Sooty/../../../a",
-            "line 2, '2 003.Sooty/../../../a.jpg': the path leaves",
-        ),
+        ("images.txt", "Sooty_Albatross/a", "Sooty/../../../a",
+         "line 2, '2 003.Sooty/../../../a.jpg': the path leaves"),
         ("images.txt", "003.Sooty_Albatross/a", "/tmp/a", "line 2, '2 /tmp/a.jpg': the path leaves images/"),
         ("images.txt", "003.Sooty_Albatross/a", "..\\a", "line 2, '2 ..\\\\a.jpg': the path leaves images/"),
         ("images.txt", "003.Sooty_Albatross/a", "C:\\a", "line 2, '2 C:\\\\a.jpg': the path leaves images/"),
-        # Ids twice.
-        (
-            "images.txt",
-            "30 003",
-            "7 003",
-            "images.txt, line 3, '7 020.Great_Auk/Auk 2.jpg': id 7 was in an earlier line",
-        ),
+        ("images.txt", "30 003", "7 003",
+         "images.txt, line 3, '7 020.Great_Auk/Auk 2.jpg': id 7 was in an earlier line"),
         ("image_class_labels.txt", "30 3", "7 3", "image_class_labels.txt, line 4, '7 3': id 7 was"),
         ("train_test_split.txt", "2 0", "30 0", "train_test_split.txt, line 3, '30 0': id 30 was"),
         ("classes.txt", "3 003", "20 003", "classes.txt, line 2, '20 003.Sooty_Albatross': id 20 was"),
-        ("bounding_boxes.txt", "30 1.0", "2 1.0", "bounding_boxes.txt, line 4, '2 1.0 1.0 2.0 2.0': id 2 was"),
-        ("parts/parts.txt", "1 back", "2 back", "parts.txt, line 2, '2 back': id 2 was"),
-        ("parts/part_locs.txt", "2 2 1.0", "2 1 1.0", "part_locs.txt, line 2, '2 1 1.0 2.0 0': id (2, 1) was"),
-        # Ids in one list only.
-        (
-            "image_class_labels.txt",
-            "7 20\n4 20\n",
-            "",
-            "2 image ids (4, 7) of {}/images.txt not in {}/image_class_labels",
-        ),
-        (
-            "image_class_labels.txt",
-            "7 20",
-            "7 20\n8 20",
-            "1 image id (8) of {}/image_class_labels.txt not in {}/images",
-        ),
+        ("image_class_labels.txt", "7 20\n4 20\n", "",
+         "2 image ids (4, 7) of {}/images.txt not in {}/image_class_labels"),
+        ("image_class_labels.txt", "7 20", "7 20\n8 20",
+         "1 image id (8) of {}/image_class_labels.txt not in {}/images"),
         ("train_test_split.txt", "4 0\n", "", "1 image id (4) of {}/images.txt not in {}/train_test_split.txt"),
         ("train_test_split.txt", "4 0", "4 0\n5 0", "1 image id (5) of {}/train_test_split.txt not in {}/images.txt"),
-        (
-            "images.txt",
-            "4 020.Great_Auk/Auk_1.jpg\n",
-            "",
-            "1 image id (4) of {}/image_class_labels.txt not in {}/images",
-        ),
-        (
-            "bounding_boxes.txt",
-            "4 1.0 2.0 3.5 4.0\n",
-            "",
-            "1 image id (4) of {}/images.txt not in {}/bounding_boxes.txt",
-        ),
-        ("bounding_boxes.txt", "4 1.0", "40 1.0", "1 image id (4) of {}/images.txt not in {}/bounding_boxes.txt"),
-        (
-            "parts/part_locs.txt",
-            "4 1 0.0 0.0 0\n4 2 0.0 0.0 0\n",
-            "",
-            "1 image id (4) of {}/images.txt not in {}/parts",
-        ),
-        (
-            "parts/part_locs.txt",
-            "7 2 3.0",
-            "7 5 3.0",
-            "1 part id (5) of {}/parts/part_locs.txt not in {}/parts/parts.txt",
-        ),
-        (
-            "image_class_labels.txt",
-            "7 20",
-            "7 21",
-            "1 class id (21) of {}/image_class_labels.txt not in {}/classes.txt",
-        ),
-        (
-            "classes.txt",
-            "3 003",
-            "3 003.Auk\n9 003",
-            "1 class id (9) of {}/classes.txt not in {}/image_class_labels.txt",
-        ),
-        # Classes and files.
+        ("images.txt", "4 020.Great_Auk/Auk_1.jpg\n", "",
+         "1 image id (4) of {}/image_class_labels.txt not in {}/images"),
+        ("image_class_labels.txt", "7 20", "7 21",
+         "1 class id (21) of {}/image_class_labels.txt not in {}/classes.txt"),
+        ("classes.txt", "3 003", "3 003.Auk\n9 003",
+         "1 class id (9) of {}/classes.txt not in {}/image_class_labels.txt"),
         ("train_test_split.txt", "7 1", "7 0", "{}/train_test_split.txt has no training images for 1 class id (20)"),
-        (
-            "images.txt",
-            "s/a.jpg",
-            "s/c.jpg",
-            "{}/images lacks 1 image (003.Sooty_Albatross/c.jpg) of the 4 in {}/images",
-        ),
-        (
-            "images.txt",
-            "s/a.jpg",
-            "s/A.jpg",
-            "{}/images lacks 1 image (003.Sooty_Albatross/A.jpg) of the 4 in {}/images",
-        ),
+        ("images.txt", "s/a.jpg", "s/c.jpg",
+         "{}/images lacks 1 image (003.Sooty_Albatross/c.jpg) of the 4 in {}/images"),
+        ("images.txt", "s/a.jpg", "s/A.jpg",
+         "{}/images lacks 1 image (003.Sooty_Albatross/A.jpg) of the 4 in {}/images"),
         ("images.txt", "Sooty_Albatross/a", "sooty_albatross/a", "{}/images lacks 1 image (003.sooty_albatross/a.jpg)"),
         ("images.txt", "020.Great_Auk/", "021/", "{}/images lacks 2 images (021/Auk 2.jpg, 021/Auk_1.jpg) of the 4"),
     ],
-)
+)  # fmt: skip
 def test_damaged_list(cub: Path, name: str, old: str, new: str, message: str) -> None:
     assert old in LISTS[name]
     (cub / name).write_text(LISTS[name].replace(old, new))
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message.replace("{}", str(cub)))):
-        read_all(cub)
+        read_cub(cub)
 
 
 def test_missing_images_folder_shows_the_first_few(cub: Path) -> None:

@@ -12,10 +12,6 @@ LISTS = {
     "image_class_labels.txt": "2 3\n7 20\n4 20\n30 3\n",
     "train_test_split.txt": "30 1\n4 0\n2 0\n7 1\n",
     "classes.txt": "20 020.Great_Auk\n3 003.Sooty_Albatross\n",
-    "bounding_boxes.txt": "4 1.0 2.0 3.5 4.0\n2 10.0 0.0 5.0 6.0\n7 0.0 0.0 9.0 9.0\n30 1.0 1.0 2.0 2.0\n",
-    "parts/parts.txt": "2 left leg\n1 back\n",
-    "parts/part_locs.txt": "2 1 5.5 6.0 1\n2 2 1.0 2.0 0\n4 1 0.0 0.0 0\n4 2 0.0 0.0 0\n"
-    "7 2 3.0 4.0 1\n7 1 1.0 2.0 1\n30 1 8.0 9.0 1\n30 2 0.0 0.0 0\n",
 }
 PATHS = {line.split(" ", 1)[0]: line.split(" ", 1)[1] for line in LISTS["images.txt"].splitlines()}
 
@@ -26,7 +22,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 def write_cub(root: Path) -> Path:
     """Two classes with two images each."""
-    (root / "parts").mkdir(parents=True)
+    root.mkdir(parents=True)
     for name, text in LISTS.items():
         (root / name).write_text(text)
     for seed, name in enumerate(PATHS.values()):
