@@ -24,7 +24,7 @@ from apinet_head.mining.triton_tiles import Tiles, tiles_for
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIGNS = {"similar": 1, "dissimilar": -1}
 # What one program reads at a time, in `lay_out`, where ROWS divides the tiles, and by subtraction.
-ROWS, CHANNELS = (16, 32) if INTERPRETED else (4, 512)
+ROWS, CHANNELS = (32, 64) if INTERPRETED else (4, 512)
 DIRECT_ROWS, DIRECT_CHANNELS = (128, 128) if INTERPRETED else (32, 128)
 # Up to so many differences for a query, and for all, subtracting takes less time than tensor cores and what they need.
 DIRECT_OF_ONE, DIRECT = 2**19, 2**28

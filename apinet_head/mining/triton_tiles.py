@@ -1,4 +1,4 @@
-"""Tile sizes for `triton_search`, by GPU: those for 9.0 the best of 36 by `benchmarks/tune_triton.py`, others estimates."""
+"""Tile sizes for `triton_search`: for 9.0 the best of 36 tried on an H200 (benchmarks/tune_triton.py), else guesses."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class Tiles(NamedTuple):
 # By compute capability, for few pairs of rows and for many. 0 is Triton's interpreter, where small batches should have
 # many tiles. It is a table because tuning at run time would measure within a CUDA graph, and differ from run to run.
 TILES: dict[int, dict[str, Tiles]] = {
-    0: {"few": Tiles(16, 32, 1, 1), "many": Tiles(16, 32, 1, 1)},
+    0: {"few": Tiles(32, 64, 1, 1), "many": Tiles(32, 64, 1, 1)},
     80: {"few": Tiles(64, 32, 4, 4), "many": Tiles(128, 32, 8, 4)},
     86: {"few": Tiles(64, 32, 4, 3), "many": Tiles(128, 32, 8, 3)},
     89: {"few": Tiles(64, 32, 4, 3), "many": Tiles(128, 32, 8, 3)},
