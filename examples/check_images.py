@@ -11,10 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from workbench.datasets import ARCHIVES, READERS
+from workbench.datasets import ARCHIVES, read
 
 # Nothing here imports torch: a check should start at once, and so should its processes.
-from workbench.datasets.bad_images import LIST, find_bad, processors, shown, write_list
+from workbench.datasets.bad_images import LIST, shown, write_list
+from workbench.datasets.decode import find_bad, processors
 
 
 def main(arguments: list[str] | None = None) -> list[tuple[Path, str]]:
@@ -28,10 +29,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[Path, str]]:
     if options.workers < 0:
         parser.error(f"--workers must be at least 0, got {options.workers}")
 
-    try:
-        data = READERS[options.dataset](options.data, complete=False)
-    except (OSError, ValueError) as error:
-        raise SystemExit(shown(str(error))) from None
+    data = read(options.dataset, options.data, complete=False)
     images = [image.path for image in data.train + data.test]
     bad = find_bad(images, options.workers)
     write_list(Path(options.output), options.data, bad)

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from workbench import model_folder
-from workbench.datasets.bad_images import processors, shown
+from workbench.datasets.bad_images import shown
+from workbench.datasets.decode import processors
 from workbench.datasets.folders import SUFFIXES
 from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image

@@ -30,7 +30,8 @@ from apinet_head import APINet, BalancedBatchSampler, api_loss
 from workbench import metrics, model_folder, report
 from workbench.checkpoint import RunState
 from workbench.datasets import Image, ImageSet
-from workbench.datasets.bad_images import ending_at_bad_images, processors, shown
+from workbench.datasets.bad_images import ending_at_bad_images, shown
+from workbench.datasets.decode import processors
 from workbench.datasets.folders import Split, by_class, read, short_side, sound, warnings
 from workbench.defaults import Known, choose
 from workbench.distributed import end_all

@@ -61,7 +61,7 @@ def estimate(settings: Settings, make_net: Callable[[Settings], nn.Module]) -> C
             memory=free_memory(settings.device),
             amp=DTYPES[settings.amp],
             moments=1 if processes == 1 else 2,  # SGD's; many processes also average the gradients in buffers
-            loss=None if settings.method == "api" else cross_entropy,
+            loss=None if settings.method == "api" else baseline_loss,
         )
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"--chunk-size auto: {error}") from None
@@ -75,6 +75,5 @@ def free_memory(device: str) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def cross_entropy(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The baseline's loss."""
+def baseline_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(net(images), labels)

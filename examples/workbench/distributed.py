@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-T = TypeVar("T")
 
 
 def join_processes(device: str) -> PartialState:
@@ -63,14 +61,6 @@ def _await_the_end() -> None:
     # torchrun ends all processes once one has failed: that must not be this one, before the first has said why.
     time.sleep(30)
     raise SystemExit(1)
-
-
-def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of the items: every item is in one process's part, and they are in order."""
-    # Not accelerate's split_between_processes: it repeats or reorders what doesn't divide.
-    joined = dist.is_available() and dist.is_initialized()
-    rank, count = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    return items[len(items) * rank // count : len(items) * (rank + 1) // count]
 
 
 def highest(values: Sequence[float]) -> list[float]:

@@ -1,11 +1,11 @@
 """What protects a run: early checks of flags, graceful shutdown, steps that are not finite, memory that runs out."""
 
+import difflib
 import os
 import signal
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import timm
@@ -37,15 +37,9 @@ def check_backbone(name: str) -> Any:
         SystemExit: timm has no such model; the message has near names.
     """
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name}*")[:5]) or ", ".join(_near(name))
+        near = ", ".join(timm.list_models(f"*{name}*")[:5] or difflib.get_close_matches(name, timm.list_models(), 5))
         raise SystemExit(f"--backbone {name}: timm has no such model{f'; near: {near}' if near else ''}")
     return timm.get_pretrained_cfg(name)
-
-
-def _near(name: str) -> list[str]:
-    import difflib
-
-    return difflib.get_close_matches(name, timm.list_models(), 5)
 
 
 @contextmanager
@@ -79,15 +73,12 @@ class Shutdown:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Shutdown":
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells' background jobs want it
-                    self._before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells' background jobs want it
+                self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from accelerate import PartialState
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -22,7 +23,6 @@ from torchvision import transforms
 
 from apinet_head import BalancedBatchSampler
 from workbench.datasets.lists import Image
-from workbench.distributed import share
 from workbench.image_files import load_image
 
 
@@ -107,7 +107,8 @@ def eval_loader(
     cache: bool = False,
 ) -> DataLoader[Any]:
     """This process's share of the images, in order, prepared as a model folder's classes.json says."""
-    dataset = ImageDataset(share(images), eval_transform(config), resize=config.get("squash"), cache=cache)
+    with PartialState().split_between_processes(list(images)) as mine:
+        dataset = ImageDataset(mine, eval_transform(config), resize=config.get("squash"), cache=cache)
     return DataLoader(dataset, batch_size=batch, num_workers=workers, timeout=timeout if workers else 0)
 
 

@@ -18,7 +18,7 @@ import check_images
 import score
 import train_cub
 from workbench import image_files, images
-from workbench.datasets import READERS, bad_images
+from workbench.datasets import READERS, decode
 from workbench.datasets.bad_images import read_list
 from workbench.image_files import BadImageError, load_image, why_bad
 
@@ -201,9 +201,9 @@ def kill(path: Path) -> str | None:
 
 
 def test_process_that_dies_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bad_images, "why_bad", kill)
+    monkeypatch.setattr(decode, "why_bad", kill)
     with pytest.raises(SystemExit, match=r"a process died while decoding one of the \d+ images from .* to .*"):
-        bad_images.find_bad([Path(str(number)) for number in range(40)], workers=1)
+        decode.find_bad([Path(str(number)) for number in range(40)], workers=1)
 
 
 def test_lists_that_do_not_fit(folder: Path, tmp_path: Path, capsys) -> None:
@@ -226,9 +226,7 @@ def test_lists_that_do_not_fit(folder: Path, tmp_path: Path, capsys) -> None:
     missing = f"1 image ({data.train[1].path}) not there and not in {listing}; make it anew with check_images.py"
     assert missing in skip(good)
     listing.unlink()
-    with pytest.raises(
-        SystemExit, match=r"list .*nowhere cannot be read: .*No such file.*; check_images\.py"
-    ):
+    with pytest.raises(SystemExit, match=r"list .*nowhere cannot be read: .*No such file.*; check_images\.py"):
         run(folder, "--skip-bad", str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit):
         train_cub.main(["--skip-bad"])
@@ -250,4 +248,4 @@ def test_classes_that_are_short_of_images(bad: int, what: str, folder: Path, tmp
 
 def test_checked_and_trained_alike() -> None:
     assert images.load_image is image_files.load_image is load_image
-    assert why_bad is bad_images.why_bad
+    assert why_bad is decode.why_bad

@@ -7,19 +7,14 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from workbench.datasets.lists import ImageSet, some
-from workbench.image_files import BadImageError, why_bad
+from workbench.image_files import BadImageError
 
 LIST = "bad_images.txt"
-CHUNK = 8  # images given to a process at a time
 UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names need not be UTF-8
 
 
@@ -94,30 +89,3 @@ def ending_at_bad_images() -> Iterator[None]:
             f"\nbad image: {message}.\ncheck.py finds all bad images before training; with its list, --skip-bad leaves "
             "them out."
         ) from None
-
-
-def find_bad(paths: list[Path], workers: int) -> list[tuple[Path, str]]:
-    """The bad ones of the files with the reasons, in order; with 0 workers, without processes beside this one.
-
-    Raises:
-        SystemExit: a process died, of a decoder's crash or for want of memory.
-    """
-    bad: list[tuple[Path, str]] = []
-    with tqdm(total=len(paths), unit=" images") as bar, ProcessPoolExecutor(max(1, workers)) as pool:
-        reasons = pool.map(why_bad, paths, chunksize=CHUNK) if workers else map(why_bad, paths)
-        try:
-            for path, reason in zip(paths, reasons, strict=True):
-                bad += [(path, reason)] if reason else []
-                bar.update()
-        except BrokenProcessPool:
-            suspects = paths[bar.n : bar.n + CHUNK * workers]
-            raise SystemExit(
-                f"a process died while decoding one of the {len(suspects)} images from {shown(str(suspects[0]))} to "
-                f"{shown(str(suspects[-1]))}: for want of memory (take fewer --workers), or by a fault in a decoder"
-            ) from None
-    return bad
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

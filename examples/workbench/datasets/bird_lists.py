@@ -2,27 +2,18 @@
 
 import re
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from workbench.datasets.lists import (
-    Archive,
-    Image,
-    ImageSet,
-    Inside,
-    check_ids,
-    check_known,
-    check_trained,
-    flag,
-    read_lines,
-)
+from workbench.datasets.lists import Archive, ImageSet, Inside, check_ids, check_known, check_trained, flag, read_lines
 
 IMAGES, LABELS, SPLIT, CLASSES = "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"
 CUB = Archive(
     "CUB-200-2011",
     expected="CUB_200_2011 or the folder it was unpacked in",
     images="images/",
-    source="CUB-200-2011 is to be had from https://www.vision.caltech.edu/datasets/cub_200_2011/",
+    source="CUB-200-2011 is available from https://www.vision.caltech.edu/datasets/cub_200_2011/",
     folders=("CUB_200_2011",),
 )
 HIERARCHY = "hierarchy.txt"
@@ -30,7 +21,7 @@ NABIRDS = Archive(
     "NABirds",
     expected="nabirds or the folder it was unpacked in",
     images="images/",
-    source="NABirds is to be had from https://dl.allaboutbirds.org/nabirds",
+    source="NABirds is available from https://dl.allaboutbirds.org/nabirds",
     folders=("nabirds",),
 )
 
@@ -47,7 +38,9 @@ class BirdLists:
         found = archive.find(root, IMAGES, LABELS, SPLIT, CLASSES, *more)
         self.archive, self.image_id = archive, image_id
         self.root, self.images, self.labels, self.split, self.classes, *self.more = found
-        self.paths = read_paths(self.images, image_id)
+        inside = Inside(self.root, "images")
+        form = "<image_id> <path under images/>"
+        self.paths = read_lines(self.images, form, lambda image, path: (image_id(image), inside(path)))
         self.class_ids = self._read_images(self.labels, "<class_id>", int)
         self.in_train = self._read_images(self.split, "<is_training_image>", flag)
         self.names = read_lines(self.classes, "<class_id> <class_name>", lambda label, name: (int(label), name))
@@ -70,23 +63,15 @@ class BirdLists:
         """
         trained = {self.class_ids[image_id] for image_id in self.paths if self.in_train[image_id]}
         check_trained(self.split, trained, self.classes, self.used, "class id")
-        folder = self.root / "images"
-        if complete:
-            self.archive.check_images(folder, self.paths.values(), self.images)
         label_of = {class_id: label for label, class_id in enumerate(self.used)}
-        parts: dict[bool, list[Image]] = {True: [], False: []}
-        for image_id, path in sorted(self.paths.items()):
-            image = Image(folder / path, label_of[self.class_ids[image_id]], image_id)
-            parts[self.in_train[image_id]].append(image)
+        rows = {image_id: (self.paths[image_id], label_of[self.class_ids[image_id]]) for image_id in self.paths}
+        images = sorted(self.archive.images_at(self.root / "images", rows, self.images, complete=complete), key=_id)
+        train, test = ([one for one in images if self.in_train[_id(one)] == part] for part in (True, False))
         names, groups = ([table[class_id] for class_id in label_of] for table in (self.names, families))
-        return ImageSet(self.archive.name, names, parts[True], parts[False], groups)
+        return ImageSet(self.archive.name, names, train, test, groups)
 
 
-def read_paths(images: Path, image_id: Callable[[str], Any]) -> dict[Any, Any]:
-    """{image_id: path in images/}."""
-    inside = Inside(images.parent, "images")
-    form = "<image_id> <path under images/>"
-    return read_lines(images, form, lambda image, path: (image_id(image), inside(path)))
+_id = attrgetter("image_id")
 
 
 def read_cub(root: str | Path, *, complete: bool = True) -> ImageSet:
@@ -111,12 +96,7 @@ def family(class_name: str) -> str:
 
 
 def read_nabirds(root: str | Path, *, complete: bool = True) -> ImageSet:
-    """Read NABirds; of its classes, those that have images, which are the hierarchy's leaves.
-
-    Errors and `complete` are as in `read_cub`.
-
-    `root` is the folder nabirds, or the one that it was unpacked in.
-    """
+    """Read NABirds; of its classes, those that have images, which are the hierarchy's leaves; else as `read_cub`."""
     lists = BirdLists(NABIRDS, root, str, HIERARCHY)
     (hierarchy,) = lists.more
     form = "<class_id> <class_id of its parent>"

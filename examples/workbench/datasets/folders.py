@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import PIL.Image
 
-from workbench.datasets.bad_images import find_bad, shown
+from workbench.datasets.bad_images import shown
+from workbench.datasets.decode import find_bad
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 TRAIN_NAMES = ("train", "training")

@@ -76,31 +76,21 @@ class Archive:
             raise FileNotFoundError(f"{problem}; {expected}. {self.source}")
         return root, *found[root].values()
 
-    def check_images(self, folder: Path, paths: Iterable[PurePosixPath], listing: Path) -> None:
-        """Raises FileNotFoundError if images of `listing`, at `paths` in `folder`, are not on disk."""
-        paths = list(paths)
-        # One listing per folder instead of a question per image: quick, and exact about case on macOS too. Only of the
-        # folders that the list names: a walk through all of them would follow loops of links.
-        listings: dict[PurePosixPath, set[str]] = {}
+    def images_at(self, folder: Path, rows: Mapping[Any, Any], listing: Path, *, complete: bool) -> list[Image]:
+        """The images of {image_id: (path in folder, label)}, as a listing has them.
 
-        def there(path: PurePosixPath) -> bool:
-            parent = path.parent
-            if parent == path:
-                return True
-            if parent not in listings:
-                found = there(parent) and (folder / parent).is_dir()
-                listings[parent] = set(os.listdir(folder / parent)) if found else set()
-            return path.name in listings[parent]
-
-        missing = [str(path) for path in paths if not there(path)]
+        Raises:
+            FileNotFoundError: they are to be `complete`, and some are not on disk.
+        """
+        paths = [path for path, _ in rows.values()] if complete else []
+        # One listing per folder instead of a question per image: quick, and exact about case on macOS too.
+        folders = {path.parent: folder / path.parent for path in paths}
+        there = {parent: set(os.listdir(path)) if path.is_dir() else set() for parent, path in folders.items()}
+        missing = [str(path) for path in paths if path.name not in there[path.parent]]
         if missing:
             lacking = f"{folder} lacks {some('image', missing)} of the {len(paths)} in {listing}"
             raise FileNotFoundError(f"{lacking} (upper and lower case count); unpack the archive anew. {self.source}")
-
-
-def images_at(folder: Path, rows: Mapping[int | str, tuple[PurePosixPath, int]]) -> list[Image]:
-    """The images of {image_id: (path in folder, label)}."""
-    return [Image(folder / path, label, image_id) for image_id, (path, label) in rows.items()]
+        return [Image(folder / path, label, image_id) for image_id, (path, label) in rows.items()]
 
 
 def read_lines(file: Path, form: str, parse: Parse) -> dict[Any, Any]:

@@ -6,7 +6,7 @@ Not torchvision's `StanfordCars`: it takes paths out of the folder and class 0, 
 from pathlib import Path
 from typing import Any
 
-from workbench.datasets.lists import Archive, ImageSet, Inside, check_apart, check_trained, images_at, read_mat, whole
+from workbench.datasets.lists import Archive, ImageSet, Inside, check_apart, check_trained, read_mat, whole
 
 CAR_NAMES, CAR_TRAIN = "devkit/cars_meta.mat", "devkit/cars_train_annos.mat"
 CAR_TEST = ("cars_test_annos_withlabels.mat", "devkit/cars_test_annos_withlabels.mat")
@@ -15,7 +15,7 @@ CARS = Archive(
     expected="the folder that cars_train.tgz, cars_test.tgz and car_devkit.tgz were unpacked in",
     images="cars_train/, cars_test/",
     source="The page of Stanford Cars, https://ai.stanford.edu/~jkrause/cars/car_dataset.html, is no longer there; "
-    "https://github.com/pytorch/vision/issues/7545 collects where copies are to be had. The labels of the test images, "
+    "https://github.com/pytorch/vision/issues/7545 collects where copies are. The labels of the test images, "
     "cars_test_annos_withlabels.mat, are a download of their own: the devkit's cars_test_annos.mat has none",
     folders=("stanford_cars",),
 )
@@ -24,7 +24,7 @@ DOGS = Archive(
     "Stanford Dogs",
     expected="the folder that images.tar and lists.tar were unpacked in",
     images="Images/",
-    source="Stanford Dogs is to be had from http://vision.stanford.edu/aditya86/ImageNetDogs/",
+    source="Stanford Dogs is available from http://vision.stanford.edu/aditya86/ImageNetDogs/",
 )
 
 
@@ -35,9 +35,7 @@ def read_cars(root: str | Path, *, complete: bool = True) -> ImageSet:
     parts = []
     for folder, listing in (("cars_train", train), ("cars_test", test)):
         rows = _read_annotations(listing, Inside(root, folder), len(classes))
-        if complete:
-            CARS.check_images(root / folder, [path for path, _ in rows.values()], listing)
-        parts.append(images_at(root / folder, rows))
+        parts.append(CARS.images_at(root / folder, rows, listing, complete=complete))
     check_trained(train, [classes[image.label] for image in parts[0]], meta, classes, "class name")
     return ImageSet(CARS.name, classes, *parts, families=[name.split()[0] for name in classes])
 
@@ -79,17 +77,12 @@ def read_dogs(root: str | Path, *, complete: bool = True) -> ImageSet:
             raise ValueError(f"{folder} had class {class_of[folder]} before")
         return str(path), (path, class_id)
 
-    parts = []
-    for listing in (train, test):
-        rows = read_mat(listing, ["file_list", "labels"], parse)
-        if complete:
-            DOGS.check_images(root / "Images", [path for path, _ in rows.values()], listing)
-        parts.append(rows)
-    check_apart(train, parts[0], test, parts[1], "image")
-    check_trained(train, (class_id for _, class_id in parts[0].values()), test, folder_of, "class label")
+    listed = {listing: read_mat(listing, ["file_list", "labels"], parse) for listing in (train, test)}
+    check_apart(train, listed[train], test, listed[test], "image")
+    check_trained(train, (class_id for _, class_id in listed[train].values()), test, folder_of, "class label")
     label_of = {class_id: label for label, class_id in enumerate(sorted(folder_of))}
-    images = [
-        images_at(root / "Images", {key: (path, label_of[class_id]) for key, (path, class_id) in rows.items()})
-        for rows in parts
-    ]
-    return ImageSet(DOGS.name, [folder_of[class_id] for class_id in label_of], *images)
+    parts = []
+    for listing, rows in listed.items():
+        labelled = {key: (path, label_of[class_id]) for key, (path, class_id) in rows.items()}
+        parts.append(DOGS.images_at(root / "Images", labelled, listing, complete=complete))
+    return ImageSet(DOGS.name, [folder_of[class_id] for class_id in label_of], *parts)
