@@ -1,5 +1,7 @@
 """Backends behind `mine_pairs`: the same function under the same contract."""
 
+import functools
+import warnings
 from importlib.util import find_spec
 
 import torch
@@ -75,4 +77,21 @@ def _suits_triton(features: Tensor) -> bool:
     ):
         return False
     properties = torch.cuda.get_device_properties(features.device)
-    return (properties.major, properties.minor) in TRITON_ON
+    # The compiler needs a Triton that works anyway.
+    return (properties.major, properties.minor) in TRITON_ON and (torch.compiler.is_compiling() or triton_works())
+
+
+@functools.cache
+def triton_works() -> bool:
+    """Whether Triton can launch kernels: it needs a C compiler and Python's headers, which small images lack."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:
+        warnings.warn(
+            f"Triton does not work here, so pairs are mined in plain PyTorch, which takes longer: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True

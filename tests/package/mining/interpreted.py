@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mined import HOWS, LABELS, brute_force, check
+from mined import HOWS, brute_force, check
 from strategies import DENORMAL, DTYPES, KINDS, batches, make_batch
 
 from apinet_head import mine_pairs
@@ -20,30 +20,30 @@ from apinet_head.mining import triton as backend
 
 # Whatever the size, on tensor cores; small searches are done by subtraction alone.
 KERNELS = "triton, large"
+LABELS = torch.arange(40) // 4  # few rows, as each takes 10 ms in the interpreter
+OF_KERNELS = DTYPES[:3]  # float64 is plain PyTorch's
 EITHER = pytest.mark.parametrize("kernels", ["triton", KERNELS])
 BACKENDS[KERNELS] = mock.patch.object(backend, "DIRECT", 0)(backend.mine)
 
 
 @EITHER
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", [*KINDS, DENORMAL])
 def test_adversarial(kind, dtype, kernels):
-    if kind == DENORMAL and dtype == torch.bfloat16:
-        pytest.skip("the interpreter makes other numbers of denormal ones of bfloat16")
-    features, labels = make_batch(seed=1, size=40, dim=33, classes=10, dtype=dtype, kind=kind)
+    features, labels = make_batch(seed=1, size=24, dim=33, classes=6, dtype=dtype, kind=kind)
     check(features, labels, backend=kernels)
     check(features, labels, intra="dissimilar", inter="dissimilar", backend=kernels)
 
 
 @EITHER
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(batch=batches(70, 70), intra=st.sampled_from(HOWS), inter=st.sampled_from(HOWS))
 def test_any_batch(batch, intra, inter, kernels):
     check(*batch, intra=intra, inter=inter, backend=kernels)
 
 
 @EITHER
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(batch=batches(60, 40), data=st.data())
 def test_keys_elsewhere(batch, data, kernels):
     keys, key_labels = batch
@@ -62,13 +62,13 @@ def test_small_searches_are_the_same():
 
 
 @EITHER
-@pytest.mark.parametrize("factor", [6e4, 1e10, 1e30])
-@pytest.mark.parametrize("far", [[5], range(0, 120, 10), range(12)])
+@pytest.mark.parametrize("factor", [6e4, 1e30])
+@pytest.mark.parametrize("far", [[5], range(0, 40, 10)])
 @pytest.mark.parametrize("offset", [0, 100])
 def test_rows_far_away_change_nobody_elses_partner(factor, far, offset, kernels):
-    features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0)) + offset
+    features = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) + offset
     features[list(far)] *= factor
-    others = torch.ones(120, dtype=torch.bool)
+    others = torch.ones(40, dtype=torch.bool)
     others[list(far)] = False
     found = mine_pairs(features, LABELS, backend=kernels).partner.view(2, -1)
     assert torch.equal(found[:, others], brute_force(features, LABELS)[:, others])
@@ -77,46 +77,45 @@ def test_rows_far_away_change_nobody_elses_partner(factor, far, offset, kernels)
 @EITHER
 @pytest.mark.parametrize("factor", [1e6, 1e30])
 def test_a_key_far_away_changes_nobodys_partner(factor, kernels):
-    features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     expected = brute_force(features, LABELS)
     keys, key_labels = torch.cat([features, features[7:8] * factor]), torch.cat([LABELS, LABELS[7:8]])
     found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=kernels)
     assert torch.equal(found.partner.view(2, -1), expected)
 
 
-@pytest.mark.parametrize("empty", [200, 1000])
 @pytest.mark.parametrize(("offset", "factor"), [(1000, 1), (100, 1e30)])
-def test_keys_without_a_class_do_not_move_the_centre(empty, offset, factor):
+def test_keys_without_a_class_do_not_move_the_centre(offset, factor):
     # As in a memory that is not full yet.
-    features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0)) + offset
+    features = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) + offset
     features[5] *= factor
-    keys = torch.cat([features, torch.zeros(empty, 64)])
-    key_labels = torch.cat([LABELS, torch.full((empty,), -1)])
+    keys = torch.cat([features, torch.zeros(200, 64)])
+    key_labels = torch.cat([LABELS, torch.full((200,), -1)])
     found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=KERNELS)
-    others = torch.arange(120) != 5
+    others = torch.arange(40) != 5
     assert torch.equal(found.partner.view(2, -1)[:, others], brute_force(features, LABELS)[:, others])
 
 
-@pytest.mark.parametrize("factor", [1e3, 1e10, 1e20])
+@pytest.mark.parametrize("factor", [1e3, 1e20])
 def test_rows_far_away_find_each_other(factor):
     # They are so far from the others that these have no direction for them.
-    features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0))
-    far = torch.arange(0, 120, 10)
+    features = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    far = torch.arange(0, 40, 10)
     labels = LABELS.clone()
-    labels[far] = 30 + torch.arange(12) // 4
-    features[far] *= factor * torch.arange(1, 13)[:, None]
+    labels[far] = 10 + torch.arange(6) // 3
+    features[far] *= factor * torch.arange(1, 7)[:, None]
     for keys in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
         found = mine_pairs(features, labels, **keys, backend=KERNELS).partner.view(2, -1)
         assert torch.equal(found[0], brute_force(features, labels)[0])
 
 
 @EITHER
-@pytest.mark.parametrize("cosine", [0.999, 0.9999, 0.99999, 0.999999])
+@pytest.mark.parametrize("cosine", [0.999, 0.999999])
 def test_near_neighbours_are_told_apart(cosine, kernels):
     generator = torch.Generator().manual_seed(0)
-    centres = torch.nn.functional.normalize(torch.randn(30, 512, generator=generator))[LABELS]
-    noise = torch.nn.functional.normalize(torch.randn(120, 512, generator=generator))
-    shuffled = torch.randperm(120, generator=generator)
+    centres = torch.nn.functional.normalize(torch.randn(10, 512, generator=generator))[LABELS]
+    noise = torch.nn.functional.normalize(torch.randn(40, 512, generator=generator))
+    shuffled = torch.randperm(40, generator=generator)
     features = torch.nn.functional.normalize(centres + noise * (1 - cosine) ** 0.5)[shuffled]
     found = mine_pairs(features, LABELS[shuffled], backend=kernels).partner.view(2, -1)
     assert torch.equal(found, brute_force(features, LABELS[shuffled]))
@@ -146,7 +145,7 @@ def test_rows_that_are_not_finite_are_never_chosen_but_keep_their_pairs(how, ker
 
 
 @EITHER
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", OF_KERNELS)
 def test_ties_go_to_the_lowest_index(dtype, kernels):
     # Small integers of mean 0: equal distances are equal in floating point too, and there are many of them.
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +157,7 @@ def test_ties_go_to_the_lowest_index(dtype, kernels):
             assert torch.equal(field, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", OF_KERNELS)
 def test_minus_zero_is_zero(dtype):
     # For the ones, 2 and 0 are equally far; |k|² - 2qk is 0 for both, and times -1 it is -0 for one. The centre is 0,
     # and the two meet in one slot, from two tiles.
@@ -178,7 +177,7 @@ def test_near_ties_of_float32():
 
 
 @EITHER
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", OF_KERNELS)
 @pytest.mark.parametrize("distance", [1e4, 1e30])  # float16 has no 1e30: rows are not finite then
 def test_queries_far_from_the_keys(distance, dtype, kernels):
     keys, key_labels = make_batch(seed=4, size=50, dim=20, classes=5, dtype=dtype, kind="normal")

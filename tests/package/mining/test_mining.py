@@ -239,6 +239,21 @@ def test_auto_takes_tiles_for_large_batches_and_never_for_a_graph():
     assert [chosen(size, size) for size in (120, 65536)] == ["dense", "tiled"]
 
 
+def test_a_triton_that_cannot_launch_is_left_out_with_a_warning(monkeypatch):
+    runtime = pytest.importorskip("triton").runtime
+    mining.triton_works.cache_clear()
+
+    class NoCompiler:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(runtime, "driver", NoCompiler())
+    with pytest.warns(UserWarning, match="mined in plain PyTorch, which takes longer: Failed to find C compiler"):
+        assert not mining.triton_works()
+    mining.triton_works.cache_clear()
+
+
 @each_backend
 def test_ties_go_to_the_lowest_index_among_many(backend):
     # Small integers of mean 0: equal distances are equal in floating point too, and there are many of them.
