@@ -40,6 +40,7 @@ from workbench.distributed import (
 )
 from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
 from workbench.images import ImageDataset, eval_loader, train_loader, train_transform
+from workbench.model_folder import Model
 from workbench.run_folder import RunFolder, describe, write_text
 from workbench.scores import confusion, predict, report, scores
 from workbench.settings import HARMLESS, Settings, parse, run_folder
@@ -93,12 +94,8 @@ def compute_loss(model: nn.Module, images: Tensor, labels: Tensor, settings: Set
     if settings.method == "api":
         pairs = random_pairs(labels, 2 * len(labels)) if settings.pairs == "random" else None
         output = model(images, labels, pairs=pairs)
-        loss, cross_entropy, ranking = api_loss_terms(
-            output,
-            margin=settings.margin,
-            rank_weight=settings.rank_weight,
-            label_smoothing=settings.label_smoothing,
-        )
+        weights = {"margin": settings.margin, "rank_weight": settings.rank_weight}
+        loss, cross_entropy, ranking = api_loss_terms(output, label_smoothing=settings.label_smoothing, **weights)
         logits, targets = output.logits_self, output.labels
     else:
         logits, targets = model(images), labels
@@ -144,6 +141,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if processes.process_index:  # same weights on all, but each with dropout of its own
         set_seed(settings.seed, device_specific=True)
     transform = {"squash": settings.resize, "crop": settings.crop, **model_folder.normalization(net)}
+    plain = Model(net, data.classes, transform)  # what is saved, whatever it is wrapped in for training
     dataset = ImageDataset(
         data.train, train_transform(transform), resize=settings.resize, cache=settings.cache_images
     )  # fmt: skip
@@ -221,12 +219,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             start = time.perf_counter()
             share_buffers(net)
             progress.epoch += 1
-            row |= {"epoch": progress.epoch, "step": progress.step, "skipped": progress.skipped}
-            row |= {"left_out": data.left_out}
+            row |= {"epoch": progress.epoch, "step": progress.step}
+            row |= {"skipped": progress.skipped, "left_out": data.left_out}
             if progress.epoch == settings.epochs or progress.epoch % settings.eval_every == 0:
                 row |= scores(*predict(net, test_loader, device))
             row["seconds"] = progress.seconds + time.perf_counter() - start
-            record(folder, state, row, settings, data.classes, transform)
+            record(folder, state, row, plain, settings)
             progress.batch, progress.counted, progress.seconds, state.sums = 0, 0, 0.0, {}
             folder.save(state)
             saved = time.monotonic()
@@ -236,15 +234,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         # The result: the net as it is after the last epoch, and what it confuses.
         logits, labels = predict(net, test_loader, device)
     final = progress.history[-1]
-    result = {
-        **final,
-        **confusion(logits, labels, data.classes, data.families),
-        "seconds": sum(row["seconds"] for row in progress.history),
-        "best_test_top1": best(progress.history),
-    }
+    result = {**final, **confusion(logits, labels, data.classes, data.families)}
+    result["seconds"] = sum(row["seconds"] for row in progress.history)
+    result["best_test_top1"] = best(progress.history)
     if processes.is_main_process:
         with folder.writing():
-            save_model(folder, "last", net, settings, data.classes, transform, final)
+            save_model(folder, "last", plain, settings, final)
             write_text(path / "result.json", json.dumps(result, indent=2))
         print(f"{settings.method} after {result['epoch']} epochs: {report(result)}")
         print(f"(best epoch, chosen on the test images: top-1 {result['best_test_top1']:.2f} %)")
@@ -266,14 +261,12 @@ def best(history: list[dict[str, float]]) -> float:
     return max((row["test_top1"] for row in history if "test_top1" in row), default=-1.0)
 
 
-def record(
-    folder: RunFolder, state: RunState, row: dict[str, float], settings: Settings, classes: list[str], transform: Any
-) -> None:
+def record(folder: RunFolder, state: RunState, row: dict[str, float], model: Model, settings: Settings) -> None:
     """Write an epoch's figures, and the net if it is the best so far."""
     history, first = state.progress.history, state.accelerator.is_main_process
     with folder.writing():
         if first and row.get("test_top1", -1.0) > best(history):
-            save_model(folder, "best", state.net, settings, classes, transform, row)
+            save_model(folder, "best", model, settings, row)
         history.append(row)
         tested = {name: value for name, value in row.items() if name.startswith("test")}
         state.accelerator.log(tested, step=state.progress.step)
@@ -281,18 +274,10 @@ def record(
             folder.write_log(history, COLUMNS)
 
 
-def save_model(
-    folder: RunFolder,
-    name: str,
-    net: Any,
-    settings: Settings,
-    classes: list[str],
-    transform: Any,
-    row: dict[str, float],
-) -> None:
+def save_model(folder: RunFolder, name: str, model: Model, settings: Settings, row: dict[str, float]) -> None:
     """A model folder, with what the run was asked for and its figures in run.json; there is always a whole one."""
     with folder.replaced(name) as partial:
-        model_folder.save(partial, net, classes, transform)
+        model_folder.save(partial, model)
         write_text(partial / "run.json", json.dumps({"metrics": row, "settings": asdict(settings)}, indent=2))
 
 
@@ -301,9 +286,8 @@ def end_at_nonfinite(place: str, wrong: str, paths: list[Path], settings: Settin
     listing = "\n  ".join(map(str, gather_object(paths)))
     end_all(
         f"{place} is not finite: {wrong}\nIts images:\n  {listing}\nNo weight was changed by it. Correct the images or "
-        f"the settings, or leave such steps out with --skip-nonfinite {settings.skip_nonfinite + 10}",
-        1,
-    )
+        f"the settings, or leave such steps out with --skip-nonfinite {settings.skip_nonfinite + 10}", 1,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = measure(data, notes, settings, likely, progress.history, str(device))
     net = net.cpu().eval()
     with folder.writing():
-        model_folder.save(options.out, net, data.classes, transform)
+        model_folder.save(options.out, model_folder.Model(net, data.classes, transform))
         (options.out / "metrics.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
         write_predictions(options.out / "predictions.csv", data, likely)
         # save_pretrained writes a card that knows nothing of this model, and only where there is none.

@@ -106,25 +106,19 @@ class RunState:
         return found
 
 
+@dataclass
 class Checkpoints:
-    """The checkpoints of a folder; their names sort by age.
+    """The checkpoints of a folder, of which the newest `keep` are kept; their names sort by age."""
 
-    Args:
-        folder: made with the first checkpoint.
-        keep: how many to keep, the newest.
-    """
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    folder: Path
+    keep: int
 
     def names(self) -> list[str]:
         """From the oldest to the newest, without those that were set aside."""
         return sorted(path.name for path in self.folder.glob("epoch-*") if not path.suffix)
 
     def save(self, state: RunState) -> Path:
-        """Write a checkpoint; it has its name only when all of it is on the disk. Older ones are removed after that.
-
-        All processes take part, and leave when it is done.
+        """Write a checkpoint, by all processes; it has its name only when all of it is on the disk.
 
         Raises:
             OSError: the disk is full, for example; the checkpoints before are as they were.
@@ -138,9 +132,7 @@ class Checkpoints:
                 partial.mkdir(parents=True)
             process.wait_for_everyone()
             for file, content in state.files().items():
-                # By way of memory: torch.save makes a RuntimeError of a full disk.
-                buffer = io.BytesIO()
-                torch.save(content, buffer)
+                torch.save(content, buffer := io.BytesIO())  # straight to a full disk, it would be a RuntimeError
                 write_bytes(partial / file, buffer.getvalue())
             process.wait_for_everyone()
             if process.is_main_process:

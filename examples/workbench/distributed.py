@@ -37,10 +37,9 @@ def join_processes(device: str) -> PartialState:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """The first process does what is in the block before the others, which do nothing of it if it fails.
+    """The first process does what is in the block before the others; what it prints or raises is seen once.
 
-    So what it draws, downloads or makes is there for them, and what it prints or raises is seen once. accelerate's
-    `main_process_first` would let the others add errors of a broken connection to the one that matters.
+    accelerate's `main_process_first` would let the others add errors of a broken connection to the one that matters.
     """
     processes, done = PartialState(), [False]
     if not processes.is_main_process:
@@ -84,8 +83,7 @@ def end_all(message: str, code: int) -> NoReturn:
 def average_gradients(net: nn.Module) -> nn.Module:
     """What to call in the net's place in training, so that backward() leaves the mean gradient on all processes.
 
-    It notes which parameters learn: make it anew when that changes. Made anew each epoch, it also sums gradients in the
-    same order whether the run was interrupted or not.
+    To be made anew each epoch: it notes which parameters learn, and sums gradients in an order that it comes to later.
     """
     if PartialState().num_processes == 1:
         return net

@@ -30,12 +30,9 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
     """(transformed image, label, index) triples.
 
     Args:
-        images: `train` or `test` of an `ImageSet`.
-        transform: of a PIL image, such as `train_transform(...)`.
-        resize: squash images to resize x resize before the transform. Given the transform's own `resize`, items are
+        resize: squash images to resize x resize before the transform. Given the transform's own `squash`, items are
             the same as without, and a cache holds small pictures.
-        cache: keep decoded (and resized) images in memory from their first use on. Each worker process of a
-            DataLoader has its own cache, so keep workers alive with `persistent_workers=True`, or have none.
+        cache: keep decoded (and resized) images in memory from their first use on; each worker has its own cache.
     """
 
     def __init__(

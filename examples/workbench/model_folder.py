@@ -32,10 +32,10 @@ def normalization(net: APINet) -> dict[str, list[float]]:
     return {name: list(config[name]) for name in ("mean", "std")}
 
 
-def save(folder: Path, net: APINet, classes: list[str], transform: dict[str, Any]) -> None:
-    """Write all that `load` reads; names need not be text."""
-    net.save_pretrained(folder)
-    about = {"classes": classes, "transform": transform}
+def save(folder: Path, model: Model) -> None:
+    """Write all that `load` reads."""
+    model.net.save_pretrained(folder)
+    about = {"classes": model.classes, "transform": model.transform}
     (folder / "classes.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

@@ -86,24 +86,11 @@ class Settings:
 
 
 DEMO: dict[str, Any] = {
-    "species": 20,
-    "images_per_species": 60,
-    "image_size": 96,
-    "resize": 72,
-    "crop": 64,
-    "cache_images": True,
-    "workers": 0,
-    "backbone": "resnet10t",
-    "backbone_args": '{"channels": [24, 48, 96, 192], "stem_width": 8}',
-    "pretrained": False,
-    "hidden_dim": 64,
-    "n_classes": 10,
-    "epochs": 100,
-    "lr": 0.05,
-    "frozen_epochs": 0,
-    "threads": 1,
-    "eval_every": 5,
-}
+    "species": 20, "images_per_species": 60, "image_size": 96, "resize": 72, "crop": 64, "cache_images": True,
+    "workers": 0, "backbone": "resnet10t", "backbone_args": '{"channels": [24, 48, 96, 192], "stem_width": 8}',
+    "pretrained": False, "hidden_dim": 64, "n_classes": 10, "epochs": 100, "lr": 0.05, "frozen_epochs": 0,
+    "threads": 1, "eval_every": 5,
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "demo": DEMO}
 # Where the preset "paper" has other defaults for a data set than for CUB-200-2011.
 RECIPES: dict[str, dict[str, Any]] = {"dogs": {"epochs": 50, "lr": 0.001, "frozen_epochs": 12}}

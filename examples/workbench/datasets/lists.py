@@ -41,19 +41,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Archive:
-    """A data set as its makers hand it out.
-
-    Attributes:
-        expected: the folder to give, in words.
-        folders: where its files may lie, seen from the folder given, if not in there.
-        images: the folders of its images, in words.
-        source: where to get it, as a sentence.
-    """
+    """A data set as its makers hand it out; its files may lie in the folder given, or in one of `folders` in it."""
 
     name: str
-    expected: str
-    images: str
-    source: str
+    expected: str  # the folder to give, in words
+    images: str  # the folders of its images, in words
+    source: str  # where to get it, as a sentence
     folders: tuple[str, ...] = ()
 
     def find(self, root: str | Path, *files: str | tuple[str, ...]) -> tuple[Path, ...]:
