@@ -1,4 +1,4 @@
-"""Photographs of solar cells as class folders: solar_cells.py DIR
+"""Photographs of solar cells as class folders: python examples/solar_cells.py DIR
 
 The 2,624 electroluminescence images of the ELPV data set (Deitsch et al., "Segmentation of photovoltaic module cells in
 uncalibrated electroluminescence images", 2021; Buerhop-Lutz et al., "A benchmark for visual identification of defective
@@ -44,18 +44,21 @@ def write_folders(folder: Path, images: Any, probabilities: Any, kinds: Any, deg
     return counts
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the class folders")
     parser.add_argument("--degrees", action="store_true", help="eight classes instead of four")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
         raise SystemExit(f"{options.folder} is there already: choose another folder")
     try:
         from elpv_dataset.utils import load_dataset
     except ImportError:
         raise SystemExit("the photographs come with a package: pip install 'apinet-head[elpv]'") from None
-    counts = write_folders(options.folder, *load_dataset(), degrees=options.degrees)
+    try:
+        counts = write_folders(options.folder, *load_dataset(), degrees=options.degrees)
+    except OSError as error:  # the disk is full, or not to be written to
+        raise SystemExit(f"{options.folder} cannot be written: {error}") from None
     for name, count in sorted(counts.items()):
         print(f"{name}: {count}")
     print(f"{counts.total()} images in {options.folder}; licence of the images: CC BY-NC-SA 4.0")
