@@ -1,0 +1,347 @@
+"""Does API-Net help on photographs, with pretrained weights? A study that goes on where it was stopped.
+
+python examples/study.py birds:5 birds:30 cells=DIR --weights tf_efficientnet_lite0=FILE --out runs/study
+python examples/study.py cells=DIR --weights tf_efficientnet_lite0=FILE --out runs/study --vary     # its settings
+python examples/study.py --out runs/study                                                           # tables alone
+
+Four methods train on the same images for the same number of steps: API-Net, cross-entropy on the same balanced batches
+and on shuffled images, and supervised contrastive loss (pytorch-metric-learning) with cross-entropy. The head is
+trained on features of a frozen backbone or, with --fine-tune, with the backbone. A data set is a folder as train_own.py
+takes it, or drawn birds; ":5" takes 5 training images of each class.
+
+The test images stay the same. A seed stands for the training images, batches and first weights. On other seeds, by the
+accuracy on validation images, each method's learning rate is chosen. Every run is a line of runs.jsonl in --out, and is
+not run again; study.md has the tables, study.csv the figures, study.png the differences.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.losses import SupConLoss
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from apinet_head import APIHead, BalancedBatchSampler, api_loss
+from workbench import study_tables
+from workbench.datasets import Image, cache_folder
+from workbench.datasets.bird_lists import read_cub
+from workbench.datasets.folders import read
+from workbench.frozen import features_of
+from workbench.guard import check_backbone
+from workbench.images import ImageDataset, eval_transform
+from workbench.metrics import machine
+from workbench.settings import number
+from workbench.weights import load_weights
+
+METHODS = ("api", "balanced", "shuffled", "supcon")
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+CHOOSING = (1000, 1001, 1002)  # seeds on which learning rates are chosen, none of which is tested
+SPECIES, DRAWN = 20, 120  # of the birds; half of the images are test images
+BATCH = 32
+BINS = 15  # of the calibration error
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run depends on: the key of its line."""
+
+    data: str
+    backbone: str
+    image_size: int
+    tuned: bool  # the backbone too
+    method: str
+    part: str  # "validation" or "test"
+    seed: int
+    lr: float
+    steps: int
+    n_classes: int
+    n_samples: int
+    margin: float = 0.05
+    rank_weight: float = 1.0
+    dropout: float = 0.5
+    weighted: bool = False  # loss: by the class's number of images, for shuffled batches by its inverse
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Inputs [N,...] (features, or images for a backbone to be tuned) and labels [N], for training and for testing."""
+
+    inputs: Tensor
+    labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+    per_class: int  # training images of each class, 0 for all
+
+
+class Contrastive(nn.Module):
+    """An embedding that supervised contrastive loss shapes, and a classifier on it (Khosla et al., 2020)."""
+
+    def __init__(self, dim: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.embed = nn.Linear(dim, 512)
+        self.drop = nn.Dropout(dropout)
+        self.classifier = nn.Linear(512, classes)
+        self.contrast = SupConLoss()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.classifier(self.drop(self.embed(features)))
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        embedded = self.embed(features)
+        return F.cross_entropy(self.classifier(self.drop(embedded)), labels) + self.contrast(embedded, labels)
+
+
+def train(
+    run: Run, inputs: Tensor, labels: Tensor, classes: int, backbone: nn.Module | None
+) -> tuple[nn.Module, float]:
+    """The trained net in eval mode, and the processor's seconds that it took."""
+    torch.manual_seed(run.seed)
+    body = nn.Identity() if backbone is None else backbone
+    dim = inputs.shape[1] if backbone is None else backbone.num_features
+    make = Contrastive if run.method == "supcon" else APIHead
+    head = make(dim, classes, dropout=run.dropout)
+    if run.method in ("balanced", "shuffled"):
+        head.mutual = nn.Identity()  # it would not be trained
+    counts = labels.bincount(minlength=classes)
+    weight = (counts / counts.float().mean()) ** (-1 if run.method == "shuffled" else 1) if run.weighted else None
+    groups = [{"params": head.parameters()}, {"params": body.parameters(), "lr": run.lr / 10}]
+    optimizer = torch.optim.AdamW(groups[: 1 if backbone is None else 2], lr=run.lr, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # warm-up and cosine
+        optimizer, lambda step: min(1.0, 20 * (step + 1) / run.steps) * (1 + math.cos(math.pi * step / run.steps)) / 2
+    )
+    start = time.process_time()
+    head.train(), body.train()
+    for rows in batches(run, labels):
+        taken = inputs[rows] if backbone is None else augmented(inputs[rows])
+        features, targets = body(taken), labels[rows]
+        if run.method == "api":
+            output = head(features, targets)
+            loss = api_loss(output, margin=run.margin, rank_weight=run.rank_weight, class_weight=weight)
+        elif run.method == "supcon":
+            loss = head.loss(features, targets)
+        else:
+            loss = F.cross_entropy(head(features), targets, weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return nn.Sequential(body, head).eval(), time.process_time() - start
+
+
+def batches(run: Run, labels: Tensor) -> Iterator[list[int]]:
+    if run.method == "shuffled":  # all images as one class, of which each batch takes its next ones
+        size = min(run.n_classes * run.n_samples, len(labels))
+        return iter(BalancedBatchSampler([0] * len(labels), 1, size, n_batches=run.steps, seed=run.seed))
+    sampler = BalancedBatchSampler(labels, run.n_classes, run.n_samples, n_batches=run.steps, seed=run.seed)
+    return iter(sampler)
+
+
+def augmented(images: Tensor) -> Tensor:
+    """The images [B,3,H,W], each mirrored or not, and all shifted by up to an eighth."""
+    mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images, images.flip(3))
+    pad = images.shape[-1] // 8
+    top, left = torch.randint(2 * pad + 1, (2,)).tolist()
+    padded = F.pad(mirrored, (pad, pad, pad, pad), mode="reflect")
+    return padded[:, :, top : top + images.shape[2], left : left + images.shape[3]]
+
+
+def split(labels: Tensor, per_class: int, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train with and to validate with: a quarter of each class for that, and of the rest all or so many."""
+    rng, train_rows, validation_rows = random.Random(seed), [], []
+    for label in range(int(labels.max()) + 1):
+        rows = (labels == label).nonzero().flatten().tolist()
+        rng.shuffle(rows)
+        count = max(1, len(rows) // 4)
+        validation_rows += rows[:count]
+        train_rows += rows[count : count + per_class if per_class else None]
+    return train_rows, validation_rows
+
+
+def execute(run: Run, pool: Pool, backbone: Any) -> dict[str, Any]:
+    """Train and test; the figures of the run's line. `backbone()` makes the one to be tuned."""
+    train_rows, validation_rows = split(pool.labels, pool.per_class, run.seed)
+    classes, labels = int(pool.labels.max()) + 1, pool.labels[train_rows]
+    net, seconds = train(run, pool.inputs[train_rows], labels, classes, backbone() if run.tuned else None)
+    inputs, targets = (
+        (pool.test_inputs, pool.test_labels)
+        if run.part == "test"
+        else (pool.inputs[validation_rows], pool.labels[validation_rows])
+    )
+    with torch.inference_mode():
+        logits = torch.cat([net(part) for part in inputs.split(256)])
+    share = labels.bincount(minlength=classes) / len(labels)
+    # From the uniform prior of balanced batches to that of the training images; of shuffled ones, the other way round.
+    shift = share.log() * (-1 if (run.method == "shuffled") != run.weighted else 1)
+    figures = {"seconds": seconds, **measure(logits, targets)}
+    figures |= {f"adjusted_{name}": value for name, value in measure(logits + shift, targets).items()}
+    right = (logits.argmax(1) == targets).tolist()
+    return figures | {"right": "".join("01"[each] for each in right)} if run.part == "test" else figures
+
+
+def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracies, calibration error and cross-entropy in nats, and how far the classes' shares are off."""
+    likely, classes = logits.double().softmax(1), logits.shape[1]
+    confidence, guess = likely.max(1)
+    right = (guess == labels).double()
+    of_class = [right[labels == label].mean().item() for label in labels.unique()]
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.double).index_add(0, bins, right - confidence)
+    shares = labels.bincount(minlength=classes) / len(labels)
+    return {
+        "accuracy": right.mean().item(),
+        "mean_class_accuracy": mean(of_class),
+        "calibration_error": gaps.abs().sum().item() / len(labels),
+        "cross_entropy": F.cross_entropy(logits.double(), labels).item(),
+        "prior_error": (likely.mean(0) - shares).abs().sum().item() / 2,
+    }
+
+
+class Study:
+    """The lines of runs.jsonl, and the runs that are not among them yet."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "runs.jsonl"
+        text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # stopped in the midst of a line
+            self.file.write_text(whole, encoding="utf-8")
+        self.rows = [json.loads(line) for line in whole.splitlines()]
+        self.done = {self._key(row): row for row in self.rows}
+
+    def get(self, run: Run, pool: Pool, backbone: Any) -> dict[str, Any]:
+        """The line of the run, which is run first if there is none."""
+        if (key := self._key(asdict(run))) not in self.done:
+            row = asdict(run) | execute(run, pool, backbone) | {"machine": machine("cpu")}
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+            self.rows.append(row)
+            self.done[key] = row
+        return self.done[key]
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> str:
+        return json.dumps([row[name] for name in Run.__dataclass_fields__])
+
+    def choose_rate(self, run: Run, pool: Pool, backbone: Any) -> Run:
+        """The run with the learning rate of the best accuracy on validation images, over several seeds."""
+        runs = {lr: [replace(run, part="validation", seed=seed, lr=lr) for seed in CHOOSING] for lr in RATES}
+        found = {lr: mean(self.get(each, pool, backbone)["accuracy"] for each in runs[lr]) for lr in RATES}
+        return replace(run, lr=max(RATES, key=lambda lr: found[lr]))
+
+
+def variants(run: Run) -> list[Run]:
+    """What users vary, one at a time."""
+    batch = run.n_classes * run.n_samples
+    several = [replace(run, n_samples=n, n_classes=batch // n) for n in (2, 4, 8)]
+    shared = [replace(run, steps=run.steps // 4), replace(run, steps=4 * run.steps), replace(run, dropout=0.0)]
+    shared += several
+    if run.method == "api":
+        shared += [replace(run, margin=margin) for margin in (0.0, 0.2, 0.5)]
+        shared += [replace(run, rank_weight=weight) for weight in (0.0, 3.0)]
+    if run.method in ("api", "balanced", "shuffled"):
+        shared.append(replace(run, weighted=True))
+    return shared
+
+
+def read_source(source: str, size: int) -> tuple[str, list[Image], list[Image], list[str], int]:
+    """Name, training images, test images, classes, and how many training images of each class are taken."""
+    place, _, count = source.partition(":")
+    name, _, folder = place.rpartition("=")
+    if folder == "birds":
+        from birds.dataset import write_birds  # here, for only this data set needs what draws them
+
+        root = cache_folder() / f"study-birds-{SPECIES}x{DRAWN}-{size}px"
+        data = read_cub(write_birds(root, species=SPECIES, images_per_species=DRAWN, size=size))
+        return source, data.train, data.test, data.classes, int(count or 0)
+    found = read(Path(folder), 0.3)
+    classes = sorted({item.label for item in found.train})
+    train_images, test_images = (
+        [Image(item.path, classes.index(item.label), str(item.path)) for item in part] for part in found[:2]
+    )
+    title = (name or Path(folder).name) + (f":{count}" if count else "")
+    return title, train_images, test_images, classes, int(count or 0)
+
+
+def study_one(study: Study, source: str, name: str, weights: Path | None, options: argparse.Namespace) -> None:
+    """All runs on one data set with one backbone."""
+
+    def backbone() -> nn.Module:
+        torch.manual_seed(0)
+        made = timm.create_model(name, pretrained=weights is None, num_classes=0)
+        if weights is not None:
+            load_weights(made, weights)
+        return made
+
+    made = backbone()
+    config = resolve_model_data_config(made)
+    size = options.image_size or config["input_size"][-1]
+    transform = {"input_size": [3, size, size], "interpolation": "bicubic", "crop_pct": 1.0}
+    transform |= {key: list(config[key]) for key in ("mean", "std")}
+    title, train_images, test_images, classes, per_class = read_source(source, 224)
+    images = [train_images, test_images]
+    if options.fine_tune:
+        data = [ImageDataset(part, eval_transform(transform)) for part in images]
+        inputs = [torch.stack([each[0] for each in tqdm(part, desc=title)]) for part in data]
+    else:
+        inputs = [features_of(made, part, transform, torch.device("cpu"), options.workers) for part in images]
+    labels = [torch.tensor([image.label for image in part]) for part in images]
+    pool = Pool(inputs[0], labels[0], inputs[1], labels[1], per_class)
+    n_classes = min(len(classes), BATCH // 4)
+    base = Run(
+        title, name, size, options.fine_tune, "api", "test", 0, RATES[0], options.steps, n_classes, BATCH // n_classes
+    )
+    chosen = [study.choose_rate(replace(base, method=method), pool, backbone) for method in options.methods]
+    if options.vary:
+        varied = [each for run in chosen for each in variants(run) if each.n_classes <= len(classes)]
+        for run in varied:
+            for seed in CHOOSING:
+                study.get(replace(run, part="validation", seed=seed), pool, backbone)
+        return
+    for seed in tqdm(range(options.seeds), desc=f"{title} {name}"):
+        for run in chosen:
+            study.get(replace(run, seed=seed), pool, backbone)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("sources", nargs="*", metavar="NAME=DIR[:N]", help='data sets; "birds" are drawn')
+    add(
+        "--weights", action="append", default=[], metavar="BACKBONE=FILE",
+        help="a timm model, and a file of its weights (without: timm's, from the Hub); once for each backbone",
+    )  # fmt: skip
+    add("--out", type=Path, default=Path("runs/study"), help="default: %(default)s")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    add("--seeds", type=number(int, 2), default=20, help="runs of each method on test images (default: %(default)s)")
+    add("--steps", type=number(int, 20), default=400, help="of each run (default: %(default)s)")
+    add("--vary", action="store_true", help="vary the settings instead, on validation images")
+    add("--fine-tune", action="store_true", help="train the backbone too, which takes far longer")
+    add("--image-size", type=number(int, 32), help="pixels a side (default: the backbone's own)")
+    add("--workers", type=number(int, 0), default=0, help="processes that load images")
+    options = parser.parse_args(arguments)
+    if options.sources and not options.weights:
+        parser.error("--weights BACKBONE=FILE is needed, or --weights BACKBONE for weights from the Hub")
+    study = Study(options.out)
+    for source in options.sources:
+        for given in options.weights:
+            name, _, file = given.partition("=")
+            check_backbone(name)
+            study_one(study, source, name, Path(file) if file else None, options)
+    study_tables.write(options.out, study.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Weights from a local file into a timm backbone, all of them or none: for machines that cannot reach the Hub."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm.models
+from torch import Tensor, nn
+
+COUNTER = "num_batches_tracked"  # not in files of torch 0.4 and before; no weight
+CLASSIFIER = 2  # tensors that may follow those of the backbone
+NAMED = 3  # tensors in a message
+
+
+def load_weights(backbone: nn.Module, file: Path) -> str:
+    """Load the weights of a .pth or .safetensors file, and say how they were found.
+
+    The file may be of timm or torchvision, or a .pth of another implementation whose modules come in the same order,
+    with or without a classifier; a checkpoint with the weights as `state_dict`, `model` or an average of it (`..._ema`); with
+    prefixes of DDP and torch.compile; or the model.safetensors of an `APINet`.
+
+    Args:
+        backbone: a timm model without classifier (`num_classes=0`); left as it was if the weights are not for it.
+        file: read with `weights_only=True`, so that loading runs no code from it.
+
+    Raises:
+        SystemExit: the file cannot be read, or lacks weights of the backbone; one line.
+    """
+    found, wanted = _read(file), {name: value for name, value in backbone.state_dict().items() if COUNTER not in name}
+    for how, tensors in (
+        ("by name", found),
+        ("by timm's conversion", _converted(found, backbone)),
+        # safetensors sorts tensors by their names.
+        ("by their order", {} if file.suffix == ".safetensors" else _in_order(found, wanted)),
+    ):
+        if all(name in tensors and tensors[name].shape == value.shape for name, value in wanted.items()):
+            backbone.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
+            return f"all {len(wanted)} tensors of the backbone are those of {file.name}, found {how}"
+    missing = [name for name in wanted if name not in found]
+    reshaped = [
+        f"{name} {list(found[name].shape)} instead of {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    fit, faults = len(wanted) - len(missing) - len(reshaped), {"missing": missing, "of another shape": reshaped}
+    about = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
+    raise SystemExit(
+        f"{file} fits {fit} of the backbone's {len(wanted)} tensors by name, nor do they match in order; "
+        f"{about}; is it a file for this --backbone?"
+    )
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by names without prefixes."""
+    if not file.is_file():
+        raise SystemExit(f"{file}: no such file")
+    try:
+        content = timm.models.load_state_dict(str(file), weights_only=True)
+        found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    except Exception as error:  # of pickle, zipfile, safetensors: each raises its own, and damage may raise anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SystemExit(f"{file} cannot be read as weights: {reason[0]}") from None
+    own = "backbone."  # of an APINet
+    inside = {name.removeprefix(own): value for name, value in found.items() if name.startswith(own)}
+    return inside or found
+
+
+def _converted(found: Mapping[str, Tensor], backbone: nn.Module) -> Mapping[str, Tensor]:
+    """What timm makes of the names that a model's authors published."""
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return {}
+    try:
+        return convert(dict(found), backbone)
+    except Exception:  # it is not written for the names of other files
+        return {}
+
+
+def _in_order(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors by the backbone's names, if they are of the same kinds and shapes in the same order."""
+    rows = [(name, value) for name, value in found.items() if COUNTER not in name]
+    if not 0 <= len(rows) - len(wanted) <= CLASSIFIER:
+        return {}
+    pairs = list(zip(wanted.items(), rows[: len(wanted)], strict=True))
+    if any(_kind(name) != _kind(other) or value.shape != new.shape for (name, value), (other, new) in pairs):
+        return {}
+    return {name: value for (name, _), (_, value) in pairs}
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]  # weight, bias, running_mean, ...
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

