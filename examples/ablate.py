@@ -6,13 +6,11 @@ python examples/ablate.py --epochs 60                # all parts of the paper
 python examples/ablate.py --only memory --seeds 5    # partners from past batches too, with small batches
 """
 
-import argparse
 import csv
-import os
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 
@@ -23,7 +21,7 @@ import matplotlib.pyplot as plt
 from workbench.datasets import open_data
 from workbench.run_folder import write_text
 from workbench.settings import Settings, parse
-from workbench.sweep import Job, origin, run_jobs, spread
+from workbench.sweep import Results, make_parser, origin, run_all, spread
 
 
 class Row(NamedTuple):
@@ -85,22 +83,7 @@ def _changed(flag: str, value: str) -> tuple[str, ...]:
     return () if value == "similar" else (flag, value)
 
 
-def train_rows(
-    folder: Path, rows: Iterable[Row], seeds: int, parallel: int, flags: list[str]
-) -> dict[str, list[dict[str, Any]]]:
-    """Train with the changes of each row, and without any, for each seed; by key a result per seed."""
-    keys = {row.key: row.flags for row in rows} | {"default": ()}
-    # Seed by seed, so that an interrupted run of it has something of every row.
-    jobs = [
-        Job(f"{key}-seed{seed}", [*flags, *changes, "--seed", str(seed)])
-        for seed in range(seeds)
-        for key, changes in keys.items()
-    ]
-    found = run_jobs(folder, jobs, parallel)
-    return {key: [found[f"{key}-seed{seed}"] for seed in range(seeds)] for key in keys}
-
-
-def make_table(rows: Iterable[Row], results: dict[str, list[dict[str, Any]]]) -> str:
+def make_table(rows: Iterable[Row], results: Results) -> str:
     """Markdown, a line per row; the rows that are the unchanged method are in bold."""
     lines = ["| part | variant | test top-1 (%) | against API-Net | training top-1 (%) | time per run (s) |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
@@ -119,7 +102,7 @@ def make_table(rows: Iterable[Row], results: dict[str, list[dict[str, Any]]]) ->
     return "\n".join(lines)
 
 
-def write_csv(file: Path, rows: Iterable[Row], results: dict[str, list[dict[str, Any]]]) -> None:
+def write_csv(file: Path, rows: Iterable[Row], results: Results) -> None:
     columns = ["test_top1", "test_top5", "train_top1", "errors_within_families", "errors_across_families", "seconds"]
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -129,7 +112,7 @@ def write_csv(file: Path, rows: Iterable[Row], results: dict[str, list[dict[str,
                 writer.writerow([row.group, row.name, " ".join(row.flags), seed, *(run[name] for name in columns)])
 
 
-def draw(file: Path, rows: list[Row], results: dict[str, list[dict[str, Any]]]) -> None:
+def draw(file: Path, rows: list[Row], results: Results) -> None:
     """Each row's accuracy: a dot per seed and a bar at their mean; the unchanged method's mean as a line."""
     figure, axes = plt.subplots(figsize=(9, 0.3 * len(rows) + 1.2), layout="constrained")
     groups = list(dict.fromkeys(row.group for row in rows))
@@ -153,19 +136,13 @@ def draw(file: Path, rows: list[Row], results: dict[str, list[dict[str, Any]]]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Further flags go to train_cub.py; --data takes real CUB.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each row (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
+    parser = make_parser(__doc__, seeds=2, folder="runs/ablation")
     parser.add_argument("--only", metavar="PART", help="rows of this part alone, such as gate; memory is one too")
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="folder of table and plot (default: that of the runs)")
     options, flags = parser.parse_known_args()
     flags = [*(SMALL_BATCHES if options.only == MEMORY else []), *flags]
     name = MEMORY if options.only == MEMORY else "ablation"
+    if name == MEMORY and options.runs == parser.get_default("runs"):
+        options.runs = Path("runs/memory")  # other batches than the ablation's
 
     settings = parse(flags)
     data = open_data(settings)  # drawn once, before the runs would all do it
@@ -173,7 +150,7 @@ def main() -> None:
     if not rows:
         parts = dict.fromkeys(row.group for row in rows_of(settings))
         parser.error(f"--only {options.only}: there are {', '.join(parts)} and {MEMORY}")
-    results = train_rows(options.runs, rows, options.seeds, options.jobs, flags)
+    results = run_all(options, {row.key: row.flags for row in rows} | {"default": ()}, flags)
 
     output = options.output or options.runs
     output.mkdir(parents=True, exist_ok=True)

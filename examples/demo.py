@@ -3,12 +3,9 @@
 Writes a folder per run, and over all runs table.md and comparison.png.
 """
 
-import argparse
-import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -19,39 +16,26 @@ import matplotlib.pyplot as plt
 from workbench.datasets import open_data
 from workbench.run_folder import write_text
 from workbench.settings import parse
-from workbench.sweep import Job, origin, read_log, run_jobs, spread
+from workbench.sweep import Results, make_parser, origin, read_log, run_all, spread
 
 METHODS = {"baseline": "Baseline", "api": "API-Net"}
 COLOURS = {"baseline": "tab:gray", "api": "tab:blue"}
-Results = dict[str, list[dict[str, Any]]]
-
-
-def train_all(folder: Path, seeds: int, parallel: int, flags: list[str]) -> Results:
-    """Train with each method and seed, with the same flags otherwise; for each method a result per seed."""
-    # Seed by seed, so that an interrupted demo has runs of both methods to compare.
-    jobs = [
-        Job(f"{method}-seed{seed}", [*flags, "--method", method, "--seed", str(seed)])
-        for seed in range(seeds)
-        for method in METHODS
-    ]
-    found = run_jobs(folder, jobs, parallel)
-    return {method: [found[f"{method}-seed{seed}"] for seed in range(seeds)] for method in METHODS}
+COLUMNS = {
+    "test top-1 (%)": "test_top1",
+    "test top-5 (%)": "test_top5",
+    "errors within family": "errors_within_families",
+    "errors across families": "errors_across_families",
+    "training top-1 (%)": "train_top1",
+    "training cross-entropy": "cross_entropy",
+    "training time (s)": "seconds",
+}
 
 
 def make_table(results: Results) -> str:
     """Mean and standard deviation over the seeds, as Markdown."""
-    columns = {
-        "test top-1 (%)": "test_top1",
-        "test top-5 (%)": "test_top5",
-        "errors within family": "errors_within_families",
-        "errors across families": "errors_across_families",
-        "training top-1 (%)": "train_top1",
-        "training cross-entropy": "cross_entropy",
-        "training time (s)": "seconds",
-    }
-    lines = [f"| method | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    lines = [f"| method | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
     for method, title in METHODS.items():
-        cells = [spread([run[name] for run in results[method]]) for name in columns.values()]
+        cells = [spread([run[name] for run in results[method]]) for name in COLUMNS.values()]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     gains = [a["test_top1"] - b["test_top1"] for a, b in zip(results["api"], results["baseline"], strict=True)]
     lines += ["", f"API-Net less baseline, seed by seed: {spread(gains)} points of test top-1."]
@@ -85,24 +69,16 @@ def draw(folder: Path, results: Results, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Further flags go to train_cub.py.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each method (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="default: %(default)s")
-    options, flags = parser.parse_known_args()
-
-    start = time.perf_counter()
+    options, flags = make_parser(__doc__, seeds=2, folder="runs/demo").parse_known_args()
+    start, output = time.perf_counter(), options.output or options.runs
     settings = parse(flags)
     data = open_data(settings)  # drawn once, before the runs would all do it
-    results = train_all(options.output, options.seeds, options.jobs, flags)
+    results = run_all(options, {method: ["--method", method] for method in METHODS}, flags)
     table = f"{make_table(results)}\n\n{origin(data, settings, results)}"
-    write_text(options.output / "table.md", table + "\n")
-    draw(options.output, results, options.output / "comparison.png")
-    print(f"\n{table}\n\n{options.output}/table.md and comparison.png, in {time.perf_counter() - start:.0f} s")
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "table.md", table + "\n")
+    draw(options.runs, results, output / "comparison.png")
+    print(f"\n{table}\n\n{output}/table.md and comparison.png, in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Runs train_cub.py many times, several at a time, and collects the results; finished runs are not run again."""
 
+import argparse
 import csv
 import json
 import os
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -20,46 +21,60 @@ from tqdm import tqdm
 
 from workbench.datasets import ImageSet
 from workbench.run_folder import RunFolder
-from workbench.settings import HARMLESS, Settings, parse
+from workbench.settings import HARMLESS, Settings, number, parse
+
+Results = dict[str, list[dict[str, Any]]]  # by the name of a variant, a result per seed
 
 
-class Job(NamedTuple):
-    """One run of train_cub.py: the name of its folder, and its flags."""
+def make_parser(about: str | None, seeds: int, folder: str) -> argparse.ArgumentParser:
+    """The flags that all sweeps have; further ones go to train_cub.py."""
+    parser = argparse.ArgumentParser(
+        description=about, epilog="Further flags go to train_cub.py, such as --data.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=number(int, 1), default=seeds, help="runs of each (default: %(default)s)")
+    jobs = os.cpu_count() or 1
+    parser.add_argument("--jobs", type=number(int, 1), default=jobs, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path(folder), help="their folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: that of the runs)")
+    return parser
 
-    name: str
-    flags: list[str]
 
-
-def run_jobs(folder: Path, jobs: Sequence[Job], parallel: int) -> dict[str, dict[str, Any]]:
-    """Run all jobs, `parallel` at a time, under one progress bar over their epochs; the results by name.
-
-    Each run has its folder below `folder`, and a log beside it.
+def run_all(options: argparse.Namespace, variants: Mapping[str, Sequence[str]], flags: list[str]) -> Results:
+    """Train with the own flags of each variant, for each seed, `options.jobs` at a time; what was finished is kept.
 
     Raises:
         SystemExit: a run failed (its output is the message), or a folder holds a run of other settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {job.name: parse([*job.flags, "--output", str(folder / job.name)]) for job in jobs}
-    waiting = [job for job in jobs if not _is_finished(folder / job.name, settings[job.name])]
+    # Seed by seed, so that an interrupted sweep has something of every variant.
+    jobs = {
+        f"{name}-seed{seed}": [*flags, *own, "--seed", str(seed), "--output", str(options.runs / f"{name}-seed{seed}")]
+        for seed in range(options.seeds)
+        for name, own in variants.items()
+    }
+    options.runs.mkdir(parents=True, exist_ok=True)
+    settings = {name: parse(job) for name, job in jobs.items()}
+    waiting = [name for name in jobs if not _is_finished(options.runs / name, settings[name])]
     running: dict[str, subprocess.Popen[bytes]] = {}
     bar = tqdm(total=sum(one.epochs for one in settings.values()), desc="training", unit="epoch")
     try:
         while waiting or running:
-            while waiting and len(running) < parallel:
-                job = waiting.pop(0)
-                running[job.name] = _start(folder, job)
+            while waiting and len(running) < options.jobs:
+                name = waiting.pop(0)
+                running[name] = _start(jobs[name], options.runs / f"{name}.log")
             time.sleep(0.5)
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
                     if process.returncode:
-                        raise SystemExit(f"{name} failed:\n{_log_of(folder, name).read_text()[-3000:]}")
-            bar.update(sum(len(read_log(folder / job.name)) for job in jobs) - bar.n)
+                        raise SystemExit(f"{name} failed:\n{(options.runs / f'{name}.log').read_text()[-3000:]}")
+            bar.update(sum(len(read_log(options.runs / name)) for name in jobs) - bar.n)
     finally:
         for process in running.values():
             process.terminate()
         bar.close()
-    return {job.name: json.loads((folder / job.name / "result.json").read_text()) for job in jobs}
+    found = {name: json.loads((options.runs / name / "result.json").read_text()) for name in jobs}
+    return {name: [found[f"{name}-seed{seed}"] for seed in range(options.seeds)] for name in variants}
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
@@ -79,7 +94,7 @@ def spread(values: Sequence[float], digits: int | None = None) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def origin(data: ImageSet, settings: Settings, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def origin(data: ImageSet, settings: Settings, results: Results) -> str:
     """Where a table's figures come from: date, data, budget, machine, versions."""
     runs = [run for of_name in results.values() for run in of_name]
     seeds = max(map(len, results.values()))
@@ -98,12 +113,7 @@ def _is_finished(path: Path, settings: Settings) -> bool:
     return (path / "result.json").exists()
 
 
-def _start(folder: Path, job: Job) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, str(Path(__file__).parents[1] / "train_cub.py"), *job.flags]
-    command += ["--output", str(folder / job.name)]
-    with _log_of(folder, job.name).open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-
-
-def _log_of(folder: Path, name: str) -> Path:
-    return folder / f"{name}.log"
+def _start(flags: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    with log.open("wb") as opened:
+        command = [sys.executable, str(Path(__file__).parents[1] / "train_cub.py"), *flags]
+        return subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT)

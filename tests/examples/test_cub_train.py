@@ -279,7 +279,7 @@ def test_embedded_birds_are_drawn_once_into_the_cache(tmp_path, monkeypatch, cap
 
 def test_demo_compares_the_methods(birds, tmp_path, monkeypatch, capsys):
     flags = [*TINY, "--data", str(birds), "--epochs", "1"]
-    monkeypatch.setattr("sys.argv", ["demo.py", "--seeds", "1", "--output", str(tmp_path), *flags])
+    monkeypatch.setattr("sys.argv", ["demo.py", "--seeds", "1", "--runs", str(tmp_path), *flags])
     demo.main()
     table = (tmp_path / "table.md").read_text()
     assert "| Baseline |" in table
@@ -292,6 +292,6 @@ def test_demo_compares_the_methods(birds, tmp_path, monkeypatch, capsys):
 
 def test_demo_shows_why_a_run_failed(birds, tmp_path, monkeypatch):
     flags = [*TINY, "--data", str(birds), "--n-classes", "7"]
-    monkeypatch.setattr("sys.argv", ["demo.py", "--seeds", "1", "--output", str(tmp_path), *flags])
+    monkeypatch.setattr("sys.argv", ["demo.py", "--seeds", "1", "--runs", str(tmp_path), *flags])
     with pytest.raises(SystemExit, match=r"--n-classes 7: CUB-200-2011 has 6 classes"):
         demo.main()
