@@ -36,7 +36,9 @@ def peak_of_step(
                 with autocast:
                     value = loss(net, batch, labels)
                 net.zero_grad()
-                value.backward()  # type: ignore[no-untyped-call]
+                # As value.backward(), which would leave _AsOnCuda.
+                run_backward = torch.autograd.Variable._execution_engine.run_backward
+                run_backward((value,), (torch.ones_like(value),), False, False, (), True, accumulate_grad=True)
             peak = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
     except DataDependentOutputException as error:
         raise ValueError(f"no estimate without data: the net reads values of its tensors ({error})") from error

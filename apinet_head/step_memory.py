@@ -218,24 +218,27 @@ def _least_recomputed(
 ) -> Chunks:
     """Of all that fits what recomputes the fewest images in the fewest chunks; chunks of sizes[0], one kept, do fit.
 
-    Memory is linear in the images whose activations are there at once, and in the size of a chunk. So from a few
-    estimates all others are foreseen, and only what is likely to be chosen is estimated.
+    Memory is linear in the images whose activations are there at once, and in those that are computed just now. So from
+    a few estimates all others are foreseen, and only what is likely to be chosen is estimated.
     """
     least = sizes[0]
 
-    def alive(chunks: Chunks) -> int:
-        return max(chunks[0] or 0, batch_size - _recomputed(batch_size, chunks))
+    def count(size: int) -> int:
+        return -(-batch_size // size)
 
-    most = min(3 if batch_size % least else 2, -(-batch_size // least))  # a smaller last chunk is no measure
-    more, less = (least, most), (least, most - 1)
-    per_image = (need(more) - need(less)) / max(1, alive(more) - alive(less))
-    per_size = (need((None, 1)) - need((least, 1))) / max(1, batch_size - least) - per_image
+    def foresee(chunks: tuple[int, int]) -> float:
+        size, keep = chunks
+        last = batch_size - (count(size) - 1) * size
+        kept = batch_size - _recomputed(batch_size, chunks)
+        # In the backward pass of the last chunk; of the one before, which is larger; of a recomputed one.
+        moments = [(kept, last), (kept - last, size if keep > 1 else 0), (size, size if keep < count(size) else 0)]
+        return fixed + max(alive * per_alive + now * per_now for alive, now in moments if now)
 
-    def foresee(chunks: Chunks) -> float:
-        return need(more) + per_image * (alive(chunks) - alive(more)) + per_size * ((chunks[0] or 0) - least)
-
-    excess = 0.0
-    possible = [(size, keep + 1) for size in sizes for keep in range(-(-batch_size // size))]
+    most = min(3 if batch_size % least else 2, count(least))  # a smaller last chunk is no measure
+    per_alive = (need((least, most)) - need((least, most - 1))) / least
+    per_image = (need((None, 1)) - need((least, 1))) / max(1, batch_size - least)
+    per_now, fixed, excess = per_image - per_alive, need((least, 1)) - per_image * least, 0.0
+    possible = [(size, keep + 1) for size in sizes for keep in range(count(size))]
     for chunks in sorted(possible, key=lambda one: (_recomputed(batch_size, one), -one[0])):
         if chunks in needed or foresee(chunks) + excess <= budget:
             if need(chunks) <= budget:
