@@ -79,7 +79,7 @@ def test_limits_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert image_files.load_image is load_image
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated JPEG", "pipe"])  # one function judges all of BAD
 def test_training_stops_with_the_path_or_leaves_it_out(kind: str, folder: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(folder.parent)
     image = READERS["cub"](folder).train[4]
