@@ -4,8 +4,9 @@ PYTHON ?= python3
 #   make test TORCH="torch==2.9.1+cpu torchvision==0.24.1+cpu" PIP_ARGS="--extra-index-url <PyTorch's CPU index>"
 PIP_ARGS ?=
 TORCH ?= torch torchvision
-# As many processes as processors, but not so many that each waits for the others' memory.
-PYTEST := python -m pytest -n auto --maxprocesses 8
+# As many processes as processors, but not so many that each waits for the others' memory; one that is done takes over
+# tests of another.
+PYTEST := python -m pytest -n auto --maxprocesses 8 --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

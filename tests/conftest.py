@@ -7,8 +7,9 @@ from unittest import mock
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from birds import write_birds
 from cub_folder import write_cub
+
+from birds import write_birds
 
 # --doctest-modules would import them all, and what they register; the latter runs in a process of its own.
 collect_ignore = ["helpers", "package/mining/interpreted.py"]

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,13 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         load_official_checkpoint(tmp_path / "evil.pth")
     assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("folder", ["apinet_head", "examples", "benchmarks"])
+def test_torch_load_is_asked_for_tensors_alone_everywhere(folder):
+    for path in (Path(__file__).parents[2] / folder).rglob("*.py"):
+        calls = [line.strip() for line in path.read_text().splitlines() if "torch.load(" in line]
+        assert all("weights_only=True" in line or line.startswith('"') for line in calls), path
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint\n", b"PK\x03\x04", "cut short"])
