@@ -24,6 +24,7 @@ def save_untrained(birds, folder, *flags):
     classes = read_cub(birds).classes
     transform = {"squash": settings.resize, "crop": settings.crop, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
     folder.mkdir(parents=True)
-    model_folder.save(folder, make_net(settings, len(classes)), classes, transform)
+    model = model_folder.Model(make_net(settings, len(classes)), classes, transform)
+    model_folder.save(folder, model)
     (folder / "run.json").write_text(json.dumps({"metrics": {}, "settings": asdict(settings)}))
     return folder
