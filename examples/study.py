@@ -71,6 +71,7 @@ class Run:
     margin: float = 0.05
     rank_weight: float = 1.0
     dropout: float = 0.5
+    mutual: str = "mlp"
     weighted: bool = False  # loss: by the class's number of images, for shuffled batches by its inverse
 
 
@@ -110,10 +111,11 @@ def train(
     torch.manual_seed(run.seed)
     body = nn.Identity() if backbone is None else backbone
     dim = inputs.shape[1] if backbone is None else backbone.num_features
-    make = Contrastive if run.method == "supcon" else APIHead
-    head = make(dim, classes, dropout=run.dropout)
-    if run.method in ("balanced", "shuffled"):
-        head.mutual = nn.Identity()  # it would not be trained
+    head: Any = (
+        Contrastive(dim, classes, run.dropout)
+        if run.method == "supcon"
+        else APIHead(dim, classes, dropout=run.dropout, mutual=run.mutual if run.method == "api" else "sum")
+    )
     counts = labels.bincount(minlength=classes)
     weight = (counts / counts.float().mean()) ** (-1 if run.method == "shuffled" else 1) if run.weighted else None
     groups = [{"params": head.parameters()}, {"params": body.parameters(), "lr": run.lr / 10}]
@@ -251,6 +253,7 @@ def variants(run: Run) -> list[Run]:
     if run.method == "api":
         shared += [replace(run, margin=margin) for margin in (0.0, 0.2, 0.5)]
         shared += [replace(run, rank_weight=weight) for weight in (0.0, 3.0)]
+        shared += [replace(run, mutual=mutual) for mutual in ("sum", "product")]
     if run.method in ("api", "balanced", "shuffled"):
         shared.append(replace(run, weighted=True))
     return shared

@@ -19,7 +19,7 @@ TITLES = {
 }
 SETTINGS = (
     "data", "backbone", "image_size", "tuned", "method", "part", "lr", "steps", "n_classes", "n_samples", "margin",
-    "rank_weight", "dropout", "weighted",
+    "rank_weight", "dropout", "mutual", "weighted",
 )  # fmt: skip
 FIGURES = ("accuracy", "mean_class_accuracy", "calibration_error")
 
@@ -153,7 +153,7 @@ def variations(rows: Sequence[Row]) -> str:
         base = settings[0][0]
         for of_setting in settings:
             one = of_setting[0]
-            other = [f"{name} {one[name]:g}" for name in SETTINGS[6:] if name == "lr" or one[name] != base[name]]
+            other = [f"{name} {one[name]}" for name in SETTINGS[6:] if name == "lr" or one[name] != base[name]]
             cells = [_spread([100 * row[figure] for row in of_setting], 1) for figure in FIGURES]
             lines.append(
                 f"| {_place(one)} | {TITLES[one['method']]} | {', '.join(other)} | {' | '.join(cells)} | "

@@ -16,8 +16,8 @@ def load_weights(backbone: nn.Module, file: Path) -> str:
     """Load the weights of a .pth or .safetensors file, and say how they were found.
 
     The file may be of timm or torchvision, or a .pth of another implementation whose modules come in the same order,
-    with or without a classifier; a checkpoint with the weights as `state_dict`, `model` or an average of it (`..._ema`); with
-    prefixes of DDP and torch.compile; or the model.safetensors of an `APINet`.
+    with or without a classifier; a checkpoint with the weights as `state_dict`, `model` or an average of it
+    (`..._ema`); with prefixes of DDP and torch.compile; or the model.safetensors of an `APINet`.
 
     Args:
         backbone: a timm model without classifier (`num_classes=0`); left as it was if the weights are not for it.

@@ -44,7 +44,7 @@ def prefixed(state, prefix):
         lambda state: prefixed(state, "module._orig_mod."),
         lambda state: {name: value for name, value in state.items() if not name.startswith("fc.")},
         lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
-        lambda state: {name.replace(".", "_inner.", 1): value for name, value in state.items()},  # another implementation
+        lambda state: {name.replace(".", "_inner.", 1): value for name, value in state.items()},
         lambda state: {**prefixed(state, "backbone."), "head.classifier.weight": torch.zeros(3, 64)},
     ],
     ids=[
