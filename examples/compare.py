@@ -88,13 +88,15 @@ def main(arguments: list[str] | None = None) -> None:
     options, flags = parser.parse_known_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
-    options.out.mkdir(parents=True, exist_ok=True)
     methods = [*dict.fromkeys(options.against), "api"]
     try:
+        options.out.mkdir(parents=True, exist_ok=True)
         text = table(train_all(options.source, options.out, methods, options.seeds, flags))
+        (options.table or options.out / "table.md").write_text(text, encoding="utf-8")
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"train_own.py ended with {error.returncode}") from None
-    (options.table or options.out / "table.md").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(f"{error.filename} cannot be read or written: {error.strerror}") from None
     print(f"\n{text}")
 
 

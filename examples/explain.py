@@ -216,9 +216,12 @@ def main(arguments: list[str] | None = None) -> Path:
     families: list[str] = []
     marks = None
     known: dict[Path, Image] = {}
-    if options.pair and not (options.model / "run.json").exists():  # of train_own.py: any images will do
+    if not (options.model / "run.json").exists():  # of train_own.py
         model = model_folder.load(options.model)
         model.net.to(device)
+        if not options.pair:
+            advice = "its report.html has the most confused pairs, and --pair takes any two images"
+            raise SystemExit(f"{options.model} is no model of train_cub.py, whose test images are known: {advice}")
     else:
         outcome = run_tests(options.model, options.data, device)
         model, families, test = outcome.model, outcome.data.families, outcome.data.test
@@ -235,7 +238,10 @@ def main(arguments: list[str] | None = None) -> Path:
     except (ValueError, BadImageError) as error:
         raise SystemExit(shown(str(error))) from None
     output = options.output or options.model.parent / "explain"
-    write(output, f"What the gates see: {options.model.resolve().parent.name}/{options.model.name}", explained)
+    try:
+        write(output, f"What the gates see: {options.model.resolve().parent.name}/{options.model.name}", explained)
+    except OSError as error:
+        raise SystemExit(f"--output {output} cannot be written: {error.strerror}") from None
     print(f"{len(explained)} pairs: {output / 'report.html'}")
     return output
 

@@ -246,9 +246,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "methods": methods,
     }
     output = options.output or options.models[0].parent / "pointing_game.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, json.dumps(found, indent=2) + "\n")
-    write_text(output.with_suffix(".md"), as_table(found) + "\n")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, json.dumps(found, indent=2) + "\n")
+        write_text(output.with_suffix(".md"), as_table(found) + "\n")
+    except OSError as error:
+        raise SystemExit(f"--output {output} cannot be written: {error.strerror}") from None
     print(as_table(found))
     return found
 

@@ -99,7 +99,7 @@ def test_any_images_by_a_model_without_a_data_set(birds, model, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(SystemExit, match=r"text\.jpg .* is no image"):
         explain.main([str(own), "--pair", images[0], str(tmp_path / "text.jpg")])
-    with pytest.raises(SystemExit, match="no model folder of train_cub"):
+    with pytest.raises(SystemExit, match=r"is no model of train_cub.*--pair takes any two images"):
         explain.main([str(own)])
 
 
@@ -125,6 +125,7 @@ def test_mistakes_are_one_line(model, command):
         ([str(model), "--device", "cuda:99"], "--device cuda:99 is not available"),
         ([str(model.parent)], "not a model folder"),
         ([str(model), "--data", str(model)], "images.txt"),
+        ([str(model), "--output", str(model / "run.json" / "new.json")], "--output .* cannot be written"),
     ]:
         with pytest.raises(SystemExit, match=message) as ended:
             command.main(arguments)
