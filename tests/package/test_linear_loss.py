@@ -68,6 +68,17 @@ def assert_same(found, expected, tolerance=1e-12):
     torch.testing.assert_close([*found], [*expected], rtol=tolerance, atol=tolerance)
 
 
+def check(case, loss, classifier, num_rows=None, tolerance=1e-12):
+    """Assert that terms and gradients of a few rows at a time are those of all logits; the terms."""
+    found, expected = (way(loss, classifier, num_rows) for way in (case.rows, case.at_once))
+    assert_same(found, expected, tolerance)
+    learning = [tensor for tensor in case.learning(classifier) if tensor.requires_grad]
+    assert found.total.requires_grad == bool(learning)
+    if learning:
+        assert_same(*(gradients(3.5 * terms.total, learning) for terms in (found, expected)), tolerance)
+    return found
+
+
 @pytest.mark.parametrize("kind", ["linear", "no bias", "mlp", "weight_norm"])
 @pytest.mark.parametrize("gate", ["pair", "single"])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -77,20 +88,12 @@ def test_terms_and_all_gradients_are_those_of_all_logits(kind, gate, weighted, s
     case, classifier = Case(gate=gate), make_classifier(kind)
     weight = case.class_weight if weighted else None
     loss = APILoss(margin=0.2, rank_weight=1.7, label_smoothing=smoothing, class_weight=weight, rows=rows)
-    found, expected = case.rows(loss, classifier), case.at_once(loss, classifier)
-    assert_same(found, expected)
-    learning = case.learning(classifier)
-    assert_same(gradients(3.5 * found.total, learning), gradients(3.5 * expected.total, learning))
+    check(case, loss, classifier)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_number_of_rows_of_all_ranks(kind):
-    case, classifier = Case(), make_classifier(kind)
-    loss, num_rows = APILoss(rows=4), torch.tensor(5.5, dtype=torch.float64)
-    found, expected = (way(loss, classifier, num_rows) for way in (case.rows, case.at_once))
-    assert_same(found, expected)
-    learning = case.learning(classifier)
-    assert_same(gradients(found.total, learning), gradients(expected.total, learning))
+    check(Case(), APILoss(rows=4), make_classifier(kind), torch.tensor(5.5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -153,13 +156,7 @@ def test_what_does_not_learn_gets_no_gradient(frozen):
     off = {"weight": [classifier.weight], "bias": [classifier.bias], "features": [case.own, case.other]}
     for tensor in itertools.chain(*off.values()) if frozen == "all" else off[frozen]:
         tensor.requires_grad_(False)
-    loss = APILoss(rows=4)
-    found, expected = case.rows(loss, classifier), case.at_once(loss, classifier)
-    assert_same(found, expected)
-    learning = [tensor for tensor in case.learning(classifier) if tensor.requires_grad]
-    assert found.total.requires_grad == bool(learning)
-    if learning:
-        assert_same(gradients(found.total, learning), gradients(expected.total, learning))
+    check(case, APILoss(rows=4), classifier)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -184,11 +181,7 @@ def test_large_logits_stay_finite():
     case, classifier = Case(), make_classifier("linear")
     with torch.no_grad():
         classifier.weight *= 1e5
-    loss = APILoss(rows=4)
-    found, expected = case.rows(loss, classifier), case.at_once(loss, classifier)
-    assert found.total.isfinite()
-    learning = case.learning(classifier)
-    assert_same(gradients(found.total, learning), gradients(expected.total, learning))
+    assert check(case, APILoss(rows=4), classifier).total.isfinite()
 
 
 @pytest.mark.parametrize("stand_in", [hooked, scaled, with_own_forward, lambda layer: lambda x: 2 * layer(x)])
@@ -247,13 +240,11 @@ def test_float16_keeps_gradients_of_unlikely_classes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype):
-    case, classifier = Case(dtype), make_classifier("linear", dtype)
-    loss, learning = APILoss(rows=6), case.learning(classifier)
-    found, expected = case.rows(loss, classifier), case.at_once(loss, classifier)
+    found = check(
+        Case(dtype), APILoss(rows=6), make_classifier("linear", dtype),
+        tolerance=1e-5 if dtype == torch.float32 else 6e-2,
+    )  # fmt: skip
     assert found.total.dtype == torch.float32
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert_same(found, expected, tolerance)
-    assert_same(gradients(found.total, learning), gradients(expected.total, learning), tolerance)
 
 
 def test_scaled_loss_scales_gradients():
