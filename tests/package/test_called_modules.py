@@ -70,7 +70,7 @@ def test_what_stands_in_for_a_linear_is_called(name, place):
                 parameter.add_(0.1)
 
 
-def test_gates_call_it_too():
+def test_gates_call_a_stand_in_too():
     head, features, labels = make_case()
     pairs = mine_pairs(features, labels)
     head.mutual.fc1 = scaled(head.mutual.fc1)
@@ -154,7 +154,7 @@ def test_a_weight_that_is_a_dtensor_is_left_to_its_layer(mesh):
 
 
 @pytest.mark.parametrize("places", [["mutual.fc1"], ["mutual.fc1", "mutual.fc2", "classifier"]])
-def test_fully_shard_on_a_linear(mesh, places):
+def test_fully_sharded_linears_give_the_same_loss_and_gradients(mesh, places):
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, "fully_shard"):
         pytest.skip("fully_shard is elsewhere in torch before 2.6")
@@ -173,7 +173,7 @@ def test_fully_shard_on_a_linear(mesh, places):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_quantised_layers():
+def test_quantised_layers_are_called():
     head, features, labels = make_case(torch.float32)
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(head), {nn.Linear}, dtype=torch.qint8)
     assert list(quantised.parameters()) == []
@@ -213,7 +213,7 @@ def test_a_classifier_of_ones_own_is_called(own):
 
 
 @pytest.mark.parametrize("stand_in", ["LoRA", "weight_norm"])
-def test_compiled_and_exported(stand_in):
+def test_stand_ins_are_called_when_compiled_and_exported(stand_in):
     torch._dynamo.reset()
     head, features, labels = make_case()
     head.mutual.fc1 = STAND_INS[stand_in](head.mutual.fc1)

@@ -53,7 +53,7 @@ def test_labels_out_of_range_are_named(label):
         (pairs(partner=torch.zeros(7, dtype=torch.long)), ValueError, r"int64 \[7\]"),
     ],
 )
-def test_pairs_that_do_not_fit(wrong, error, message):
+def test_given_pairs_that_do_not_fit_are_an_error(wrong, error, message):
     with pytest.raises(error, match=message):
         head()(X, Y, pairs=wrong)
 
@@ -92,7 +92,7 @@ def test_an_index_error_of_ones_own_comes_through():
 
 
 @pytest.mark.parametrize("fault", [lambda x: None, lambda x: x[:1], lambda x: [x]])
-def test_what_a_mutual_vector_must_be(fault):
+def test_a_mutual_vector_of_another_shape_is_an_error(fault):
     with pytest.raises(ValueError, match=r"mutual must map two \[P, D\] to \[P, D\], got"):
         head(mutual=Faulty(fault))(X, Y)
 

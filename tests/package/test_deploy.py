@@ -58,12 +58,12 @@ def test_deployed_goes_through_timm_files(tmp_path):
     assert torch.equal(loaded(images), net(images))
 
 
-def test_pooling_and_backbone_arguments_stay():
+def test_deployed_keeps_pooling_and_backbone_arguments():
     net, images = make_case(backbone_args={"global_pool": "max", "in_chans": 3})
     assert torch.equal(net.to_deploy()(images), net(images))
 
 
-def test_half_precision_and_dtype_stay():
+def test_deployed_keeps_half_precision():
     net, images = make_case()
     model = net.bfloat16().to_deploy()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -148,7 +148,7 @@ def test_what_a_plain_model_cannot_compute_is_refused(change):
 
 
 @pytest.mark.parametrize(("model", "deployed"), [(MODELS[0], False), *((model, True) for model in MODELS)])
-def test_export_with_any_batch_size(model, deployed):
+def test_exported_program_takes_any_batch_size(model, deployed):
     if model == "test_vit" and torch.__version__ < "2.6":
         pytest.skip("torch 2.5 takes its batch for a constant")
     net, images = make_case(model)
@@ -160,7 +160,7 @@ def test_export_with_any_batch_size(model, deployed):
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 has no dynamic batch in its dynamo exporter")
 @pytest.mark.parametrize("model", [*MODELS[:2], *(pytest.param(model, marks=pytest.mark.slow) for model in MODELS[2:])])
-def test_onnx_with_any_batch_size(model, tmp_path):
+def test_onnx_model_takes_any_batch_size(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     net, images = make_case(model)
@@ -177,13 +177,13 @@ def test_onnx_with_any_batch_size(model, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
-def test_torchscript_trace(model, tmp_path):
+def test_torchscript_trace_gives_the_same_logits(model, tmp_path):
     net, images = make_case(model)
     torch.jit.trace(net.to_deploy(), images).save(tmp_path / "net.pt")
     torch.testing.assert_close(torch.jit.load(tmp_path / "net.pt")(images), net(images))
 
 
-def test_compile():
+def test_compiled_nets_give_the_same_logits():
     net, images = make_case()
     for model in (net, net.to_deploy()):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

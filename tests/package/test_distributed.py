@@ -90,7 +90,7 @@ def test_no_pair_on_any_rank_is_a_loss_of_zero(ranks):
         assert all((value == 0).all() for value in rank.values())
 
 
-def test_without_gradient(ranks):
+def test_loss_without_gradient_is_that_of_the_whole_batch(ranks):
     loss = api_loss(make_head()(*make_batch(len(ranks)))).detach()
     assert_close(torch.stack(of(ranks, "without gradient")).mean(), loss, 1e-12)
 
@@ -107,7 +107,7 @@ def test_given_pairs_have_partners_from_all_ranks(ranks):
 
 
 @pytest.mark.parametrize("case", ["gathered", "gathered as on GPUs"])
-def test_gather_features(ranks, case):
+def test_gathered_features_and_gradients_are_those_of_the_whole_batch(ranks, case):
     if "Gloo does not support reduce_scatter" in str(ranks[0][case]):
         pytest.skip("gloo of this torch has no reduce_scatter")
     features, labels = make_batch(len(ranks))
@@ -289,7 +289,7 @@ def test_one_process_needs_no_group():
     copy.deepcopy(make_head(gather=True))
 
 
-def test_errors_show_what_came():
+def test_gather_features_shows_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"features must be \[B, D\], got float32 \[4, 3, 2, 2\]"):
         gather_features(torch.zeros(4, 3, 2, 2), torch.zeros(4).long())
     with pytest.raises(ValueError, match=r"labels must have one entry per row"):

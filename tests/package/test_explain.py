@@ -239,7 +239,7 @@ def check(net, images, top_k=3):
 
 
 @pytest.mark.parametrize(("model", "size"), MODELS.items(), ids=MODELS)
-def test_architectures_of_timm(model, size):
+def test_architectures_of_timm_are_explained(model, size):
     check(make(model), two(*size))
 
 
@@ -253,7 +253,7 @@ def test_the_map_is_what_was_pooled(model):
     assert torch.corrcoef(torch.stack([features[0], maps.mean((2, 3))[0]]))[0, 1] > 0.99
 
 
-def test_swin_of_an_oblong_image():
+def test_swin_explains_oblong_images():
     net = make(
         "swin_tiny_patch4_window7_224", img_size=(64, 96), window_size=2, depths=(1, 1, 1, 1), embed_dim=16,
         num_heads=(1, 1, 1, 1),
@@ -377,7 +377,7 @@ def test_idle_channels_are_cold_and_ties_go_to_the_lowest():
     assert explain_pair(net, two(16, 16), top_k=6).channels.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
 
 
-def test_chunks_and_half_precision():
+def test_nets_in_chunks_and_in_half_precision_are_explained():
     net = APINet(ChunkedBackbone(Tiny(), 1), 3, dim=6)
     check(net, two(16, 16))
     check(make(Tiny).to(torch.bfloat16), two(16, 16).to(torch.bfloat16))

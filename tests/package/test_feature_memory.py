@@ -227,7 +227,7 @@ def step(head, memory, features, labels):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_step(backend):
+def test_compiled_step_equals_eager(backend):
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     (head, memory, _, labels), (_, reference, _, _) = make_step(), make_step()
@@ -241,7 +241,7 @@ def test_compiled_step(backend):
             assert torch.equal(found, other) or torch.equal(found.isnan(), other.isnan())
 
 
-def test_compiled_push_with_a_dynamic_batch_size():
+def test_compiled_push_takes_any_batch_size():
     torch._dynamo.reset()
     memory = FeatureMemory(10, DIM)
     past = Past(memory)

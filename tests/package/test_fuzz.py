@@ -105,7 +105,7 @@ KEYS = {
 
 
 @fuzzed
-def test_mine_pairs(data):
+def test_mine_pairs_takes_or_refuses_anything(data):
     features, labels, _ = draw_batch(data)
     if labels.dtype.is_signed:
         labels = labels - data.draw(st.integers(0, 20))
@@ -121,7 +121,7 @@ def test_mine_pairs(data):
 
 
 @fuzzed
-def test_random_pairs(data):
+def test_random_pairs_takes_or_refuses_anything(data):
     _, labels, _ = draw_batch(data)
     arguments = {"labels": labels, "num_pairs": data.draw(st.integers(0, 20)), "generator": torch.Generator()}
     ways = {"labels": NO_CLASSES, "num_pairs": NO_COUNT[1:], "generator": (be(0), be("cpu"))}
@@ -152,7 +152,7 @@ def draw_head(data, **fixed):
 
 
 @fuzzed
-def test_the_making_of_a_head(data):
+def test_the_making_of_a_head_takes_or_refuses_anything(data):
     arguments = draw_head(
         data, dim=data.draw(st.integers(1, 9)), num_classes=data.draw(st.integers(0, 4)), dtype=one_of(data, DTYPES)
     )
@@ -194,7 +194,7 @@ def check_loss(output, kind, ordinary, learning):
 
 @pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @fuzzed
-def test_head_and_loss(data):
+def test_head_and_loss_takes_or_refuses_anything(data):
     features, labels, kind = draw_batch(data)
     classes, dtype = max(0, *labels.tolist()) + 1 if len(labels) else 3, features.dtype
     autocast = dtype in (torch.bfloat16, torch.float32) and data.draw(st.booleans())
@@ -230,7 +230,7 @@ def test_head_and_loss(data):
 
 
 @fuzzed
-def test_pairs_of_ones_own(data):
+def test_pairs_of_ones_own_takes_or_refuses_anything(data):
     features, labels, _ = draw_batch(data, dtypes=DTYPES[2:], least=1)
     head = APIHead(features.shape[1], 50, **draw_head(data, dtype=features.dtype))
     keys = draw_keys(data, features, labels)
@@ -264,7 +264,7 @@ def test_pairs_of_ones_own(data):
 
 
 @fuzzed
-def test_loss_of_any_logits(data):
+def test_loss_of_any_logits_takes_or_refuses_anything(data):
     rows, classes, dtype = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 6)), one_of(data, DTYPES)
     fields = {
         "logits_self": torch.randn(rows, classes).to(dtype).requires_grad_(data.draw(st.booleans())),
@@ -315,7 +315,7 @@ def test_loss_of_any_logits(data):
 
 
 @fuzzed
-def test_gather_features_of_one_process(data):
+def test_gather_features_of_one_process_takes_or_refuses_anything(data):
     features, labels, _ = draw_batch(data)
     ways = {"features": NO_FEATURES, "labels": (*NO_LABELS, be(None))}
     if accepted(data, gather_features, {"features": features, "labels": labels}, ways) is not None:
@@ -326,7 +326,7 @@ def test_gather_features_of_one_process(data):
 
 
 @fuzzed
-def test_feature_memory(data):
+def test_feature_memory_takes_or_refuses_anything(data):
     sizes = {"size": data.draw(st.integers(1, 9)), "dim": data.draw(st.integers(1, 4)), "dtype": one_of(data, DTYPES)}
     ways = {
         "size": NO_COUNT,
@@ -359,7 +359,7 @@ def test_feature_memory(data):
 
 
 @fuzzed
-def test_head_with_a_memory(data):
+def test_head_with_a_memory_takes_or_refuses_anything(data):
     size, dim = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
     head, plain = (APIHead(dim, 50, hidden_dim=3, dropout=0.0, memory=memory) for memory in (size, 0))
     plain.load_state_dict({name: value for name, value in head.state_dict().items() if "memory" not in name})
@@ -395,7 +395,7 @@ def draw_sampler(data):
 
 @pytest.mark.filterwarnings("ignore:no image will have another of the same class")
 @fuzzed
-def test_sampler(data):
+def test_sampler_takes_or_refuses_anything(data):
     arguments = draw_sampler(data)
     ways = {
         "labels": (
@@ -430,7 +430,7 @@ def test_sampler(data):
 
 @pytest.mark.filterwarnings("ignore:no image will have another of the same class")
 @fuzzed
-def test_state_of_a_sampler(data):
+def test_state_of_a_sampler_takes_or_refuses_anything(data):
     arguments = {**draw_sampler(data), "n_batches": 4}
     sampler, other = BalancedBatchSampler(**arguments), BalancedBatchSampler(**arguments)
     epoch, done = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 4))
@@ -462,7 +462,7 @@ def flat_backbone(channels, dim, dtype=None):
 
 
 @fuzzed
-def test_chunked_backbone(data):
+def test_chunked_backbone_takes_or_refuses_anything(data):
     size, dtype = data.draw(st.integers(0, 9)), one_of(data, DTYPES[2:])
     images = one_of(data, LAYOUTS)(torch.randn(size, 3, 2, 2, dtype=dtype)).requires_grad_(data.draw(st.booleans()))
     channels = images[0:1].numel() if size else images.new_zeros(1, *images.shape[1:]).numel()
@@ -489,7 +489,7 @@ def test_chunked_backbone(data):
 
 @pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @fuzzed
-def test_apinet(data):
+def test_apinet_takes_or_refuses_anything(data):
     features, labels, kind = draw_batch(data, dtypes=[torch.float32], kinds=("normal", "ties", "non-finite"))
     dim, classes = data.draw(st.integers(1, 5)), int(labels.long().max()) + 1 if len(labels) else 2
     arguments = {
@@ -544,7 +544,7 @@ class Pooled(nn.Module):
 
 
 @fuzzed
-def test_explain_pair(data):
+def test_explain_pair_takes_or_refuses_anything(data):
     dtype = one_of(data, DTYPES[2:])
     sides = [data.draw(st.integers(1, 7)) for _ in range(2)]
     images = one_of(data, [lambda x: x, lambda x: x.mT.contiguous().mT])(torch.randn(2, 3, *sides, dtype=dtype))

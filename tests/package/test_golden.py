@@ -32,13 +32,13 @@ def test_cases_are_there():
     assert [path.stem for path in CASES] == ["case_a", "case_b"]
 
 
-def test_pairs(case):
+def test_pairs_are_the_published_ones(case):
     pairs = mine_pairs(case["features"], case["labels"])
     assert pairs.valid.all()
     assert torch.equal(pairs.partner, torch.cat([case["intra_partner"], case["inter_partner"]]))
 
 
-def test_logits_loss_and_gradients(case):
+def test_logits_loss_and_gradients_are_the_published_ones(case):
     head = load_head(case)
     features = case["features"].clone().requires_grad_()
     output = head(features, case["labels"])
@@ -55,6 +55,6 @@ def test_logits_loss_and_gradients(case):
         torch.testing.assert_close(value, case[name], rtol=1e-10, atol=1e-10, msg=lambda text, name=name: name + text)
 
 
-def test_test_time_path(case):
+def test_test_time_logits_are_the_published_ones(case):
     logits = load_head(case).eval()(case["features"])
     torch.testing.assert_close(logits, case["eval_logits"], rtol=1e-10, atol=1e-10)

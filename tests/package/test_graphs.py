@@ -23,7 +23,7 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_head_and_loss(backend):
+def test_compiled_head_and_loss_equal_eager(backend):
     head, features, labels = make_case()
 
     def loss(features, labels):
@@ -39,7 +39,7 @@ def test_compiled_head_and_loss(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("how", ["similar", "dissimilar"])
-def test_compiled_mining(backend, how):
+def test_compiled_mining_equals_eager(backend, how):
     _, features, labels = make_case()
     compiled = torch.compile(mine_pairs, fullgraph=True, backend=backend)
     for arguments in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
@@ -52,7 +52,7 @@ class Mining(torch.nn.Module):
         return tuple(mine_pairs(features, labels))
 
 
-def test_export_of_mining():
+def test_exported_mining_takes_any_batch_size():
     _, features, labels = make_case()
     batch = torch.export.Dim("batch", min=2, max=4096)
     program = torch.export.export(
@@ -62,7 +62,7 @@ def test_export_of_mining():
     torch.testing.assert_close([*program.module()(features, labels)], mine_pairs(features, labels), rtol=0, atol=0)
 
 
-def test_export_of_the_training_path():
+def test_exported_head_with_labels_equals_eager():
     head, features, labels = make_case()
     program = torch.export.export(head, (features, labels))
     torch.testing.assert_close(program.module()(features, labels)[0], head(features, labels)[0])
@@ -86,13 +86,13 @@ def test_fake_tensors_need_no_data(device):
         head(features, labels, keys=keys, key_labels=torch.randint(6, (50,), device=device))
 
 
-def test_meta_tensors():
+def test_meta_tensors_give_a_meta_loss():
     head = APIHead(32, 6, device="meta")
     output = head(torch.randn(24, 32, device="meta"), torch.zeros(24, dtype=torch.long, device="meta"))
     assert api_loss(output).device.type == "meta"
 
 
-def test_autocast_bfloat16():
+def test_loss_under_autocast_is_float32_and_near():
     head, features, labels = make_case()
     expected = api_loss(head(features, labels))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -124,7 +124,7 @@ def test_no_host_synchronisation_and_graph_capture_on_cuda():
 
 
 @pytest.mark.parametrize("how", ["random", "similar"])
-def test_mining_with_a_second_batch_size(how):
+def test_compiled_mining_takes_a_second_batch_size(how):
     # "random" failed in torch.rand(..., generator=None) where the size is symbolic.
     for dynamic in (True, None):
         torch._dynamo.reset()

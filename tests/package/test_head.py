@@ -43,7 +43,7 @@ def test_logits_loss_and_gradients_follow_the_formulas(seed, size, dim, classes,
     torch.testing.assert_close(torch.autograd.grad(terms.total, inputs), torch.autograd.grad(expected["loss"], inputs))
 
 
-def test_gradcheck():
+def test_gradients_are_those_of_finite_differences():
     head, features, labels = make_case(size=6, dim=5, classes=3)
     pairs = mine_pairs(features, labels)
     names = [name for name, _ in head.named_parameters()]
@@ -98,7 +98,7 @@ def test_without_classes_the_features_come_back():
     assert output.logits_self.shape == output.logits_other.shape == (48, 10)
 
 
-def test_own_classifier():
+def test_a_classifier_given_at_call_time_is_used():
     head, features, labels = make_case()
     bare = APIHead(10, hidden_dim=6, dropout=0, dtype=torch.float64)
     bare.mutual.load_state_dict(head.mutual.state_dict())
@@ -119,7 +119,7 @@ def test_given_pairs_override_mining():
     assert output.pairs is pairs
 
 
-def test_the_heads_own_choice_of_pairs():
+def test_intra_and_inter_of_the_head_choose_the_pairs():
     head, features, labels = make_case(intra="dissimilar", inter=None)
     expected = mine_pairs(features, labels, intra="dissimilar", inter=None)
     torch.testing.assert_close([*head(features, labels).pairs], [*expected], rtol=0, atol=0)

@@ -126,7 +126,7 @@ def test_an_image_without_a_class_is_remembered_but_never_found():
     assert (output.pairs.partner < 6).all()
 
 
-def test_half_precision_and_autocast():
+def test_a_memory_works_in_half_precision_and_under_autocast():
     head, reference = make_head(dtype=torch.float32), make_head(dtype=torch.float32)
     for step in range(3):
         features, labels = make_batch(step)
@@ -154,7 +154,7 @@ def test_compiled_training_is_that_of_eager():
         torch.testing.assert_close([*head.memory.buffers()], [*eager.memory.buffers()], equal_nan=True)
 
 
-def test_apinet_has_it_too():
+def test_apinet_trains_with_a_memory():
     net = APINet(torch.nn.Flatten(), CLASSES, dim=DIM, memory=N).double()
     images = torch.randn(6, DIM, 1, 1, dtype=torch.float64)
     api_loss(net(images, torch.arange(6) % CLASSES)).backward()
@@ -162,7 +162,7 @@ def test_apinet_has_it_too():
     assert net.to_deploy()(images).shape == (6, CLASSES)
 
 
-def test_it_shows():
+def test_repr_shows_the_memory():
     assert "memory=10" in repr(make_head())
     assert "memory=0" in make_head(0).extra_repr()
 

@@ -92,7 +92,7 @@ def test_terms_and_all_gradients_are_those_of_all_logits(kind, gate, weighted, s
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_number_of_rows_of_all_ranks(kind):
+def test_num_rows_divides_the_sums(kind):
     check(Case(), APILoss(rows=4), make_classifier(kind), torch.tensor(5.5, dtype=torch.float64))
 
 
@@ -201,7 +201,7 @@ def test_a_linear_that_is_not_just_one_is_called(stand_in):
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(kind, dtype):
+def test_terms_and_gradients_under_autocast_are_float32_and_near(kind, dtype):
     case, classifier = Case(torch.float32), make_classifier(kind, torch.float32)
     loss, learning = APILoss(rows=4, label_smoothing=0.1), case.learning(classifier)
     with torch.autocast("cpu", dtype=dtype):
@@ -239,7 +239,7 @@ def test_float16_keeps_gradients_of_unlikely_classes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes(dtype):
+def test_single_and_half_precision_stay_near(dtype):
     found = check(
         Case(dtype), APILoss(rows=6), make_classifier("linear", dtype),
         tolerance=1e-5 if dtype == torch.float32 else 6e-2,
@@ -261,7 +261,7 @@ def test_scaled_loss_scales_gradients():
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("rows", [None, 6])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled(kind, rows, backend):
+def test_compiled_loss_equals_eager(kind, rows, backend):
     torch._dynamo.reset()
     case, classifier = Case(), make_classifier(kind)
     loss = APILoss(label_smoothing=0.1, class_weight=case.class_weight, rows=rows)
@@ -276,7 +276,7 @@ def test_compiled(kind, rows, backend):
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_func_grad(kind):
+def test_func_grad_equals_autograd(kind):
     case, classifier = Case(), make_classifier(kind)
     loss = APILoss(rows=4)
     found = torch.func.grad(

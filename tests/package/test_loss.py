@@ -33,7 +33,9 @@ def published(output, margin, rank_weight, label_smoothing, class_weight=None):
     st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 20), st.floats(0.2, 1),
     st.floats(0, 0.5), st.floats(0, 2), st.sampled_from([0.0, 0.1, 1.0]), st.booleans(),
 )  # fmt: skip
-def test_terms_and_gradients(seed, pairs, classes, valid_share, margin, rank_weight, smoothing, weighted):
+def test_terms_and_gradients_are_those_of_torchs_losses(
+    seed, pairs, classes, valid_share, margin, rank_weight, smoothing, weighted
+):
     output = make_output(seed, pairs, classes, valid_share)
     if not output.valid.any():
         return
@@ -51,7 +53,7 @@ def test_terms_and_gradients(seed, pairs, classes, valid_share, margin, rank_wei
     assert all(map(torch.equal, module.terms(output), terms))
 
 
-def test_gradcheck():
+def test_gradients_are_those_of_finite_differences():
     output = make_output(pairs=3, valid_share=0.7)
     assert torch.autograd.gradcheck(
         lambda own, other: api_loss(APIOutput(own, other, *output[2:]), margin=0.3, label_smoothing=0.1), output[:2]

@@ -59,7 +59,7 @@ def test_head_trains_on_what_any_miner_finds(miner):
     torch.testing.assert_close(terms.ranking, expected["ranking"])
 
 
-def test_partners_among_keys():
+def test_pairs_of_a_miner_may_point_to_keys():
     keys, key_labels = X.flip(0) + 0.1, Y.flip(0)
     pairs = pairs_from_tuple(miners.MultiSimilarityMiner()(X, Y, keys, key_labels))
     assert torch.equal(pairs.same_class, Y[pairs.anchor] == key_labels[pairs.partner])
@@ -90,7 +90,7 @@ ROWS = torch.arange(3)
         (([0], [1], [2]), TypeError, "must be a tensor"),
     ],
 )
-def test_tuples_that_do_not_fit(wrong, error, message):
+def test_tuples_that_do_not_fit_are_an_error(wrong, error, message):
     with pytest.raises(error, match=message):
         pairs_from_tuple(wrong)
 
@@ -109,7 +109,7 @@ def nearest(same_class, farthest=False, keys=X, key_labels=Y, itself=False):
     return [list(rows) for rows in zip(*found, strict=True)]
 
 
-def test_our_pairs_as_a_miners_tuple():
+def test_miner_returns_the_nearest_as_a_tuple():
     assert [rows.tolist() for rows in APIMiner()(X, Y)] == nearest(True) + nearest(False)
     hardest = APIMiner(intra="dissimilar", inter="similar")(X, Y)
     assert [rows.tolist() for rows in hardest] == nearest(True, farthest=True) + nearest(False)
@@ -117,7 +117,7 @@ def test_our_pairs_as_a_miners_tuple():
     assert [rows.tolist() for rows in APIMiner(inter=None)(X, Y)] == nearest(True) + [[], []]
 
 
-def test_our_pairs_among_other_embeddings():
+def test_miner_searches_other_embeddings():
     keys, key_labels = X.flip(0)[:9] + 0.1, Y.flip(0)[:9]
     among = {"keys": keys, "key_labels": key_labels, "itself": True}
     found = APIMiner()(X, Y, keys, key_labels)

@@ -30,7 +30,7 @@ def test_is_backbone_then_head():
     torch.testing.assert_close(net(IMAGES, LABELS)[:4], net.head(features, LABELS, pairs=pairs)[:4], rtol=0, atol=0)
 
 
-def test_module_backbone():
+def test_a_module_as_backbone_needs_its_dim():
     backbone = nn.Sequential(nn.Conv2d(3, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert APINet(backbone, 5, dim=12)(IMAGES).shape == (6, 5)
     with pytest.raises(ValueError, match=r"Sequential.*no num_features.*dim="):
@@ -60,7 +60,7 @@ def test_every_parameter_learns():
 
 
 @pytest.mark.parametrize(("backbone_lr", "expected"), [(None, [0.1, 0.1]), (0.01, [0.01, 0.1])])
-def test_parameter_groups(backbone_lr, expected):
+def test_parameter_groups_hold_every_parameter_once(backbone_lr, expected):
     net = make_net()
     groups = net.parameter_groups(0.1, backbone_lr, weight_decay=0.3)
     assert [(group["name"], group["lr"], group["weight_decay"]) for group in groups] == [

@@ -63,7 +63,7 @@ def test_gated_features_follow_the_formulas(mutual, gate):
 
 
 @pytest.mark.parametrize("name", MUTUALS)
-def test_gradcheck(name):
+def test_gradients_are_those_of_finite_differences(name):
     torch.manual_seed(0)
     module = make_mutual(name, 5, 4, 0.0, dtype=torch.float64)
     inputs = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
@@ -88,7 +88,7 @@ def test_ranking_of_a_single_gate_is_the_margin():
 
 
 @pytest.mark.parametrize("mutual", MUTUALS)
-def test_compile_autocast_export_half_and_keys(mutual):
+def test_every_mutual_vector_compiles_exports_and_takes_half_precision(mutual):
     head, features, labels = make_case(mutual, dtype=torch.float32)
     expected = head(features, labels)
     torch._dynamo.reset()
@@ -115,7 +115,7 @@ def test_sketch_is_the_same_in_every_process_and_in_the_state_dict():
     assert set(one.signs.tolist()[0]) == {-1.0, 1.0}
 
 
-def test_own_module():
+def test_a_module_of_ones_own_gives_the_mutual_vector():
     class Maximum(nn.Module):
         def forward(self, anchor, partner):
             return torch.maximum(anchor, partner)
@@ -127,7 +127,7 @@ def test_own_module():
     torch.testing.assert_close(gate_anchor, torch.sigmoid(torch.maximum(a, b) * a))
 
 
-def test_head_without_parameters():
+def test_a_head_may_have_no_parameters():
     head = APIHead(12, mutual="sum")
     assert list(head.parameters()) == []
     assert head(torch.randn(4, 12), torch.tensor([0, 0, 1, 1])).logits_self.shape == (16, 12)

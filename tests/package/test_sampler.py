@@ -166,7 +166,7 @@ CONTAINERS = [
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_label_containers(container):
+def test_labels_in_any_container_give_the_same_batches(container):
     assert list(BalancedBatchSampler(container(LABELS), 4, 3)) == list(BalancedBatchSampler(LABELS, 4, 3))
 
 

@@ -274,7 +274,7 @@ def test_sync_batch_norm_is_saved_as_batch_norm(tmp_path):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: net])
-def test_loaded_and_saved_again(copied, tmp_path):
+def test_loaded_and_saved_again_is_the_same(copied, tmp_path):
     net = make_net(backbone_args={"in_chans": 3})
     check_same(round_trip(copied(round_trip(net, tmp_path / "once")), tmp_path / "twice"), net)
     assert config_of(tmp_path / "once") == config_of(tmp_path / "twice")
@@ -290,12 +290,12 @@ class OfTwo(APINet):
         super().__init__("test_resnet", 2, mutual="sum")
 
 
-def test_subclass_without_arguments(tmp_path):
+def test_a_subclass_without_arguments_comes_back(tmp_path):
     net = OfTwo().eval()
     check_same(round_trip(net, tmp_path), net)
 
 
-def test_subclass_with_arguments_of_its_own(tmp_path):
+def test_a_subclass_with_arguments_of_its_own_comes_back(tmp_path):
     net = OfBirds(np.int64(4), wide=True).eval()
     check_same(round_trip(net, tmp_path), net)
 
@@ -337,7 +337,7 @@ def test_compiled_net_is_saved_as_the_plain_one(compile_, chunk_size, tmp_path):
 # ----------------------------------------------------------------------------------------------- loading
 
 
-def test_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
     for path in ("/no/such/dir", "./runs/best", str(tmp_path / "nowhere"), Path("/no/such/dir")):
         with pytest.raises(FileNotFoundError) as refused:
             APINet.from_pretrained(path)
@@ -346,12 +346,12 @@ def test_folder_that_is_not_there(tmp_path):
         assert refused.value.__suppress_context__
 
 
-def test_name_that_is_neither_a_folder_nor_on_the_hub():
+def test_a_name_that_is_no_folder_and_not_on_the_hub_is_an_error():
     with pytest.raises(FileNotFoundError, match=r"'runs/best' is no folder.*nor.*Hub"):
         APINet.from_pretrained("runs/best", local_files_only=True)
 
 
-def test_folder_without_what_was_saved(tmp_path):
+def test_a_folder_without_a_saved_net_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is no folder with an APINet's config\.json"):
         APINet.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 3}))
@@ -359,13 +359,13 @@ def test_folder_without_what_was_saved(tmp_path):
         APINet.from_pretrained(tmp_path)
 
 
-def test_a_saved_file_in_place_of_its_folder(tmp_path):
+def test_a_saved_file_in_place_of_its_folder_is_an_error(tmp_path):
     make_net().save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"config\.json' is no folder"):
         APINet.from_pretrained(tmp_path / "config.json")
 
 
-def test_another_process_loads_it(tmp_path):
+def test_another_process_loads_a_saved_net(tmp_path):
     net = make_net(backbone_args={"in_chans": np.int64(3)}, gate="single")
     net.save_pretrained(tmp_path / "net")
     torch.save(IMAGES, tmp_path / "images.pt")
