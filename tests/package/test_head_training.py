@@ -221,28 +221,15 @@ def balanced(size=32):
         lambda head, x: head(x, torch.arange(32), pairs=random_pairs(torch.arange(32), 5)),
         lambda head, x: head(x, torch.arange(32), keys=x, key_labels=torch.arange(32), key_offset=0),
         lambda head, x: head(x[:0], balanced(0)),
+        lambda head, x: torch.no_grad()(head)(x, torch.arange(32)),
+        lambda head, x: APIHead(DIM, 40, memory=64)(x, torch.arange(32)),
+        lambda head, x: (head(x, balanced()), head(x, torch.arange(32))),  # a good first batch ends the looking
     ],
 )
 def test_nothing_is_said_where_nothing_is_amiss(call):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(APIHead(DIM, 40), torch.randn(32, DIM))
-
-
-def test_nothing_is_said_without_gradients_or_with_a_memory():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with torch.no_grad():
-            APIHead(DIM, 40)(torch.randn(32, DIM), torch.arange(32))
-        APIHead(DIM, 40, memory=64)(torch.randn(32, DIM), torch.arange(32))
-
-
-def test_a_good_first_batch_ends_the_looking():
-    head = APIHead(DIM, 40)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        head(torch.randn(32, DIM), balanced())
-        head(torch.randn(32, DIM), torch.arange(32))
 
 
 def test_nothing_is_looked_at_while_tracing():

@@ -52,7 +52,7 @@ def check_same(loaded, net, images=IMAGES):
     assert torch.equal(loaded(images), net(images))
 
 
-# ------------------------------------------------------------------------------------------- arguments
+# Arguments.
 
 
 def test_numpy_numbers_come_back(tmp_path):
@@ -174,7 +174,7 @@ def test_weights_of_two_dtypes_are_refused(tmp_path):
         net.save_pretrained(tmp_path)
 
 
-# ------------------------------------------------------------------------------------- modules of one's own
+# Modules of one's own.
 
 
 class TwiceMLP(MutualMLP):
@@ -219,7 +219,7 @@ def test_own_backbone_and_own_mutual_are_both_asked_for(tmp_path):
     check_same(APINet.from_pretrained(tmp_path, backbone=backbone(), mutual=OwnMutual(12)), net)
 
 
-# --------------------------------------------------------------------------------- changes after it was made
+# Changes after it was made.
 
 
 def test_another_number_of_classes_is_saved(tmp_path):
@@ -290,17 +290,13 @@ class OfTwo(APINet):
         super().__init__("test_resnet", 2, mutual="sum")
 
 
-def test_a_subclass_without_arguments_comes_back(tmp_path):
-    net = OfTwo().eval()
+@pytest.mark.parametrize("make", [OfTwo, lambda: OfBirds(np.int64(4), wide=True)])
+def test_a_subclass_comes_back_with_its_own_arguments(make, tmp_path):
+    net = make().eval()
     check_same(round_trip(net, tmp_path), net)
 
 
-def test_a_subclass_with_arguments_of_its_own_comes_back(tmp_path):
-    net = OfBirds(np.int64(4), wide=True).eval()
-    check_same(round_trip(net, tmp_path), net)
-
-
-# --------------------------------------------------------------------------------------------- torch.compile
+# torch.compile.
 
 
 def compiled(module):
@@ -334,7 +330,7 @@ def test_compiled_net_is_saved_as_the_plain_one(compile_, chunk_size, tmp_path):
     check_same(APINet.from_pretrained(tmp_path), plain)
 
 
-# ----------------------------------------------------------------------------------------------- loading
+# Loading.
 
 
 def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
