@@ -23,7 +23,7 @@ from tqdm import tqdm
 from workbench import model_folder
 from workbench.datasets.bad_images import shown
 from workbench.datasets.decode import processors
-from workbench.datasets.folders import SUFFIXES
+from workbench.datasets.folders import SUFFIXES, images_below
 from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform
@@ -58,7 +58,7 @@ def find_images(sources: list[Path]) -> list[Path]:
             raise SystemExit(f"{shown(str(source))}: no such file or folder")
         found = [source]
         if source.is_dir():
-            found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            found = images_below(source)
             if not found:
                 raise SystemExit(f"{shown(str(source))}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
         paths += found

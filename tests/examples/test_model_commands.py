@@ -77,6 +77,7 @@ def test_folders_are_predicted_in_batches_and_written_as_csv(own, tmp_path, caps
     shutil.copytree(images / "test", tmp_path / "images")
     (tmp_path / "images/green/notes.txt").write_text("no image by its name")
     (tmp_path / "images/green/bad.png").write_text("no image by its content")
+    (tmp_path / "images/green/._0.png").write_text("hidden")
     one = images / "train/red/0.png"
     file = tmp_path / "found.csv"
     arguments = [str(model), str(tmp_path / "images"), str(one), "--csv", str(file), "--top", "2"]
@@ -86,7 +87,7 @@ def test_folders_are_predicted_in_batches_and_written_as_csv(own, tmp_path, caps
     assert "\n1 of 12 images cannot be decoded\n" in said
     rows = list(csv.DictReader(file.open(newline="")))
     assert list(rows[0]) == ["path", "predicted", "probability", "predicted_2", "probability_2"]
-    paths = sorted((tmp_path / "images").rglob("*.png"))
+    paths = sorted((tmp_path / "images").rglob("[!.]*.png"))
     assert [row["path"] for row in rows] == [str(path) for path in [*paths, one] if path.name != "bad.png"]
     for row in rows:
         likely = probabilities(model, own_image(model, row["path"]))

@@ -95,13 +95,18 @@ def read_folder(folder: Path) -> list[Item]:
     items = [
         Item(path, shown(each.name))  # names need not be text
         for each in sorted(folder.iterdir())
-        if each.is_dir()
-        for path in sorted(each.rglob("*"))
-        if path.suffix.lower() in SUFFIXES and not _hidden(path.relative_to(folder))
+        if each.is_dir() and not _hidden(Path(each.name))
+        for path in images_below(each)
     ]
     if not items:
         raise SystemExit(f"{folder}: no images in folders of classes, as in {folder / 'some_class' / 'image.jpg'}")
     return items
+
+
+def images_below(folder: Path) -> list[Path]:
+    """What is named as an image in a folder and those in it, sorted; hidden files are not."""
+    paths = sorted(folder.rglob("*"))
+    return [path for path in paths if path.suffix.lower() in SUFFIXES and not _hidden(path.relative_to(folder))]
 
 
 def read_csv(file: Path) -> Split:
