@@ -24,20 +24,15 @@ BROKEN += (pickle.UnpicklingError, zipfile.BadZipFile)
 
 @dataclass
 class Progress:
-    """How far a run is: epochs and steps done, and a row of figures for each epoch.
+    """How far a run is."""
 
-    Attributes:
-        batch: batches done of the epoch that has begun, of which `counted` are in its figures; it took `seconds`.
-        skipped: steps left out, for they were not finite.
-    """
-
-    epoch: int = 0
+    epoch: int = 0  # that were finished
     step: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    batch: int = 0
-    counted: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)  # a row of figures for each epoch
+    batch: int = 0  # done of the epoch that has begun
+    counted: int = 0  # of these, the ones in its figures
+    seconds: float = 0.0  # that it took so far
+    skipped: int = 0  # steps left out, as they were not finite
 
     @property
     def name(self) -> str:
@@ -189,8 +184,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Wait until the disk has the names in the folder too."""
+def sync_folder(path: Path) -> None:  # until the disk has the names in it, too
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

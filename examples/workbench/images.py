@@ -1,7 +1,6 @@
-"""Images for a DataLoader: transforms, caching, and crops that depend on their place in the training alone.
+"""Images for a DataLoader: transforms, caching, and crops that depend on seed, epoch and place in the epoch alone.
 
-A crop depends on the seed, the epoch and the place in the epoch. So a run that goes on in the middle of an epoch sees
-what it would have seen, however many workers load the images, and each of several processes sees what one would there.
+So a run that goes on within an epoch sees what it would have seen, however many workers or processes there are.
 """
 
 import atexit
@@ -75,6 +74,12 @@ def _squashed(config: Mapping[str, Any], *steps: Any) -> transforms.Compose:
         raise ValueError(f"crop must be in [1, squash], got crop={crop} and squash={size}")
     normalize = transforms.Normalize(config["mean"], config["std"])
     return transforms.Compose([transforms.Resize((size, size)), *steps, transforms.ToTensor(), normalize])
+
+
+def to_device(inputs: Tensor, device: torch.device) -> Tensor:
+    """Images in the layout that convolutions like, or features."""
+    layout = torch.channels_last if inputs.ndim == 4 else torch.preserve_format
+    return inputs.to(device, non_blocking=True, memory_format=layout)
 
 
 def unnormalized(images: Tensor, config: Mapping[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ SEARCHES = ("similar", "dissimilar", "random", "none")
 AUTO = "auto"
 
 
-def setting(default: Any, help: str, choices: Sequence[str] | None = None, *, group: str = "", least: float = 0) -> Any:
-    """A field: `group` is the title of the flags from here on, `least` the smallest number."""
-    return field(default=default, metadata={"help": help, "choices": choices, "group": group, "least": least})
+def setting(default: Any, help: str, choices: Any = None, group: str = "", least: float = 0, most: float = inf) -> Any:
+    """A field: `group` is the title of the flags from here on, numbers are from `least` to `most`."""
+    about = {"help": help, "choices": choices, "group": group, "range": (least, most)}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Settings:
     )
     keep_chunks: int = setting(1, "of these chunks, how many are not recomputed; auto chooses this, too")
     hidden_dim: int = setting(512, "width of the mutual vector's MLP", least=1)
-    dropout: float = setting(0.5, "in that MLP and before the classifier")
+    dropout: float = setting(0.5, "in that MLP and before the classifier", most=1)
     mutual: str = setting("mlp", "the mutual vector", MUTUALS)
     gate: str = setting("pair", "a gate for each image of a pair, or one for both", ("pair", "single"))
     pairs: str = setting(
@@ -57,9 +59,9 @@ class Settings:
     intra: str = setting("similar", "the partner of the same class, if mined", SEARCHES)
     inter: str = setting("similar", "the partner of another class, if mined", SEARCHES)
     memory: int = setting(0, "past features that mined partners are also searched in, besides the batch; 0: none")
-    margin: float = setting(0.05, "of the ranking term", group="loss", least=float("-inf"))
+    margin: float = setting(0.05, "of the ranking term", group="loss", least=-inf)
     rank_weight: float = setting(1.0, "of the ranking term")
-    label_smoothing: float = setting(0.0, "of the cross-entropy")
+    label_smoothing: float = setting(0.0, "of the cross-entropy", most=1)
     n_classes: int = setting(30, "classes in a batch", group="optimisation", least=2)
     n_samples: int = setting(4, "images of each", least=1)
     epochs: int = setting(
@@ -132,15 +134,15 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         elif item.name == "skip_bad":
             kind |= {"nargs": "?", "const": LIST, "metavar": "FILE"}
         elif not isinstance(default, str):
-            kind["type"] = number(type(default), about["least"])
+            kind["type"] = number(type(default), *about["range"])
         flag = f"--{item.name.replace('_', '-')}"
         group.add_argument(flag, default=default, help=f"{about['help']}{_defaults(item.name, item.default)}", **kind)
     chosen = vars(parser.parse_args(arguments))
     chosen.pop("preset")
     try:
-        json.loads(chosen["backbone_args"])
-    except json.JSONDecodeError as error:
-        parser.error(f"--backbone-args must be JSON, got {chosen['backbone_args']!r}: {error}")
+        dict(json.loads(chosen["backbone_args"]))
+    except (TypeError, ValueError) as error:
+        parser.error(f"--backbone-args must be a JSON object, got {chosen['backbone_args']!r}: {error}")
     if chosen["crop"] > chosen["resize"]:
         parser.error(f"--crop {chosen['crop']} must not be larger than --resize {chosen['resize']}")
     if chosen["dataset"] != "cub" and not chosen["data"]:
@@ -163,13 +165,14 @@ def chunk_size(text: str) -> int | str:
     return text if text == AUTO else number(int, 0)(text)
 
 
-def number(kind: type, least: float) -> Callable[[str], Any]:
-    """For argparse: a finite number that is not below `least`."""
+def number(kind: type, least: float, most: float = inf) -> Callable[[str], Any]:
+    """For argparse: a finite number from `least` to `most`."""
 
     def parse_number(text: str) -> Any:
         value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text}")
+        if not least <= value <= most or value == inf:
+            limits = f"at least {least:g}" if most == inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, got {text}")
         return value
 
     parse_number.__name__ = kind.__name__  # argparse's "invalid int value"

@@ -247,7 +247,8 @@ def test_images_are_normalised_as_the_backbone_wants(birds, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [["--backbone-args", "{"], ["--method", "magic"], ["--epochs", "many"], ["--epochs", "0"], ["--n-classes", "1"],
-     ["--crop", "600"], ["--lr", "nan"], ["--loader-timeout", "-1"]],
+     ["--crop", "600"], ["--lr", "nan"], ["--loader-timeout", "-1"], ["--label-smoothing", "2"],
+     ["--backbone-args", "[1]"]],
 )  # fmt: skip
 def test_bad_flags_end_with_usage(flags, capsys):
     with pytest.raises(SystemExit):

@@ -58,14 +58,12 @@ def open_data(settings: "Settings", root: str | None = None) -> ImageSet:
         return leave_out(data, Path(settings.skip_bad), Path(root), settings.n_samples) if settings.skip_bad else data
     from birds import VERSION, write_birds  # here, for only the demo needs what draws them
 
-    folder = cache_folder() / (
-        f"birds-v{VERSION}-{settings.species}x{settings.images_per_species}-{settings.image_size}px"
-    )
+    name = f"birds-v{VERSION}-{settings.species}x{settings.images_per_species}-{settings.image_size}px"
+    folder = cache_folder() / name
     if not folder.exists():
         print(f"No --data given: drawing the embedded birds into {folder} (kept for the next run)", flush=True)
-    write_birds(
-        folder, species=settings.species, images_per_species=settings.images_per_species, size=settings.image_size
-    )
+    numbers = {"species": settings.species, "images_per_species": settings.images_per_species}
+    write_birds(folder, size=settings.image_size, **numbers)
     return replace(read_cub(folder), name="embedded birds")
 
 
