@@ -287,9 +287,10 @@ def test_comparison_is_seed_by_seed():
             },
         }  # fmt: skip
 
-    text = table({"baseline": [run(0.5), run(0.7)], "api": [run(0.6), run(0.6)]})
-    assert "| Baseline | 60.0 ± 14.1 | 30.0 ± 7.1 | 90.0 ± 0.0 |" in text
-    assert "test accuracy 0.0 ± 14.1 (by seed: +10.0, -10.0)" in text
+    text = table({"balanced": [run(0.5), run(0.7)], "shuffled": [run(0.4)] * 2, "api": [run(0.6), run(0.6)]})
+    assert "| Cross-entropy, the same balanced batches | 60.0 ± 14.1 | 30.0 ± 7.1 | 90.0 ± 0.0 |" in text
+    assert re.search(r"less cross-entropy, the same .* accuracy 0\.0 ± 14\.1 \(by seed: \+10\.0, -10\.0\)", text)
+    assert re.search(r"less cross-entropy, shuffled .* accuracy 20\.0 ± 0\.0 \(by seed: \+20\.0, \+20\.0\)", text)
     assert "resnet18 from scratch, 96 x 96 pixels" in text
 
 
