@@ -22,9 +22,7 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def with_chunk_size(settings: Settings, folder: Path, make_net: Callable[[Settings], nn.Module]) -> Settings:
-    """The settings with numbers for "auto": those that the run in `folder` began with, if any.
-
-    Of several processes, the first one picks for all.
+    """The settings with numbers for "auto": those that the run in `folder` began with, or what the first process picks.
 
     Raises:
         SystemExit: no chunk size fits, or this torch can't tell.

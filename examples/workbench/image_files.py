@@ -47,15 +47,6 @@ def load_image(path: str | Path) -> PIL.Image.Image:
         raise BadImageError(f"{path} {_reason(path, error)}{ADVICE}") from error
 
 
-def why_bad(path: Path) -> str | None:
-    """The reason for which `load_image` refuses a file, None if it takes it."""
-    try:
-        load_image(path)
-    except BadImageError as error:
-        return str(error).removeprefix(f"{path} ").removesuffix(ADVICE)
-    return None
-
-
 def _decode(path: str | Path) -> PIL.Image.Image:
     if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
         raise BadImageError("is no regular file")

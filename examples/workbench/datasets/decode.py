@@ -8,9 +8,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from workbench.datasets.bad_images import shown
-from workbench.image_files import why_bad
+from workbench.image_files import ADVICE, BadImageError, load_image
 
 CHUNK = 8  # images given to a process at a time
+
+
+def why_bad(path: Path) -> str | None:
+    """The reason for which `load_image` refuses a file, None if it takes it."""
+    try:
+        load_image(path)
+    except BadImageError as error:
+        return str(error).removeprefix(f"{path} ").removesuffix(ADVICE)
+    return None
 
 
 def find_bad(paths: list[Path], workers: int) -> list[tuple[Path, str]]:
