@@ -14,6 +14,7 @@ Writes DEVICE-DATE-chunks.json, and a Markdown table of the same name.
 import argparse
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,6 +133,9 @@ class Training:
 def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     """Time and memory of each way; of those that failed the reason."""
     ways = Training(case, device).ways()
+    for step in ways.values():
+        with suppress(Exception):  # which comes again in the turns
+            step()  # loads kernels: the first turn, from which follows how many there are, is as long as the others
     turns = take_turns(ways, device, seconds)
     found = summarise(turns, WHOLE)
     for way in turns.seconds:

@@ -31,11 +31,11 @@ from apinet_head.step_memory import pick_chunk_size, step_memory
 CHUNKS = (30, 15, 8, 4)
 LARGE = {
     "backbone": "resnet101", "image_size": 448, "batches": [30, 60, 120, 240, 480],
-    "gpus": [8, 11, 16, 24, 40, 80], "gpu_batch": 120,
+    "gpus": [8, 11, 16, 24, 40, 80], "gpu_batch": 120, "given": 15,
 }  # fmt: skip
 SMALL = {"backbone": "resnet50", "image_size": 96, "batches": [15, 30, 60, 120]}
 TIMED = {"backbone": "resnet50", "image_size": 224, "batches": [30]}
-QUICK = {"batches": [16], "gpus": [8], "gpu_batch": 16}
+QUICK = {"batches": [16], "gpus": [8], "gpu_batch": 16, "given": 4}
 
 
 def ways(batch: int, amp: str) -> Iterator[Way]:
@@ -103,14 +103,21 @@ def measure_times(problem: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
 
 
 def choices(problem: dict[str, Any]) -> list[dict[str, Any]]:
-    """The chunk size for each precision and GPU, which has so many GiB."""
+    """Chunk size and kept chunks for each precision and GPU, which has so many GiB; of any size, and of a given one."""
     net = net_of_shapes(problem["backbone"], Way())
     batch, size = problem["gpu_batch"], problem["image_size"]
     found = []
-    for amp, gpu in tqdm([(amp, gpu) for amp in DTYPES for gpu in problem["gpus"]], desc="chunk sizes for GPUs"):
-        choice = pick_chunk_size(net, batch, size, amp=DTYPES[amp], memory=gpu * 2**30)
-        needed = choice.needed[choice.chunk_size]
-        found.append({"gpu": gpu, "amp": amp, "chunk_size": choice.chunk_size, "needed": needed})
+    points = [(given, amp, gpu) for given in (None, problem["given"]) for amp in DTYPES for gpu in problem["gpus"]]
+    for given, amp, gpu in tqdm(points, desc="chunk sizes for GPUs"):
+        row = {"given": given, "amp": amp, "gpu": gpu}
+        try:
+            choice = pick_chunk_size(net, batch, size, chunk_size=given, amp=DTYPES[amp], memory=gpu * 2**30)
+        except ValueError:  # it does not fit
+            found.append(row)
+            continue
+        chosen = choice.chunk_size, choice.keep_chunks
+        row |= {"needed": choice.needed[chosen], "recomputed": choice.recomputed, "time": choice.time}
+        found.append(row | dict(zip(("chunk_size", "keep_chunks"), chosen, strict=True)))
     return found
 
 
@@ -129,21 +136,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--quick", action="store_true", help="small batches alone, one round: a minute")
     parser.add_argument("--output", type=Path, help="folder for the JSON, the table and the plot")
+    parser.add_argument("--choices", type=Path, metavar="JSON", help="make only the chunk sizes in this file anew")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     large, small, timed = (problem | (QUICK if options.quick else {}) for problem in (LARGE, SMALL, TIMED))
     device = default_device()
+    if options.choices:
+        result = json.loads(options.choices.read_text()) | {"large": large, "choices": choices(large)}
+        options.choices.write_text(json.dumps(result, indent=1) + "\n")
+        write_report(options.choices)
+        return
     result = {
         "origin": origin(device),
         "large": large,
         "small": small,
-        "timed": timed,
         "estimated": collect("estimates", estimate, large, list(DTYPES)),
         "choices": choices(large),
-        "cuda": None,
         "small_estimated": collect("estimates, small", estimate, small, ["fp32"]),
+        "timed": timed,
+        "cuda": None,
         "resident": collect("processes", measure_resident, small, ["fp32"]),
         "times": measure_times(timed, 1 if options.quick else options.rounds),
     }

@@ -53,17 +53,29 @@ def grid(rows: Rows, show: Callable[[Way, int, Any], str]) -> str:
     return "\n".join(lines)
 
 
-def settings_table(result: dict[str, Any]) -> str:
-    """For each size of GPU the chunk size that was picked, and what it takes."""
-    lines = ["| GPU | float32: `chunk_size` | peak | bfloat16 or float16: `chunk_size` | peak |"]
-    lines += ["| ---: | ---: | ---: | ---: | ---: |"]
-    cells = {
-        (row["gpu"], row["amp"]): f"{row['chunk_size'] or 'whole batch'} | {gib(row['needed'])} GiB"
-        for row in result["choices"]
-    }
-    for gpu in dict.fromkeys(row["gpu"] for row in result["choices"]):
-        lines.append(f"| {gpu} GB | {cells[gpu, 'fp32']} | {cells[gpu, 'bf16']} |")
+def settings_table(result: dict[str, Any], given: int | None) -> str:
+    """For each size of GPU chunk size and kept chunks that were picked, what they take, and what is recomputed."""
+    rows = [row for row in result["choices"] if row["given"] == given]
+    titles = ["`chunk_size`", "`keep_chunks`", "peak, GiB", "recomputed", "time"]
+    lines = [f"| GPU | float32: {' | '.join(titles)} | bfloat16 or float16: {' | '.join(titles)} |"]
+    lines.append("| ---: |" + " ---: |" * 2 * len(titles))
+    for gpu in dict.fromkeys(row["gpu"] for row in rows):
+        cells = [
+            " | ".join(_choice(row))
+            for amp in ("fp32", "bf16")
+            for row in rows
+            if row["gpu"] == gpu
+            if row["amp"] == amp
+        ]
+        lines.append(f"| {gpu} GB | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _choice(row: dict[str, Any]) -> list[str]:
+    if "needed" not in row:
+        return ["does not fit", *4 * [""]]
+    chunks = ["whole batch", ""] if row["chunk_size"] is None else [str(row["chunk_size"]), str(row["keep_chunks"])]
+    return [*chunks, gib(row["needed"]), f"{row['recomputed']:.0%}", f"{row['time']:.2f}"]
 
 
 def times_table(result: dict[str, Any]) -> str:
@@ -89,14 +101,17 @@ def make_report(result: dict[str, Any]) -> str:
     )
     sections = {
         f"{large}: estimated": (
-            "GiB, over batch size; from fake tensors, not measured on a GPU. Parameters, gradients, momentum, head and "
-            "loss are in; the CUDA context, workspaces of cuDNN and fragmentation are not."
+            "GiB, over batch size; from fake tensors, not measured on a GPU. Parameters, gradients, "
+            "momentum, head and loss are in; the CUDA context, workspaces of cuDNN and fragmentation are not."
         ),
         "": grid(result["estimated"], lambda way, batch, found: gib(found)),
         f"{large}, on a GPU: measured": _on_gpu(result),
         f"{large}, chunk sizes for GPUs: estimated": (
             f"Batch of {result['large']['gpu_batch']}; what `pick_chunk_size` picks, with 15 % of the memory left free "
-            f"for what the estimate can't know.\n\n{settings_table(result)}"
+            "for what the estimate can't know. Recomputed is the share of the images that run through the backbone a "
+            "second time; time that of a step over the whole batch at once, if a forward pass is a third of it and the "
+            f"GPU is busy.\n\n{settings_table(result, None)}\n\nWith chunks of {result['large']['given']}:\n\n"
+            f"{settings_table(result, result['large']['given'])}"
         ),
         f"{small}, on the CPU: measured": (
             "GiB by which a step raises the resident set of a fresh process, in brackets the estimate.\n\n"
