@@ -46,7 +46,8 @@ from workbench.settings import number
 from workbench.weights import load_weights
 
 METHODS = ("api", "balanced", "shuffled", "supcon")
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FIRST = slice(2, 5)  # of these are tried first, and more while the best is at an end
 CHOOSING = (1000, 1001, 1002)  # seeds on which learning rates are chosen, none of which is tested
 SPECIES, DRAWN = 20, 120  # of the birds; half of the images are test images
 BATCH = 32
@@ -239,9 +240,16 @@ class Study:
 
     def choose_rate(self, run: Run, pool: Pool, backbone: Any) -> Run:
         """The run with the learning rate of the best accuracy on validation images, over several seeds."""
-        runs = {lr: [replace(run, part="validation", seed=seed, lr=lr) for seed in CHOOSING] for lr in RATES}
-        found = {lr: mean(self.get(each, pool, backbone)["accuracy"] for each in runs[lr]) for lr in RATES}
-        return replace(run, lr=max(RATES, key=lambda lr: found[lr]))
+        found: dict[float, float] = {}
+        rates = list(RATES[FIRST])
+        while rates:
+            for lr in rates:
+                runs = [replace(run, part="validation", seed=seed, lr=lr) for seed in CHOOSING]
+                found[lr] = mean(self.get(each, pool, backbone)["accuracy"] for each in runs)
+            best = max(sorted(found), key=lambda lr: found[lr])
+            place = RATES.index(best)
+            rates = [lr for lr in RATES[max(0, place - 1) : place + 2] if lr not in found]
+        return replace(run, lr=best)
 
 
 def variants(run: Run) -> list[Run]:
@@ -304,7 +312,7 @@ def study_one(study: Study, source: str, name: str, weights: Path | None, option
     pool = Pool(inputs[0], labels[0], inputs[1], labels[1], per_class)
     n_classes = min(len(classes), BATCH // 4)
     base = Run(
-        title, name, size, options.fine_tune, "api", "test", 0, RATES[0], options.steps, n_classes, BATCH // n_classes
+        title, name, size, options.fine_tune, "api", "test", 0, 0.0, options.steps, n_classes, BATCH // n_classes
     )
     chosen = [study.choose_rate(replace(base, method=method), pool, backbone) for method in options.methods]
     if options.vary:

@@ -5,6 +5,7 @@ Started again with the same command, an interrupted training goes on from its la
 
 python examples/train_own.py DIR
 python examples/train_own.py DIR --backbone convnext_tiny --image-size 288 --out model
+python examples/train_own.py DIR --backbone resnet50 --weights resnet50.pth --frozen         # no network; a minute
 python examples/train_own.py DIR --baseline shuffled --out baseline     # cross-entropy as usual, to compare with
 """
 
@@ -26,7 +27,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from apinet_head import APINet, BalancedBatchSampler, api_loss
+from apinet_head import APIHead, APINet, BalancedBatchSampler, api_loss
 from workbench import metrics, model_folder, report
 from workbench.checkpoint import RunState
 from workbench.datasets import Image, ImageSet
@@ -35,14 +36,16 @@ from workbench.datasets.decode import processors
 from workbench.datasets.folders import Split, by_class, read, short_side, sound, warnings
 from workbench.defaults import Known, choose
 from workbench.distributed import end_all
+from workbench.frozen import FeatureBatches, features_of
 from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
-from workbench.images import ImageDataset, eval_loader, eval_transform, train_loader
+from workbench.images import ImageDataset, eval_loader, eval_transform, to_device, train_loader
 from workbench.model_card import make_card
 from workbench.run_folder import RunFolder, describe
 from workbench.scores import predict
 from workbench.settings import number
+from workbench.weights import load_weights, named
 
-NOT_SETTINGS = ("source", "out", "overwrite")
+NOT_SETTINGS = ("source", "out", "overwrite", "weights")
 HARMLESS = {"workers", "device", "checkpoint_minutes"}  # an interrupted training may go on with others
 TESTS = 20  # times that the test images are looked at for the curves, at most; they choose nothing
 
@@ -59,6 +62,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("own-model"), help="model folder (default: %(default)s)")
     add("--overwrite", action="store_true", help="write over the model in --out")
     add("--no-pretrained", action="store_true", help="train from scratch, without weights from the network")
+    add("--weights", type=Path, metavar="FILE", help="of the backbone, instead of timm's from the network")
+    add(
+        "--frozen", action="store_true",
+        help="train the head alone, on features that are computed once for each image and kept: far quicker",
+    )  # fmt: skip
     add(
         "--chunk-size", type=number(int, 1), metavar="N",
         help="images at a time through the backbone: the same batch in less memory (default: all)",
@@ -99,6 +107,11 @@ def main(arguments: list[str] | None = None) -> None:
     check_free(options.out, options.overwrite)
     if options.backbone:
         check_backbone(options.backbone)
+    if options.weights and (options.no_pretrained or not options.backbone):
+        parser.error("--weights are those of a --backbone, and go without --no-pretrained")
+    if options.frozen and options.no_pretrained:
+        parser.error("--frozen needs a backbone that has learned: leave out --no-pretrained")
+    weights_name = named(options.weights) if options.weights else ""
 
     # Data, and what is chosen from it.
     data, notes = read_data(options)
@@ -107,6 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(note)
     notes.append(note)
     settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+    settings["weights"] = weights_name
 
     # Net, optimiser, schedule.
     folder = RunFolder(options.out / "run", settings | describe(data), HARMLESS)
@@ -114,14 +128,24 @@ def main(arguments: list[str] | None = None) -> None:
     device = accelerator.device
     set_seed(options.seed)
     net = make_net(options, len(data.classes)).to(device, memory_format=torch.channels_last)
+    model = net.head if options.frozen else net  # what is trained
     steps = options.epochs * sampler.n_batches
-    optimizer = torch.optim.AdamW(net.parameter_groups(options.lr, options.backbone_lr, options.weight_decay))
+    net.freeze_backbone(options.frozen, batch_norm="eval")
+    groups = net.parameter_groups(options.lr, options.backbone_lr, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=device.type != "mps")
     scheduler = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 20, t_in_epochs=False)
     optimizer = accelerator.prepare_optimizer(optimizer)
     train_transform, transform = transforms(net, options.image_size)
     train, test = ImageDataset(data.train, train_transform), ImageDataset(data.test, eval_transform(transform))
-    loader = train_loader(train, sampler, device, options.workers)
-    test_loader = eval_loader(data.test, transform, 32, options.workers)
+    loader: Any = train_loader(train, sampler, device, options.workers)
+    test_loader: Any = eval_loader(data.test, transform, 32, options.workers)
+    if options.frozen:
+        with ending_at_bad_images():
+            features = [
+                features_of(net.backbone, part, transform, device, options.workers) for part in (data.train, data.test)
+            ]
+        loader = FeatureBatches(data.train, features[0], sampler)
+        test_loader = FeatureBatches(data.test, features[1])
 
     # From where the folder is: from nothing, or exactly as the training left off.
     state = RunState(accelerator, net, optimizer, scheduler, sampler)
@@ -137,15 +161,14 @@ def main(arguments: list[str] | None = None) -> None:
         for epoch in range(progress.epoch, options.epochs):
             bar.set_description(f"epoch {epoch + 1}/{options.epochs}")
             sampler.set_epoch(epoch)
-            net.train()
+            model.train()
             start = time.perf_counter() - progress.seconds
             for images, labels, indices in loader:
                 # Forward, loss, backward, step.
                 scheduler.step_update(progress.step)
-                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-                labels = labels.to(device, non_blocking=True)
+                images, labels = to_device(images, device), labels.to(device, non_blocking=True)
                 with accelerator.autocast():
-                    figures = compute_loss(net, images, labels, options.baseline)
+                    figures = compute_loss(model, images, labels, options.baseline)
                 optimizer.zero_grad()
                 accelerator.backward(figures["loss"])
                 # Scaled gradients of fp16 may overflow, which the scaler answers by a smaller scale.
@@ -179,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress.epoch += 1
             row["epoch"] = progress.epoch
             if progress.epoch % every == 0 or progress.epoch == options.epochs:
-                logits, truth = predict(net, test_loader, device)
+                logits, truth = predict(model, test_loader, device)
                 row["test_accuracy"] = float((logits.argmax(1) == truth).double().mean())
             bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "epoch"}, refresh=False)
             row["seconds"] = progress.seconds
@@ -191,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
                 folder.end_stopped(state, shutdown.signal)
 
         # The result: the net as it is after the last epoch.
-        likely = predict(net, test_loader, device)[0].softmax(1)
+        likely = predict(model, test_loader, device)[0].softmax(1)
     found = measure(data, notes, settings, likely, progress.history, str(device))
     net = net.cpu().eval()
     with folder.writing():
@@ -210,13 +233,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"test accuracy {found['accuracy']:.1%} ({low:.1%} to {high:.1%}); {options.out / 'report.html'}")
 
 
-def compute_loss(net: APINet, images: Tensor, labels: Tensor, baseline: str) -> dict[str, Tensor]:
-    """The loss, and the share of the rows of logits that are right."""
+def compute_loss(model: APINet | APIHead, images: Tensor, labels: Tensor, baseline: str) -> dict[str, Tensor]:
+    """The loss, and the share of the rows of logits that are right; of a head, for features in place of images."""
     if baseline:
-        logits, targets = net(images), labels
+        logits, targets = model(images), labels
         loss = F.cross_entropy(logits, targets)
     else:
-        output = net(images, labels)
+        output = model(images, labels)
         logits, targets = output.logits_self, output.labels
         loss = api_loss(output)
     return {"loss": loss, "train_accuracy": (logits.argmax(1) == targets).float().mean()}
@@ -243,14 +266,15 @@ def make_sampler(options: argparse.Namespace, data: ImageSet) -> tuple[BalancedB
 def make_net(options: argparse.Namespace, classes: int) -> APINet:
     """The net; a backbone of a fixed image size is made for the images."""
     arguments = {} if fixed_size(options.backbone) in (None, options.image_size) else {"img_size": options.image_size}
-    with making_the_net(options.backbone, pretrained=not options.no_pretrained, instead="--no-pretrained"):
-        return APINet(
-            options.backbone,
-            classes,
-            pretrained=not options.no_pretrained,
-            chunk_size=options.chunk_size,
-            backbone_args=arguments,
+    pretrained = not options.no_pretrained and not options.weights
+    instead = "--weights takes a file, --no-pretrained"
+    with making_the_net(options.backbone, pretrained=pretrained, instead=instead):
+        net = APINet(
+            options.backbone, classes, pretrained=pretrained, chunk_size=options.chunk_size, backbone_args=arguments
         )
+    if options.weights:
+        print(load_weights(net.backbone, options.weights))
+    return net
 
 
 def fixed_size(backbone: str) -> int | None:

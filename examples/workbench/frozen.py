@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,24 @@ def features_of(
         known |= dict(zip(new, torch.cat(batches), strict=True))
         _write(file, known)
     return torch.stack([known[name] for name in names])
+
+
+class FeatureBatches:
+    """(features, labels, indices) of batches of rows, as a loader of images gives them.
+
+    Args:
+        images: whose labels these are.
+        features: [N,D], of these images.
+        batches: lists of rows, such as a sampler; None for all rows in order.
+    """
+
+    def __init__(self, images: Sequence[Image], features: Tensor, batches: Iterable[list[int]] | None = None) -> None:
+        self.features, self.labels = features, torch.tensor([image.label for image in images])
+        self.batches = [list(range(len(images)))] if batches is None else batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for rows in self.batches:
+            yield self.features[rows], self.labels[rows], torch.tensor(rows)
 
 
 def _digest_of(backbone: nn.Module, transform: Mapping[str, Any]) -> str:

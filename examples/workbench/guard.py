@@ -36,6 +36,12 @@ def check_backbone(name: str) -> Any:
     Raises:
         SystemExit: timm has no such model; the message has near names.
     """
+    if name.startswith("local-dir:"):  # a net of this name could not be saved without the path
+        raise SystemExit(
+            f"--backbone {name}: give the architecture that the folder's config.json names, and the folder as --weights"
+        )
+    if name.startswith("hf-hub:"):
+        return None  # only the Hub knows it
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name}*")[:5] or difflib.get_close_matches(name, timm.list_models(), 5))
         raise SystemExit(f"--backbone {name}: timm has no such model{f'; near: {near}' if near else ''}")

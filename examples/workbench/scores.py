@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from workbench.images import to_device
+
 
 def predict(net: nn.Module, loader: DataLoader[Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits [N,C] and labels [N] of the images of all processes' loaders, on the CPU; leaves the net in eval mode."""
@@ -19,7 +21,7 @@ def predict(net: nn.Module, loader: DataLoader[Any], device: torch.device) -> tu
     bar = tqdm(loader, desc="testing", leave=False, disable=not PartialState().is_main_process)
     with torch.inference_mode():  # not around what follows: older releases of torch gather nothing in it
         for images, targets, _ in bar:
-            logits.append(net(images.to(device, memory_format=torch.channels_last)).float())
+            logits.append(net(to_device(images, device)).float())
             labels.append(targets)
     parts = gather_object([(torch.cat(logits).cpu(), torch.cat(labels))])
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -1,5 +1,6 @@
 """Weights from a local file into a timm backbone, all of them or none: for machines that cannot reach the Hub."""
 
+import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,12 @@ CLASSIFIER = 2  # tensors that may follow those of the backbone
 NAMED = 3  # tensors in a message
 
 
+def named(file: Path) -> str:
+    """A file of weights as settings name it: what is in it, and not where it is."""
+    file = _inside(file)
+    return f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+
+
 def load_weights(backbone: nn.Module, file: Path) -> str:
     """Load the weights of a .pth or .safetensors file, and say how they were found.
 
@@ -21,11 +28,13 @@ def load_weights(backbone: nn.Module, file: Path) -> str:
 
     Args:
         backbone: a timm model without classifier (`num_classes=0`); left as it was if the weights are not for it.
-        file: read with `weights_only=True`, so that loading runs no code from it.
+        file: read with `weights_only=True`, so that loading runs no code from it; or a folder as timm and the Hub have
+            it, with model.safetensors or pytorch_model.bin in it.
 
     Raises:
         SystemExit: the file cannot be read, or lacks weights of the backbone; one line.
     """
+    file = _inside(file)
     found, wanted = _read(file), {name: value for name, value in backbone.state_dict().items() if COUNTER not in name}
     for how, tensors in (
         ("by name", found),
@@ -50,10 +59,17 @@ def load_weights(backbone: nn.Module, file: Path) -> str:
     )
 
 
+def _inside(file: Path) -> Path:
+    """The file itself, or that of a folder."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    file = next((file / name for name in names if (file / name).is_file()), file)
+    if not file.is_file():
+        raise SystemExit(f"{file}: no such file of weights")
+    return file
+
+
 def _read(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, by names without prefixes."""
-    if not file.is_file():
-        raise SystemExit(f"{file}: no such file")
     try:
         content = timm.models.load_state_dict(str(file), weights_only=True)
         found = {name: value for name, value in content.items() if isinstance(value, Tensor)}

@@ -39,13 +39,15 @@ def test_every_method_is_chosen_on_validation_images_and_tested_with_the_same_se
     for method in study.METHODS:
         of_method = [row for row in rows if row["method"] == method]
         chosen = [row for row in of_method if row["part"] == "validation"]
-        assert sorted({(row["seed"], row["lr"]) for row in chosen}) == [
-            (seed, lr) for seed in study.CHOOSING for lr in study.RATES
-        ]
+        rates = sorted({row["lr"] for row in chosen})
+        assert sorted((row["lr"], row["seed"]) for row in chosen) == [(lr, s) for lr in rates for s in study.CHOOSING]
         tested = [row for row in of_method if row["part"] == "test"]
         assert [row["seed"] for row in tested] == [0, 1]
-        means = {lr: np.mean([row["accuracy"] for row in chosen if row["lr"] == lr]) for lr in study.RATES}
-        assert {row["lr"] for row in tested} == {max(study.RATES, key=means.get)}
+        means = {lr: np.mean([row["accuracy"] for row in chosen if row["lr"] == lr]) for lr in rates}
+        best = max(rates, key=means.get)
+        assert {row["lr"] for row in tested} == {best}
+        place = study.RATES.index(best)  # the rates beside it were tried
+        assert set(study.RATES[max(0, place - 1) : place + 2]) <= set(rates)
 
 
 def test_a_finished_study_trains_nothing_and_one_that_was_stopped_only_the_rest(finished, monkeypatch):
@@ -92,7 +94,7 @@ def test_the_backbone_can_be_tuned(finished):
     study.main([*command, "--fine-tune", "--methods", "api", "supcon"])
     new = rows_of(folder)[before:]
     assert {row["tuned"] for row in new} == {True}
-    assert len(new) == 2 * (2 + len(study.RATES) * len(study.CHOOSING))
+    assert {row["part"] for row in new} == {"validation", "test"}
 
 
 def test_splits_share_no_image_and_take_so_many_of_each_class():

@@ -1,0 +1,96 @@
+"""train_own.py and train_cub.py with weights from a file, and a head trained on features of a frozen backbone."""
+
+import json
+
+import pytest
+import timm
+import torch
+from colours import FLAGS, write_colours
+
+import train_own
+from workbench import frozen
+from workbench.guard import check_backbone
+from workbench.model_folder import load
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Weights of test_resnet with a classifier, in a folder whose name is not to be seen elsewhere."""
+    torch.manual_seed(7)
+    file = tmp_path_factory.mktemp("secret-place") / "resnet.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return write_colours(tmp_path / "colours")
+
+
+def train(source, *flags):
+    train_own.main([str(source), "--out", str(source / "model"), *FLAGS, *map(str, flags)])
+    return source / "model"
+
+
+def backbone_is_from(file, folder):
+    expected, found = torch.load(file), load(folder).net.backbone.state_dict()
+    return all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_frozen_head_learns_and_leaves_the_backbone_as_in_the_file(source, file, capsys):
+    folder = train(source, "--weights", file, "--frozen", "--epochs", 30, "--lr", 0.01)
+    assert "all 75 tensors of the backbone are those of resnet.pth" in capsys.readouterr().out
+    assert backbone_is_from(file, folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["accuracy"] == pytest.approx(0.9)  # one of the ten images is in the wrong folder
+    assert metrics["settings"]["frozen"]
+    assert {path.name for path in folder.iterdir()} >= {"README.md", "report.html", "predictions.csv", "classes.json"}
+    for path in folder.rglob("*"):  # and the file's place is nowhere
+        assert path.is_dir() or b"secret-place" not in path.read_bytes()
+
+
+def test_features_are_computed_once_for_all_trainings(source, file, monkeypatch):
+    train(source, "--weights", file, "--frozen", "--epochs", 1)
+    before = json.loads((source / "model/metrics.json").read_text())
+    monkeypatch.setattr(frozen, "ImageDataset", None)  # would be needed to compute more
+    train(source, "--weights", file, "--frozen", "--epochs", 1, "--overwrite")
+    after = json.loads((source / "model/metrics.json").read_text())
+    assert after["confusion"] == before["confusion"]
+    train(source, "--weights", file, "--frozen", "--epochs", 1, "--overwrite", "--baseline", "shuffled")
+
+
+def test_without_frozen_the_backbone_is_trained_from_the_file(source, file):
+    folder = train(source, "--weights", file, "--epochs", 1, "--lr", 0)
+    state, expected = load(folder).net.backbone.state_dict(), torch.load(file)
+    trained = [name for name, _ in load(folder).net.backbone.named_parameters()]
+    assert all(torch.equal(state[name], expected[name]) for name in trained)  # BatchNorm's statistics are not
+    folder = train(source, "--weights", file, "--epochs", 1, "--lr", 0.01, "--overwrite")
+    assert not backbone_is_from(file, folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--no-pretrained", "--frozen"], "has learned"),
+        (["--no-pretrained", "--weights", "here"], "without --no-pretrained"),
+        (["--weights", "nowhere.pth"], "nowhere.pth: no such file of weights"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused_before_images_are_read(flags, said, source, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train(source / "none", *flags)
+    assert said in f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_weights_of_another_backbone_are_refused(source, tmp_path):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "other.pth")
+    with pytest.raises(SystemExit, match="is it a file for this --backbone"):
+        train(source, "--weights", tmp_path / "other.pth")
+    assert not (source / "model").exists()
+
+
+def test_names_of_folders_and_of_the_hub():
+    assert check_backbone("hf-hub:timm/resnet18.a1_in1k") is None
+    with pytest.raises(SystemExit, match="the folder as --weights"):
+        check_backbone("local-dir:/some/where")
