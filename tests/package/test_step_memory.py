@@ -100,8 +100,12 @@ def test_it_is_what_a_real_step_allocates(name, size, chunk_size, amp, tmp_path)
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 @pytest.mark.parametrize(
     "make",
-    [lambda: APINet("test_vit", 5), lambda: APINet("test_resnet", 5), small, lambda: small(group_norm)],
-    ids=["ViT", "ResNet", "BatchNorm", "GroupNorm"],
+    [
+        pytest.param(lambda: APINet("test_vit", 5), marks=pytest.mark.slow, id="ViT"),
+        pytest.param(lambda: APINet("test_resnet", 5), marks=pytest.mark.slow, id="ResNet"),
+        pytest.param(small, id="BatchNorm"),
+        pytest.param(lambda: small(group_norm), id="GroupNorm"),
+    ],
 )
 @pytest.mark.parametrize(
     ("batch", "chunk_size", "keep"),
