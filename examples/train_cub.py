@@ -10,7 +10,7 @@ This file is the recipe, from top to bottom; every setting is in workbench/setti
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from workbench.model_folder import Model
 from workbench.run_folder import RunFolder, describe, write_text
 from workbench.scores import confusion, predict, report, scores
 from workbench.settings import HARMLESS, Settings, parse, run_folder
+from workbench.weights import load_weights, named
 
 COLUMNS = ["epoch", "step", "lr", "seconds", "loss", "cross_entropy", "ranking", "train_top1", "test_top1", "test_top5"]
 COLUMNS += ["skipped", "left_out"]
@@ -107,6 +108,9 @@ def compute_loss(model: nn.Module, images: Tensor, labels: Tensor, settings: Set
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = parse(arguments)
+    weights = Path(settings.weights) if settings.weights else None
+    if weights is not None:
+        settings = replace(settings, weights=named(weights), pretrained=False)
     if settings.threads:
         torch.set_num_threads(settings.threads)
 
@@ -129,6 +133,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         folder = RunFolder(path, asdict(settings) | describe(data), HARMLESS, settings.keep_checkpoints)
         set_seed(settings.seed)
         net = make_net(settings, len(data.classes)).to(memory_format=torch.channels_last)  # convolutions like it
+        if weights is not None:
+            print(load_weights(net.backbone, weights))
         sampler = make_sampler(settings, data)
         print(
             f"{settings.method} on {data.name}: {len(data.classes)} classes, {len(data.train)} training and "

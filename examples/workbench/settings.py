@@ -45,6 +45,7 @@ class Settings:
     backbone: str = setting("resnet101", "any timm model name")
     backbone_args: str = setting("{}", "further arguments of timm.create_model, as JSON")
     pretrained: bool = setting(True, "start from timm's weights for the backbone (ImageNet)")
+    weights: str = setting("", "a file of weights for the backbone instead; a run keeps its name, not its path")
     chunk_size: int | str = setting(
         0, "images that go through the backbone at a time, to save memory; 0: the whole batch; auto: as many as fit"
     )

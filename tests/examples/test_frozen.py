@@ -6,8 +6,10 @@ import pytest
 import timm
 import torch
 from colours import FLAGS, write_colours
+from cub_runs import run
 
 import train_own
+from birds.dataset import write_birds
 from workbench import frozen
 from workbench.guard import check_backbone
 from workbench.model_folder import load
@@ -88,6 +90,26 @@ def test_weights_of_another_backbone_are_refused(source, tmp_path):
     with pytest.raises(SystemExit, match="is it a file for this --backbone"):
         train(source, "--weights", tmp_path / "other.pth")
     assert not (source / "model").exists()
+
+
+def test_a_run_of_train_cub_starts_from_the_file_and_goes_on_with_it(file, tmp_path, capsys):
+    birds = write_birds(tmp_path / "birds", species=4, images_per_species=6, size=40, workers=1, progress=False)
+    flags = ["--weights", str(file), "--lr", "0"]
+    run(birds, tmp_path / "run", *flags)
+    assert "all 75 tensors" in capsys.readouterr().out
+    state, expected = load(tmp_path / "run/last").net.backbone.state_dict(), torch.load(file)
+    trained = [name for name, _ in load(tmp_path / "run/last").net.backbone.named_parameters()]
+    assert all(torch.equal(state[name], expected[name]) for name in trained)
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert settings["weights"].startswith("resnet.pth, sha256 ")
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or b"secret-place" not in path.read_bytes()
+
+    run(birds, tmp_path / "run", *flags)  # finished already, and no other run
+    other = tmp_path / "resnet.pth"
+    torch.save({name: value + 1 for name, value in expected.items()}, other)
+    with pytest.raises(SystemExit, match="weights: 'resnet"):
+        run(birds, tmp_path / "run", "--weights", str(other), "--lr", "0")
 
 
 def test_names_of_folders_and_of_the_hub():
