@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apinet_head import APINet, api_loss
+from apinet_head import APINet, ChunkedBackbone, api_loss
 
 SIZE, CLASSES, DIM, BLOCKS = 8, 4, 5, 3  # images of a rank
 WAYS = [(None, 1), (4, 0), (4, 1), (2, 0), (2, 1), (2, 2), (2, 4)]  # chunk size, chunks kept
@@ -69,10 +71,27 @@ class Gathers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def gradients_of_distributed_tensors():
+    """Gradients of a backbone whose parameters and buffers are DTensors, by how many chunks are kept."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    images = distribute_tensor(make_batch(1)[0], mesh, [Replicate()])
+    found = {}
+    for keep in (0, 2):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, DIM, 3), nn.BatchNorm2d(DIM), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(DIM, DIM)]
+        backbone = distribute_module(nn.Sequential(*layers).double(), mesh)
+        ChunkedBackbone(backbone, 4, keep=keep)(images).square().sum().backward()
+        found[keep] = [whole(parameter.grad) for parameter in backbone.parameters()]
+    return found
+
+
 CASES = {
-    f"{chunk_size} {keep} {reshard}": partial(step, chunk_size, keep, reshard)
-    for chunk_size, keep in WAYS
-    for reshard in (True, False)
+    "distributed tensors": gradients_of_distributed_tensors,
+    **{
+        f"{chunk_size} {keep} {reshard}": partial(step, chunk_size, keep, reshard)
+        for chunk_size, keep in WAYS
+        for reshard in (True, False)
+    },
 }
 
 

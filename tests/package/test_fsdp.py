@@ -56,6 +56,13 @@ def test_all_gathers_of_weights_are_those_that_the_docs_tell(chunk_size, keep, r
     assert ranks[0][f"{chunk_size} {keep} {reshard}"]["gathers"] == 1 + forward + backward
 
 
+def test_buffers_may_be_distributed_tensors(ranks):
+    for rank in ranks:
+        found = rank["distributed tensors"]
+        assert not isinstance(found, str), found
+        assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
+
+
 @under_torchrun
 def test_two_nodes_of_torchrun(tmp_path, alone):
     with socket.socket() as probe:
