@@ -231,6 +231,8 @@ def main(arguments: list[str] | None = None) -> Path:
         pairs = [tuple(find_image(path, model.classes, known) for path in pair) for pair in options.pair]
     else:
         pairs = [(test[one], test[other]) for one, other in hardest_pairs(outcome, options.pairs)]
+    if options.top_k > model.net.dim:
+        raise SystemExit(f"--top-k must be from 1 to the {model.net.dim} channels of the features, got {options.top_k}")
     if not pairs:
         raise SystemExit("no class has a test image to compare another with")
     try:

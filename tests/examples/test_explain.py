@@ -84,7 +84,7 @@ def test_chosen_images(birds, model, tmp_path, capsys):
     assert "Two species of one family" in text
     with pytest.raises(SystemExit, match=r"none\.jpg is no file"):
         explain.main([str(model), "--pair", str(images[0]), str(tmp_path / "none.jpg")])
-    with pytest.raises(SystemExit, match="top_k must be from 1 to the 96 channels of the features, got 97"):
+    with pytest.raises(SystemExit, match="--top-k must be from 1 to the 96 channels of the features, got 97"):
         explain.main([str(model), "--pair", str(images[0]), str(images[1]), "--top-k", "97"])
     with pytest.raises(SystemExit):
         explain.main([str(model), "--pairs", "0"])
