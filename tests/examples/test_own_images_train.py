@@ -85,7 +85,7 @@ def test_a_model_is_not_overwritten_unless_asked(trained, tmp_path):
     assert (tmp_path / "model/README.md").read_text() == (model / "README.md").read_text()
     train_own.main([*command, "--overwrite"])
     assert "a baseline of API-Net" in (tmp_path / "model/README.md").read_text()  # the card is the new model's
-    assert "the baseline, cross-entropy on the same" in (tmp_path / "model/report.html").read_text()
+    assert "cross-entropy on balanced batches" in (tmp_path / "model/report.html").read_text()
     assert not torch.equal(*(load_file(each / "model.safetensors")["head.classifier.weight"]
                              for each in (model, tmp_path / "model")))  # fmt: skip
 
