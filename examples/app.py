@@ -1,6 +1,6 @@
 """A page in the browser to drop an image on, by a model folder: python examples/app.py own-model
 
-It is served on this machine, for this machine alone. Needs Gradio: pip install 'apinet-head[app]'
+It is served on localhost only. Needs Gradio: pip install 'apinet-head[app]'
 """
 
 import argparse

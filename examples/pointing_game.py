@@ -46,8 +46,8 @@ Values = dict[str, dict[str, np.ndarray]]  # of all images
 def peaks(maps: Tensor) -> Tensor:
     """The place (x, y) [...,2] of the largest value of each map [...,H,W], in pixels; NaN for a map all of one value.
 
-    Pixel i reaches from i to i + 1, and its middle is its place. The peak of several equal pixels is in their midst:
-    enlarging a map leaves the border flat, where the first of equal ones would always be that nearest the corner.
+    Pixel i reaches from i to i + 1, and its middle is its place. The peak of several equal pixels is their centroid:
+    an enlarged map is flat at the border, where the first of equal pixels would always be that nearest the corner.
     """
     top = maps == maps.amax((-2, -1), keepdim=True)
     weight = top.to(maps.dtype).where(~top.all(-1).all(-1)[..., None, None], torch.nan)
@@ -115,7 +115,7 @@ def play(outcome: Outcome, *, top_k: int, tolerance: float, seed: int) -> dict[s
     net, _, transform = outcome.model
     marks, generator = BirdMarks.of(outcome.data, transform), torch.Generator().manual_seed(seed)
     if marks is None:
-        raise SystemExit(f"{outcome.data.name}: where species differ is known of the embedded birds alone")
+        raise SystemExit(f"{outcome.data.name}: where species differ is annotated in the embedded birds alone")
     device, test = next(net.parameters()).device, outcome.data.test
     images = eval_loader(test, transform, batch=1, workers=0).dataset
     try:
@@ -175,7 +175,7 @@ def summary(runs: list[Values]) -> dict[str, dict[str, dict[str, float]]]:
 
 def train_command(settings: Settings) -> str:
     """How to train the run again."""
-    preset = asdict(parse(["--preset", "demo"])) | {"epochs": None}  # always named, lest the preset change
+    preset = asdict(parse(["--preset", "demo"])) | {"epochs": None}  # always named, in case the preset changes
     changed = {n: v for n, v in asdict(settings).items() if v != preset[n] and n not in ("output", "device", "data")}
     flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changed.items())
     return f"python examples/train_cub.py --preset demo {flags}"

@@ -64,7 +64,7 @@ class BirdMarks:
     """Where two of the embedded birds differ, in the pixels of the image that the net sees.
 
     Raises:
-        FileNotFoundError: `data` isn't the embedded birds, so that nobody knows what makes its species differ.
+        FileNotFoundError: `data` isn't the embedded birds: where its species differ is not annotated.
     """
 
     def __init__(self, data: ImageSet, transform: dict[str, int]) -> None:
@@ -76,7 +76,7 @@ class BirdMarks:
 
     @classmethod
     def of(cls, data: ImageSet, transform: dict[str, int]) -> "BirdMarks | None":
-        """None of photographs: nobody has written down what differs."""
+        """None for photographs, whose differences are not annotated."""
         try:
             return cls(data, transform)
         except FileNotFoundError:

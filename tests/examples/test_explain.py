@@ -266,7 +266,7 @@ def test_pointing_game_needs_the_embedded_birds(birds, model, tmp_path):
         if path.name != "birds.json":
             copied = shutil.copytree if path.is_dir() else shutil.copyfile
             copied(path, photographs / path.name)
-    with pytest.raises(SystemExit, match="known of the embedded birds alone"):
+    with pytest.raises(SystemExit, match="annotated in the embedded birds alone"):
         pointing_game.main([str(model), "--data", str(photographs), "--device", "cpu"])
     output = explain.main([str(model), "--data", str(photographs), "--pairs", "1", "--output", str(tmp_path / "out"),
                            "--device", "cpu"])  # fmt: skip
