@@ -351,6 +351,7 @@ def fill_in(options: argparse.Namespace, data: ImageSet, device: torch.device) -
             side=short_side([image.path for image in data.train]),
             pretrained=not options.no_pretrained,
             gpu=device.type != "cpu",
+            frozen=options.frozen,
         )
     )
     fixed = fixed_size(options.backbone or choices["backbone"][0])

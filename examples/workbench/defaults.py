@@ -13,6 +13,7 @@ class Known(NamedTuple):
         side: the median of the images' shorter sides, in pixels.
         pretrained: whether the backbone's weights are learned before.
         gpu: whether there is one.
+        frozen: whether the head is trained alone.
     """
 
     images: int
@@ -21,6 +22,7 @@ class Known(NamedTuple):
     side: int
     pretrained: bool
     gpu: bool
+    frozen: bool = False
 
 
 Choice = tuple[Any, str]
@@ -30,19 +32,26 @@ def choose(known: Known) -> dict[str, Choice]:
     """Name of a flag: its value, why. `image_size` is for a backbone that takes any."""
     n_classes, n_samples = batch(known)
     batches = max(1, known.images // (n_classes * n_samples))
+    steps = 400 if known.frozen else 2000
     return {
         "backbone": backbone(known),
         "image_size": image_size(known),
         "n_classes": (n_classes, f"classes in a batch, of {known.classes}"),
         "n_samples": (n_samples, f"images of each of these, the median class having {known.typical}"),
         "epochs": (
-            max(10, min(100, round(2000 / batches))),
-            f"about 2,000 steps, {batches} an epoch, but 10 to 100 epochs",
+            max(10, min(100, round(steps / batches))),
+            f"about {steps:,} steps, {batches} an epoch, but 10 to 100 epochs",
         ),
-        "lr": (3e-4, "usual for AdamW with pretrained weights")
-        if known.pretrained
-        else (1e-3, "usual for AdamW from scratch"),
+        "lr": learning_rate(known),
     }
+
+
+def learning_rate(known: Known) -> Choice:
+    if known.frozen:
+        return 0.01, "chosen on validation images of photographs and of drawn birds, see docs/settings.md"
+    if known.pretrained:
+        return 3e-4, "usual for AdamW with pretrained weights"
+    return 1e-3, "usual for AdamW from scratch"
 
 
 def backbone(known: Known) -> Choice:

@@ -11,6 +11,7 @@ from cub_runs import run
 import train_own
 from birds.dataset import write_birds
 from workbench import frozen
+from workbench.defaults import Known, choose
 from workbench.guard import check_backbone
 from workbench.model_folder import load
 
@@ -110,6 +111,16 @@ def test_a_run_of_train_cub_starts_from_the_file_and_goes_on_with_it(file, tmp_p
     torch.save({name: value + 1 for name, value in expected.items()}, other)
     with pytest.raises(SystemExit, match="weights: 'resnet"):
         run(birds, tmp_path / "run", "--weights", str(other), "--lr", "0")
+
+
+def test_a_frozen_head_is_trained_for_fewer_steps_at_a_higher_rate_than_a_backbone():
+    known = Known(images=1600, classes=20, typical=80, side=300, pretrained=True, gpu=False)
+    frozen, whole = choose(known._replace(frozen=True)), choose(known)
+    assert (frozen["epochs"][0], frozen["lr"][0]) == (10, 0.01)  # 50 batches an epoch; at least 10 epochs
+    assert (whole["epochs"][0], whole["lr"][0]) == (40, 3e-4)
+    assert {name: frozen[name] for name in frozen.keys() - {"epochs", "lr"}} == {
+        name: whole[name] for name in whole.keys() - {"epochs", "lr"}
+    }
 
 
 def test_names_of_folders_and_of_the_hub():
