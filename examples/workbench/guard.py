@@ -25,6 +25,8 @@ def check_device(name: str) -> torch.device:
     try:
         device = torch.device(there if name == "auto" else name)
         torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # which accelerate takes
     except (RuntimeError, AssertionError, NotImplementedError):
         raise SystemExit(f"--device {name} is not available: torch finds {there}") from None
     return device
