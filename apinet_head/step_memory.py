@@ -173,7 +173,7 @@ def pick_chunk_size(
         >>> net = APINet("resnet18", num_classes=10)
         >>> choice = pick_chunk_size(net, batch_size=32, image_size=64, memory=205 * 2**20)
         >>> choice.chunk_size, choice.keep_chunks
-        (8, 1)
+        (8, 2)
     """
     if not 0 <= check_number(margin, "margin") < 1:
         raise ValueError(f"margin must be a share in [0, 1), got {margin}")
