@@ -44,7 +44,6 @@ from workbench.model_folder import Model
 from workbench.run_folder import RunFolder, describe, write_text
 from workbench.scores import confusion, predict, report, scores
 from workbench.settings import HARMLESS, Settings, parse, run_folder
-from workbench.weights import load_weights, named
 
 COLUMNS = ["epoch", "step", "lr", "seconds", "loss", "cross_entropy", "ranking", "train_top1", "test_top1", "test_top5"]
 COLUMNS += ["skipped", "left_out"]
@@ -110,6 +109,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = parse(arguments)
     weights = Path(settings.weights) if settings.weights else None
     if weights is not None:
+        from workbench.weights import load_weights, named  # here, for most runs go without
+
         settings = replace(settings, weights=named(weights), pretrained=False)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -136,11 +137,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if weights is not None:
             print(load_weights(net.backbone, weights))
         sampler = make_sampler(settings, data)
-        print(
-            f"{settings.method} on {data.name}: {len(data.classes)} classes, {len(data.train)} training and "
-            f"{len(data.test)} test images; writing to {path}",
-            flush=True,
-        )
+        numbers = f"{len(data.classes)} classes, {len(data.train)} training and {len(data.test)} test images"
+        print(f"{settings.method} on {data.name}: {numbers}; writing to {path}", flush=True)
     optimizer, scheduler = make_optimizer(settings, net, settings.epochs * sampler.n_batches)
     accelerator.prepare_model(net, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
@@ -148,13 +146,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         set_seed(settings.seed, device_specific=True)
     transform = {"squash": settings.resize, "crop": settings.crop, **model_folder.normalization(net)}
     plain = Model(net, data.classes, transform)  # what is saved, whatever it is wrapped in for training
-    dataset = ImageDataset(
-        data.train, train_transform(transform), resize=settings.resize, cache=settings.cache_images
-    )  # fmt: skip
-    loader = train_loader(dataset, sampler, device, settings.workers, settings.loader_timeout)
-    test_loader = eval_loader(
-        data.test, transform, settings.eval_batch, settings.workers, settings.loader_timeout, settings.cache_images
-    )
+    size, cache, loading = settings.resize, settings.cache_images, (settings.workers, settings.loader_timeout)
+    dataset = ImageDataset(data.train, train_transform(transform), resize=size, cache=cache)
+    loader = train_loader(dataset, sampler, device, *loading)
+    test_loader = eval_loader(data.test, transform, settings.eval_batch, *loading, cache=cache)
 
     # From where the folder is: from nothing, or exactly as the run left off.
     state = RunState(accelerator, net, optimizer, scheduler, sampler)
@@ -188,8 +183,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 optimizer.zero_grad()
                 accelerator.backward(figures["loss"])
 
-                # Step, unless the weights would not survive it. Scaled gradients of fp16 may overflow, which the
-                # scaler answers by a smaller scale.
+                # Step, unless it isn't finite. Gradients of fp16 may overflow: the scaler then takes a smaller scale.
                 wrong = nonfinite(figures, [] if accelerator.scaler else net.parameters())
                 if not wrong:
                     optimizer.step()
@@ -211,9 +205,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 if progress.batch % 10 == 0 and progress.batch < sampler.n_batches:  # reading waits for the device
                     so_far = means(accelerator, state)
                     bar.set_postfix({name: f"{value:.3g}" for name, value in so_far.items()}, refresh=False)
-                minutes = settings.checkpoint_minutes
-                due = minutes and time.monotonic() - saved > 60 * minutes and progress.batch < sampler.n_batches
-                stop, due = highest([shutdown.signal, bool(due)])  # what one process wants, all do
+                due = 0 < 60 * settings.checkpoint_minutes < time.monotonic() - saved
+                due = due and progress.batch < sampler.n_batches
+                stop, due = highest([shutdown.signal, due])  # what one process wants, all do
                 if stop or due:
                     folder.save(state)
                     saved = time.monotonic()
@@ -240,7 +234,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         # The result: the net as it is after the last epoch, and what it confuses.
         logits, labels = predict(net, test_loader, device)
     final = progress.history[-1]
-    result = {**final, **confusion(logits, labels, data.classes, data.families)}
+    result = final | confusion(logits, labels, data.classes, data.families)
     result["seconds"] = sum(row["seconds"] for row in progress.history)
     result["best_test_top1"] = best(progress.history)
     if processes.is_main_process:

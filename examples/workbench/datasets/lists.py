@@ -13,13 +13,10 @@ Parse = Callable[..., tuple[Any, Any]]
 
 
 class Image(NamedTuple):
-    """One image of a data set; `label` counts from 0 in the order of class ids, `image_id` is as in the files.
-
-    Ids are numbers in CUB-200-2011, and text elsewhere: the path, where the files give an image no other id.
-    """
+    """One image of a data set; ids are those of the files, or else paths."""
 
     path: Path
-    label: int
+    label: int  # from 0, in the order of class ids
     image_id: int | str
 
 
