@@ -212,8 +212,11 @@ def _version(tensor: Tensor) -> int | None:
 def _copies(tensors: Collection[Tensor]) -> list[Tensor]:
     """Copies of tensors, in few launches of kernels: a ResNet-101 has 312 buffers."""
     with torch.no_grad():
-        copies = [torch.empty_like(one) if type(one) is Tensor else one.clone() for one in tensors]
-        pairs = [pair for pair in zip(copies, tensors, strict=True) if type(pair[1]) is Tensor]  # a DTensor can't
+        # Lazy ones have no values yet, and DTensors can't be copied in groups.
+        copies = [
+            one if is_lazy(one) else torch.empty_like(one) if type(one) is Tensor else one.clone() for one in tensors
+        ]
+        pairs = [pair for pair in zip(copies, tensors, strict=True) if type(pair[1]) is Tensor]
         for dtype in {old.dtype for _, old in pairs}:
             new, old = zip(*(pair for pair in pairs if pair[1].dtype == dtype), strict=True)
             torch._foreach_copy_(new, old)

@@ -266,6 +266,6 @@ def test_all_chunks_kept_take_any_change_that_autograd_takes():
 
 
 def test_lazy_modules_learn_their_shapes_in_the_first_chunk():
-    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(3)).double()
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3)).double()
     ChunkedBackbone(lazy, 4)(batch(10)).sum().backward()
     assert lazy[0].weight.grad.shape == (4, 3, 3, 3)
