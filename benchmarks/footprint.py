@@ -11,36 +11,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import reason
 from torch import Tensor
-from turns import reason
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# glibc would put tensors where others were freed before, which the process has already; told so, it maps new memory for
-# each that is larger than a page, and gives it back.
+# glibc reuses what was freed, which the process has already; told so, it maps new memory for all above a page.
 MMAP = "MALLOC_MMAP_THRESHOLD_"
+Prepare, Cost = Callable[[], Callable[[], object]], dict[str, Any]
 
 
-def peak_on_device(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call takes of a CUDA device at most, beyond what is taken when it starts."""
+def memory_of(
+    prepare: Prepare, device: torch.device, grow: Callable[..., int], *args: Any, seconds: float = 120
+) -> Cost:
+    """Bytes that a call takes at most: on CUDA of the one prepared here, else what `grow` returns in a fresh process.
+
+    On CUDA also the waits of the host. Where there is no figure, "memory absent" says why.
+    """
+    if device.type == "cuda":
+        try:
+            return cost_on_device(prepare, device)
+        except torch.cuda.OutOfMemoryError as error:
+            return {"memory absent": reason(error)}
+    if not can_measure_growth():
+        return {}
+    grown, failure = in_fresh_process(grow, *args, seconds=seconds)
+    return {"memory": grown} if failure is None else {"memory absent": failure}
+
+
+def cost_on_device(prepare: Prepare, device: torch.device) -> Cost:
+    """Bytes beyond what is taken when it starts, its preparation included; and waits, by PyTorch's own account."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    call()
+    call = prepare()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+    return {"memory": torch.cuda.max_memory_allocated(device) - before, "syncs": waits}
 
 
 def growth_of_process(call: Callable[[], object]) -> int:
     """Bytes by which the memory of this process grows at most during a call.
 
-    Linux keeps the largest resident set of a process, and forgets it on demand; it counts in steps of some ten pages
-    for each core. What an earlier call has left to the allocator would hide some of the growth, so this is for a fresh
-    process: see `in_fresh_process`.
+    Linux keeps the largest resident set, and counts it in steps of some ten pages for each core. What earlier calls
+    left to the allocator would hide some of the growth, so this is for a fresh process.
     """
     CLEAR.write_text("5")  # the largest resident set is now the present one
-    before = _status("VmRSS")
+    before = _resident("VmRSS")
     call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, _resident("VmHWM") - before)
 
 
 def can_measure_growth() -> bool:
@@ -48,9 +73,8 @@ def can_measure_growth() -> bool:
     return STATUS.exists() and CLEAR.exists()
 
 
-def _status(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return 1024 * int(lines[name].split()[0])
+def _resident(name: str) -> int:
+    return 1024 * int(STATUS.read_text().partition(f"{name}:")[2].split()[0])
 
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any, seconds: float) -> tuple[Any, str | None]:
@@ -62,9 +86,7 @@ def in_fresh_process(work: Callable[..., Any], *arguments: Any, seconds: float) 
     process.start()
     sender.close()
     try:
-        if receiver.poll(seconds):
-            return receiver.recv()
-        return None, f"took more than {seconds:.0f} s"
+        return receiver.recv() if receiver.poll(seconds) else (None, f"took more than {seconds:.0f} s")
     except EOFError:
         process.join()
         return None, "out of memory" if process.exitcode == -9 else f"its process ended with {process.exitcode}"
@@ -77,12 +99,9 @@ def in_fresh_process(work: Callable[..., Any], *arguments: Any, seconds: float) 
 def _start_server() -> None:
     """It imports what takes long to import, and does nothing else; each of the processes is a fork of it."""
     forkserver.set_forkserver_preload(["apinet_head", "timm", "pytorch_metric_learning.miners"])
-    before = os.environ.get(MMAP)
     os.environ[MMAP] = "4096"
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.pop(MMAP) if before is None else os.environ.update({MMAP: before})
+    forkserver.ensure_running()
+    del os.environ[MMAP]
 
 
 def _send(sender: Connection, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -91,18 +110,6 @@ def _send(sender: Connection, threads: int, work: Callable[..., Any], arguments:
         sender.send((work(*arguments), None))
     except Exception as error:  # it is reported, in place of the figure
         sender.send((None, reason(error)))
-
-
-def count_syncs(call: Callable[[], object]) -> int:
-    """How often a call makes the host wait for a CUDA device, by PyTorch's own account."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def saved_bytes(make_loss: Callable[[], Tensor], but: Iterable[Tensor]) -> tuple[int, Tensor]:

@@ -2,140 +2,117 @@
 
     python benchmarks/head.py
 
-At the paper's batch of 30 classes x 4 images and 2048 channels, in train mode with dropout. First it is checked that
-both compute the same. On CUDA also under bfloat16 autocast, as in most training.
+At the paper's batch of 30 classes x 4 images, with dropout, after a check that all sides compute the same; ours also
+with some rows of logits at a time. Memory is what a step takes beyond weights and features, gradients included.
 """
 
-import argparse
-from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import published
 import torch
-from footprint import peak_on_device, saved_bytes
-from machine import default_device
-from tables import head_table
+from footprint import growth_of_process, memory_of, saved_bytes
+from harness import DTYPES, Part, Point, evenly, main, take_turns
 from torch import Tensor
-from tqdm import tqdm
-from turns import summarise, take_turns
 
-from apinet_head import APIHead, Pairs, api_loss, mine_pairs
+from apinet_head import APIHead, APILoss, api_loss, mine_pairs
 
 OURS, PUBLISHED = "ours", "published"
+ROWS = {f"ours, rows={rows}": APILoss(rows=rows) for rows in (64, 128)}
+SIDES = (PUBLISHED, OURS, *ROWS)
 
 
 class Case(NamedTuple):
     classes: int
-    mining: bool  # whether the pairs are mined in the time that is measured, or given
+    mining: bool = True  # whether the pairs are mined in the time that is measured, or given
     dtype: str = "float32"
     batch: int = 120
     dim: int = 2048
 
     def __str__(self) -> str:
-        return f"C={self.classes} {self.dtype}, pairs {'mined' if self.mining else 'given'}"
+        return ", ".join(f"{key}={value}" for key, value in self._asdict().items())
 
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
-    dtypes = ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
     classes = (200,) if quick else (100, 200, 1000)
-    return [Case(number, mining, dtype) for dtype in dtypes for number in classes for mining in (False, True)]
+    found = [Case(*one, dtype) for dtype in DTYPES[device.type] for one in product(classes, (False, True))]
+    many = [Case(50_000, dim=512), *([Case(50_000), Case(200_000)] if device.type == "cuda" else [])]
+    return found if quick else found + many
 
 
-def points(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """A point for each case, all of them in about so many seconds."""
-    check_same(device)
-    for case in cases:
-        yield _measure(case, device, seconds / len(cases))
+class Side:
+    """Head and loss of one side on one batch; the weights are the same for all sides."""
+
+    def __init__(self, name: str, case: Case, device: torch.device, dropout: float = 0.5) -> None:
+        torch.manual_seed(0)
+        ours = APIHead(case.dim, case.classes, dropout=dropout, device=device)
+        self.name, self.case, self.head = name, case, _published(ours, dropout) if name == PUBLISHED else ours
+        generator = torch.Generator().manual_seed(0)
+        self.features = torch.randn(case.batch, case.dim, generator=generator).relu_().to(device).requires_grad_()
+        self.labels = (torch.arange(case.batch) // 4 % case.classes).to(device)
+        self.pairs = None if case.mining else mine_pairs(self.features, self.labels)
+
+    def learning(self) -> list[Tensor]:
+        return [self.features, *self.head.parameters()]
+
+    def loss(self) -> Tensor:
+        head, pairs = self.head, self.pairs
+        with torch.autocast(self.features.device.type, torch.bfloat16, enabled=self.case.dtype == "bfloat16"):
+            if self.name == PUBLISHED:
+                return published.training_loss(head, self.features, self.labels, pairs and pairs.partner)
+            if self.name in ROWS:
+                return head(self.features, self.labels, pairs=pairs, criterion=ROWS[self.name]).total
+            return api_loss(head(self.features, self.labels, pairs=pairs))
+
+    def forget(self) -> None:
+        for value in self.learning():
+            value.grad = None
+
+    def step(self) -> None:
+        self.forget()
+        self.loss().backward()
 
 
-def make_heads(dim: int, classes: int, dropout: float, **factory: Any) -> tuple[APIHead, published.Head]:
-    """Ours and the published one, of the same weights."""
-    ours, theirs = APIHead(dim, classes, dropout=dropout), published.Head(dim, classes, dropout=dropout)
-    for mine, other in ((ours.mutual.fc1, theirs.map1), (ours.mutual.fc2, theirs.map2), (ours.classifier, theirs.fc)):
-        other.load_state_dict(mine.state_dict())  # type: ignore[union-attr]
-    return ours.to(**factory), theirs.to(**factory)
+def _published(ours: APIHead, dropout: float) -> Any:
+    head = published.Head(ours.dim, ours.num_classes, dropout=dropout).to(ours.classifier.weight.device)
+    for mine, other in ((ours.mutual.fc1, head.map1), (ours.mutual.fc2, head.map2), (ours.classifier, head.fc)):
+        other.load_state_dict(mine.state_dict())
+    return head
 
 
-def our_loss(head: APIHead, features: Tensor, labels: Tensor, pairs: Pairs | None) -> Tensor:
-    return api_loss(head(features, labels, pairs=pairs))
-
-
-def their_loss(head: published.Head, features: Tensor, labels: Tensor, pairs: Pairs | None) -> Tensor:
-    return published.training_loss(head, features, labels, None if pairs is None else pairs.partner)
-
-
-def check_same(device: torch.device, batch: int = 40, dim: int = 64, classes: int = 10) -> None:
-    """Without dropout and with the same weights, loss and all gradients are equal, in float64.
-
-    Raises:
-        AssertionError: they are not, and a comparison of their times would mean nothing.
-    """
-    torch.manual_seed(0)
-    heads = make_heads(dim, classes, 0.0, device=device, dtype=torch.float64)
-    features, labels = make_batch(batch, dim, classes, device)
-    for pairs in (None, mine_pairs(features, labels)):
+def check_same(device: torch.device) -> None:
+    """Raise where loss or gradients differ, without dropout, in float64: a comparison of costs would mean nothing."""
+    for mining in (True, False):
         found = []
-        for head, loss_of in zip(heads, (our_loss, their_loss), strict=True):
-            x = features.double().requires_grad_()
-            loss = loss_of(head, x, labels, pairs)  # type: ignore[operator]
-            found.append([loss, *torch.autograd.grad(loss, [x, *head.parameters()])])
-        torch.testing.assert_close(*found)
+        for name in SIDES:
+            side = Side(name, Case(10, mining, batch=40, dim=64), device, dropout=0.0)
+            side.head.double()
+            side.features = side.features.detach().double().requires_grad_()
+            loss = side.loss()
+            found.append([loss, *torch.autograd.grad(loss, side.learning())])
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0])
 
 
-def make_batch(batch: int, dim: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(batch, dim, generator=generator).relu_().to(device)
-    return features, (torch.arange(batch) // 4 % classes).to(device)
-
-
-def _measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
-    torch.manual_seed(0)
-    heads = dict(zip((OURS, PUBLISHED), make_heads(case.dim, case.classes, 0.5, device=device), strict=True))
-    features, labels = make_batch(case.batch, case.dim, case.classes, device)
-    features.requires_grad_()
-    pairs = None if case.mining else mine_pairs(features, labels)
-    losses, calls = {}, {}
-    for name, head in heads.items():
-        losses[name] = _loss_of(name, head, features, labels, pairs, case.dtype)
-        calls[name] = _there_and_back(losses[name], [features, *head.parameters()])
-    turns = take_turns(calls, device, seconds)
-    result = summarise(turns, PUBLISHED)
+def measure(case: Case, device: torch.device, seconds: float) -> Point:
+    """Time of a step of all sides, the bytes that its backward pass keeps, and its memory."""
+    check_same(device)
+    built = {name: Side(name, case, device) for name in SIDES}
+    turns = take_turns({name: side.step for name, side in built.items()}, seconds)
+    result = turns.summary(PUBLISHED)
     for name in turns.seconds:
-        saved, loss = saved_bytes(losses[name], [features, *heads[name].parameters()])
-        loss.backward()
-        result[name]["saved"] = saved
-        if device.type == "cuda":
-            result[name]["memory"] = peak_on_device(calls[name], device)
+        side = built[name]
+        result[name]["saved"], _ = saved_bytes(side.loss, side.learning())
+        side.forget()
+        result[name] |= memory_of(lambda side=side: side.step, device, grow, name, case)  # type: ignore[misc]
     return {**case._asdict(), "sides": result}
 
 
-def _loss_of(name: str, head: Any, features: Tensor, labels: Tensor, pairs: Pairs | None, dtype: str) -> Any:
-    loss_of: Any = our_loss if name == OURS else their_loss
-
-    def call() -> Tensor:
-        with torch.autocast(features.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            return loss_of(head, features, labels, pairs)
-
-    return call
+def grow(name: str, case: Case) -> int:
+    return growth_of_process(Side(name, case, torch.device("cpu")).step)
 
 
-def _there_and_back(loss_of: Any, learning: list[Tensor]) -> Any:
-    def call() -> None:
-        for value in learning:
-            value.grad = None
-        loss_of().backward()
-
-    return call
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=default_device())
-    parser.add_argument("--seconds", type=float, default=30, help="for all of it (default: %(default)s)")
-    options = parser.parse_args()
-    chosen = cases(options.device)
-    print(head_table(list(tqdm(points(chosen, options.device, options.seconds), total=len(chosen), desc="head"))))
-
+PART = Part(cases, evenly(measure), seconds=50)
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, {"head": PART})

@@ -1,189 +1,159 @@
 """What pair mining takes: ours, what people use today, and the one product x @ x.T that they all start with.
 
-    python benchmarks/mining.py --sizes 120 1920 --dims 2048
+    python benchmarks/mining.py --seconds 30 --only size=120
 
-Prints tables; `run.py` writes all benchmarks into a file. The sides take turns, and ratios are taken within a round.
-The batches hold four images of each class, in random order.
+The batches hold four images of each class, in random order; some search keys in place of themselves.
 """
 
-import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from budget import Budget, Case
-from footprint import can_measure_growth, count_syncs, growth_of_process, in_fresh_process, peak_on_device
-from machine import default_device
-from miners import AUTO, LIMIT, Mine, Side, sides
-from tables import mining_tables
+from footprint import growth_of_process, memory_of
+from harness import DTYPES, LEAST, LONG, Part, Point, Turns, free_memory, main, reason, take_turns
+from miners import Batch, sides
+from report import AUTO, LIMIT, PUBLISHED
 from torch import Tensor
-from tqdm import tqdm
-from turns import ratio, reason, release, summarise, take_turns
 
-SIZES = {"cpu": (120, 480, 1920, 8192, 16384), "cuda": (120, 480, 1920, 8192, 32768, 65536, 131072)}
-DIMS = (2048, 768, 512)
-DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
+SIZES = {"cpu": (8, 24, 60, 120, 480, 1920, 8192, 16384), "cuda": (8, 120, 480, 1920, 8192, 32768, 65536, 131072)}
+DIMS, KEYS = (2048, 768, 512), ((480, 512), (1024, 512), (8192, 512), (65536, 512), (8192, 2048))
 TINY = 32  # rows of a batch that warms up; torch.cdist takes up to 25 in another way
 ASKED = 256  # rows whose partners are compared with those in float64
+DENSE = 40  # bytes for each product that those who keep all distances need at most
+
+
+class Case(NamedTuple):
+    """A batch to mine in."""
+
+    size: int
+    dim: int
+    dtype: str = "float32"
+    keys: int = 0  # rows to search in place of the batch
+
+    @property
+    def products(self) -> int:
+        return self.size * (self.keys or self.size)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self._asdict().items())
 
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
+    """Small ones first, for from them is foreseen what large ones take; so the dtypes of a size come together."""
     sizes, dims = ((120, 480, 1920), (2048, 512)) if quick else (SIZES[device.type], DIMS)
-    return cases_of(sizes, dims, DTYPES[device.type], device)
+    found = [Case(size, dim, dtype) for size in sizes for dtype in DTYPES[device.type] for dim in dims]
+    found += [Case(120, dim, keys=keys) for keys, dim in (KEYS[:1] if quick else KEYS)]
+    return sorted(found, key=lambda case: case.products)
 
 
-def cases_of(sizes: Sequence[int], dims: Sequence[int], dtypes: Sequence[str], device: torch.device) -> list[Case]:
-    """Small ones first, for from them is foreseen what large ones take."""
-    return [
-        Case(size, dim, dtype, memory=device.type == "cuda" or dim == max(dims))
-        for dtype in dtypes
-        for size in sorted(sizes)
-        for dim in sorted(dims, reverse=True)
-    ]
+class Budget:
+    """Foresees from smaller batches what a batch takes: time grows with the number of products at most."""
+
+    def __init__(self, seconds: float, cases: int) -> None:
+        self.end = time.perf_counter() + seconds
+        self.share, self.tenth = seconds / (2 * cases), seconds / 10  # of a case, and of a side in it at most
+        self.times: dict[tuple[str, str, int], tuple[int, float]] = {}
+
+    def refuse(self, names: Sequence[str], case: Case, device: torch.device) -> dict[str, str]:
+        """The sides that are to be left out, and why; of those that don't all fit the time that is left, the last."""
+        refused, left = {}, self.end - time.perf_counter()
+        self.longest_round = min(LONG * self.share, left / (1 + LEAST))
+        known = {name: self.times.get((name, case.dtype, case.dim), (case.products, 0.0)) for name in names}
+        seconds = {name: took * max(1, case.products / products) for name, (products, took) in known.items()}
+        calls = 2 if sum(seconds.values()) > self.longest_round else 2 + LEAST  # one of them measures memory
+        for name in names:
+            needed = calls * seconds[name]
+            # A GPU raises an error where memory ends, but a host ends processes.
+            if (device.type == "cpu" or name == PUBLISHED) and DENSE * case.products > free_memory():
+                refused[name] = "skipped: might take more memory than is free"
+            elif needed > max(0, min(left, self.tenth)):
+                refused[name] = f"skipped: would take {'over a tenth of the' if needed > self.tenth else 'more'} time"
+            else:
+                left -= needed
+        return refused
+
+    def note(self, turns: Turns, case: Case) -> None:
+        for name, values in turns.seconds.items():
+            self.times[name, case.dtype, case.dim] = case.products, min(values)
 
 
-def points(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """A point for each case, all of them in about so many seconds."""
-    found, budget = sides(device), Budget(device, seconds)
-    for case in cases:
-        absent = budget.refuse(list(found), case)
-        beside = _memory_on_host(case, found, absent, budget) if device.type == "cpu" and case.memory else {}
-        yield _measure(case, found, absent, beside, device, budget)
-
-
-def _measure(
-    case: Case,
-    found: dict[str, Side],
-    absent: dict[str, str],
-    beside: dict[str, dict[str, Any]],
-    device: torch.device,
-    budget: Budget,
-) -> dict[str, Any]:
-    """Times of all sides that are not absent yet, and what is known of them beside."""
-    result: dict[str, dict[str, Any]] = {}
-    if len(absent) < len(found):
-        features, labels = make_batch(case, device)
-        calls, partners = {}, {}
-        for name, side in found.items():
-            if name in absent:
-                continue
-            try:
+def measure(device: torch.device, budget: Budget, case: Case) -> Point:
+    """Times of all sides that are not left out, and what they cost beside."""
+    found = sides(device)
+    absent = budget.refuse(list(found), case, device)
+    batch, calls, costs = make_batch(case, device), {}, {}
+    for name in [name for name in found if name not in absent]:
+        try:
+            if device.type == "cuda" or (case.dim, case.keys) == (DIMS[0], 0):
                 if device.type == "cuda":
-                    beside[name] = _cost_on_device(side, case, features, labels)
-                calls[name] = _keeping(partners, name, side(features, labels))
-            except Exception as error:  # whatever a side dies of, it is what there is to say about it
-                absent[name] = reason(error)
-        turns = take_turns(calls, device, budget.unit, alone=budget.longest_round())
-        budget.note_times(turns, case)
-        result = summarise(turns, LIMIT)
-        for name in turns.seconds:
-            if AUTO in turns.seconds:
-                result[name]["ours / this"] = ratio(turns, AUTO, name)
-        for name, share in agreement(partners, features, labels).items():
-            result[name]["agreement"] = share
-    release(device)
-    result |= {name: {"absent": why} for name, why in absent.items()}
-    return {
-        "size": case.size, "dim": case.dim, "dtype": case.dtype, "least": least(case),
-        "sides": {name: result[name] | beside.get(name, {}) for name in found},
-    }  # fmt: skip
+                    found[name](make_batch(case._replace(size=TINY, keys=0), device))()  # warms up
+                prepare = partial(found[name], batch)
+                costs[name] = memory_of(prepare, device, grow, name, case, seconds=2 * budget.tenth)
+            if why := costs.get(name, {}).pop("memory absent", None):
+                absent[name] = why
+            else:
+                calls[name] = found[name](batch)
+        except Exception as error:  # whatever a side dies of, it is what there is to say about it
+            absent[name] = reason(error)
+    turns = take_turns(calls, budget.share, alone=budget.longest_round)
+    budget.note(turns, case)
+    result = turns.summary(LIMIT) | {name: {"absent": why} for name, why in absent.items()}
+    for name in turns.seconds:
+        result[name] |= costs.get(name, {})
+        if AUTO in turns.seconds:
+            result[name]["ours / this"] = turns.ratio(AUTO, name)
+    for name, share in agreement(turns.results, batch).items():
+        result[name]["agreement"] = share
+    return {**case._asdict(), "sides": {name: result[name] for name in found}}
 
 
-def _keeping(partners: dict[str, Tensor | None], name: str, mine: Mine) -> Callable[[], None]:
-    """A call that leaves its partners there."""
-
-    def call() -> None:
-        partners[name] = mine()
-
-    return call
-
-
-def agreement(partners: Mapping[str, Tensor | None], features: Tensor, labels: Tensor) -> dict[str, float]:
+def agreement(partners: Mapping[str, Tensor | None], batch: Batch) -> dict[str, float]:
     """Of each side the share of partners that are those of float64, of as many rows as are asked."""
-    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))[:ASKED].to(labels.device)
-    right = right_partners(features, labels, rows)
+    rows = torch.randperm(len(batch.labels), generator=torch.Generator().manual_seed(1))[:ASKED].to(batch.labels.device)
+    right = right_partners(batch, rows)
     return {
         name: float((partner.view(2, -1)[:, rows] == right).double().mean())
         for name, partner in partners.items()
-        if partner is not None
+        if partner is not None and len(partner) == 2 * len(batch.labels)
     }
 
 
-def make_batch(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    features = torch.randn(case.size, case.dim, generator=generator, device=device)
-    labels = torch.randperm(case.size, generator=generator, device=device) // 4
-    return features.relu_().to(getattr(torch, case.dtype)), labels  # pooled features are not negative
-
-
-def right_partners(features: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+def right_partners(batch: Batch, rows: Tensor) -> Tensor:
     """Of some rows the partners [2,R] of the same class and of another, by brute force in float64."""
-    x = features.double()
-    x -= x.mean(0)
-    distance = x.square().sum(1) - 2 * x[rows] @ x.T
-    same = labels[rows, None] == labels
+    keys = batch.keys.double()
+    center = keys.mean(0)
+    keys, queries = keys - center, batch.features[rows].double() - center
+    distance = keys.square().sum(1) - 2 * queries @ keys.T
+    same = batch.labels[rows, None] == batch.key_labels
     others = distance.masked_fill(same, torch.inf)
-    distance[torch.arange(len(rows), device=rows.device), rows] = torch.inf
+    if not batch.has_keys:
+        distance[torch.arange(len(rows), device=rows.device), rows] = torch.inf
     return torch.stack([distance.masked_fill_(~same, torch.inf).argmin(1), others.argmin(1)])
 
 
-def least(case: Case) -> dict[str, int]:
-    """What mining cannot do without: each two rows multiplied once; all rows read, all partners written."""
-    itemsize = getattr(torch, case.dtype).itemsize
-    return {
-        "flops": case.size * (case.size - 1) * case.dim,
-        "bytes": case.size * case.dim * itemsize + 2 * case.size * torch.int64.itemsize,
-    }
+def make_batch(case: Case, device: torch.device) -> Batch:
+    generator = torch.Generator(device).manual_seed(0)
 
+    def rows(size: int) -> tuple[Tensor, Tensor]:
+        features = torch.randn(size, case.dim, generator=generator, device=device)
+        labels = torch.randperm(size, generator=generator, device=device) // 4
+        return features.relu_().to(getattr(torch, case.dtype)), labels  # pooled features are not negative
 
-def _memory_on_host(
-    case: Case, found: dict[str, Side], absent: dict[str, str], budget: Budget
-) -> dict[str, dict[str, Any]]:
-    """The growth of a process of each side; sides that fail there go to the absent ones."""
-    beside: dict[str, dict[str, Any]] = {}
-    if not can_measure_growth():
-        return beside
-    for name in found:
-        if name not in absent:
-            grown, failure = in_fresh_process(grow, name, case, seconds=2 * budget.longest)
-            budget.note_memory(name, case, grown, failure)
-            if failure is None:
-                beside[name] = {"memory": grown}
-            else:
-                absent[name] = failure
-    return beside
+    features, labels = rows(case.size)
+    return Batch(features, labels, *(rows(case.keys) if case.keys else (features, labels)))
 
 
 def grow(name: str, case: Case) -> int:
     """Bytes by which this process grows when a side mines for the first time, but for a tiny batch that warms up."""
-    device = torch.device("cpu")
-    side = sides(device)[name]
-    side(*make_batch(case._replace(size=TINY), device))()
+    side, device = sides(torch.device("cpu"))[name], torch.device("cpu")
+    side(make_batch(case._replace(size=TINY), device))()
     batch = make_batch(case, device)
-    return growth_of_process(lambda: side(*batch)())
+    return growth_of_process(lambda: side(batch)())
 
 
-def _cost_on_device(side: Side, case: Case, features: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Peak of memory and number of waits, on CUDA; a tiny batch has warmed up."""
-    device = features.device
-    side(*make_batch(case._replace(size=TINY), device))()
-    memory = peak_on_device(lambda: side(features, labels)(), device)
-    return {"memory": memory, "syncs": count_syncs(side(features, labels))}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", metavar="B")
-    parser.add_argument("--dims", type=int, nargs="+", default=DIMS, metavar="D")
-    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="float32, bfloat16, ...")
-    parser.add_argument("--device", type=torch.device, default=default_device())
-    parser.add_argument("--seconds", type=float, default=300, help="for all of it (default: %(default)s)")
-    options = parser.parse_args()
-    kind = options.device.type
-    chosen = cases_of(options.sizes or SIZES[kind], options.dims, options.dtypes or DTYPES[kind], options.device)
-    bar = tqdm(points(chosen, options.device, options.seconds), total=len(chosen), desc="mining")
-    print(mining_tables(list(bar)))
-
+PART = Part(cases, lambda device, seconds, cases: partial(measure, device, Budget(seconds, len(cases))), seconds=330)
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, {"mining": PART})

@@ -2,133 +2,103 @@
 
     python benchmarks/train_step.py
 
-A step is forward, backward and SGD, on random images and from random weights, with one and the same backbone under
-three heads. On CUDA the paper's batch of 120 in bfloat16 autocast, in chunks if need be; on a CPU a batch of 32 at
-128 x 128 pixels in float32, where a head weighs more than in earnest.
+A step is forward, backward and SGD, of the same backbone under three heads, from random weights. On CUDA the paper's
+batch of 120 in bfloat16 autocast, in chunks if need be; on a CPU 32 small images, where a head weighs more.
 """
 
-import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import published
 import timm
 import torch
 import torch.nn.functional as F
-from machine import default_device
-from tables import step_table
+from harness import Part, Point, evenly, main, take_turns
 from torch import Tensor, nn
-from tqdm import tqdm
-from turns import release, summarise, take_turns
 
-from apinet_head import APIHead, ChunkedBackbone, api_loss
+from apinet_head import APIHead, APINet, ChunkedBackbone, api_loss
+from apinet_head.step_memory import pick_chunk_size
 
 PLAIN, PUBLISHED, OURS = "cross-entropy alone", "published", "ours"
 CLASSES = 200  # as in CUB-200-2011
+LossOf = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 class Case(NamedTuple):
     backbone: str
     pixels: int
     batch: int
+    dtype: str = "float32"
+    chunk: int = 0  # 0 for the whole batch at once
 
     def __str__(self) -> str:
-        return f"{self.backbone} {self.batch} x {self.pixels}²"
+        return ", ".join(f"{key}={value}" for key, value in self._asdict().items())
 
 
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
-    if quick:
-        return [Case("resnet18", 64, 16)]
-    if device.type == "cpu":
-        return [Case("resnet50", 128, 32), Case("convnext_tiny", 128, 32)]
-    large = [Case(name, 448, 120) for name in ("resnet101", "resnet50", "convnext_tiny")]
-    return [*large, Case("vit_base_patch16_224", 224, 120)]
+    if quick or device.type == "cpu":
+        return [Case("resnet18", 64, 16)] if quick else [Case("resnet50", 128, 32), Case("convnext_tiny", 128, 32)]
+    sizes = {"resnet101": 448, "resnet50": 448, "convnext_tiny": 448, "vit_base_patch16_224": 224}
+    return [Case(name, pixels, 120, "bfloat16") for name, pixels in sizes.items()]
 
 
-def points(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """A point for each case, all of them in about so many seconds."""
-    for case in cases:
-        yield _measure(case, device, seconds / len(cases))
-        release(device)
+def measure(case: Case, device: torch.device, seconds: float) -> Point:
+    backbone = run = make_backbone(case.backbone, device)
+    if device.type == "cuda":
+        choice = pick_chunk_size(APINet(case.backbone, CLASSES), case.batch, case.pixels, amp=torch.bfloat16)
+        if choice.chunk_size is not None:
+            case = case._replace(chunk=choice.chunk_size)
+            run = ChunkedBackbone(backbone, choice.chunk_size, keep=choice.keep_chunks)
+    batch = make_batch(case.batch, case.pixels, device)
+    steps = {name: Step(run, *one) for name, one in make_losses(backbone.num_features, device).items()}
+    sides = take_turns({name: partial(step, *batch) for name, step in steps.items()}, seconds).summary(PLAIN)
+    return {**case._asdict(), "sides": sides}
 
 
-def _measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
+def make_backbone(name: str, device: torch.device) -> Any:
     torch.manual_seed(0)
-    # pretrained=False: weights change no time, and need no download.
-    backbone = timm.create_model(case.backbone, pretrained=False, num_classes=0).to(device)
-    losses = make_losses(int(backbone.num_features), device)
-    images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=device)
-    labels = (torch.arange(case.batch, device=device) // 4) % CLASSES
-    for chunk in _chunks(case.batch) if device.type == "cuda" else [case.batch]:
-        calls = {name: make_step(backbone, chunk, *one, images, labels) for name, one in losses.items()}
-        if chunk == min(_chunks(case.batch)) or device.type == "cpu" or _fits(calls, device):
-            break
-    result = summarise(take_turns(calls, device, seconds), PLAIN)
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return {**case._asdict(), "chunk": chunk, "dtype": dtype, "classes": CLASSES, "sides": result}
+    return timm.create_model(name, pretrained=False, num_classes=0).to(device)  # weights change no time
 
 
-def make_losses(dim: int, device: torch.device) -> dict[str, tuple[nn.Module, Callable[[Any, Tensor, Tensor], Tensor]]]:
+def make_batch(size: int, pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(size, device=device) // 4 % CLASSES
+    return torch.randn(size, 3, pixels, pixels, device=device), labels
+
+
+def make_losses(dim: int, device: torch.device) -> dict[str, tuple[nn.Module, LossOf]]:
     """For each side its head, and how the head, features and labels make a loss."""
     return {
-        PLAIN: (
-            nn.Linear(dim, CLASSES, device=device),
-            lambda head, features, labels: F.cross_entropy(head(features), labels),
-        ),
+        PLAIN: (nn.Linear(dim, CLASSES, device=device), lambda head, x, labels: F.cross_entropy(head(x), labels)),
         PUBLISHED: (published.Head(dim, CLASSES).to(device), published.training_loss),
-        OURS: (
-            APIHead(dim, CLASSES, device=device),
-            lambda head, features, labels: api_loss(head(features, labels)),
-        ),
+        OURS: (APIHead(dim, CLASSES, device=device), lambda head, x, labels: api_loss(head(x, labels))),
     }
 
 
-def make_step(
-    backbone: nn.Module,
-    chunk: int,
-    head: nn.Module,
-    loss_of: Callable[[Any, Tensor, Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-) -> Callable[[], None]:
-    """A training step. The backbone is shared between the sides, so the step is too short to move it anywhere."""
-    run = backbone if chunk == len(images) else ChunkedBackbone(backbone, chunk)
-    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=1e-6, momentum=0.9, weight_decay=5e-4)
+class Step:
+    """A training step. The sides share the backbone, so a step is too short to move it anywhere."""
 
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda):
-            loss = loss_of(head, run(images), labels)
+    def __init__(self, run: nn.Module, head: nn.Module, loss_of: LossOf) -> None:
+        self.run, self.head, self.loss_of = run, head, loss_of
+        parameters = [*run.parameters(), *head.parameters()]
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, weight_decay=5e-4)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=False)  # gradients stay where they are: memory is compared, too
+        self.backward(images, labels)
+        self.optimizer.step()
+
+    def backward(self, images: Tensor, labels: Tensor) -> None:
+        with autocast(images):
+            loss = self.loss_of(self.head, self.run(images), labels)
         loss.backward()
-        optimizer.step()
-
-    return step
 
 
-def _chunks(batch: int) -> list[int]:
-    return [batch // parts for parts in (1, 2, 4, 8, 15) if batch // parts]
+def autocast(images: Tensor) -> torch.autocast:
+    return torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda)
 
 
-def _fits(calls: dict[str, Callable[[], None]], device: torch.device) -> bool:
-    """Whether the memory of the device is enough for a step of each side."""
-    try:
-        for call in calls.values():
-            call()
-    except torch.cuda.OutOfMemoryError:
-        return False
-    finally:
-        release(device)
-    return True
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=default_device())
-    parser.add_argument("--seconds", type=float, default=90, help="for all of it (default: %(default)s)")
-    options = parser.parse_args()
-    chosen = cases(options.device)
-    print(step_table(list(tqdm(points(chosen, options.device, options.seconds), total=len(chosen), desc="steps"))))
-
+PART = Part(cases, evenly(measure), seconds=90)
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, {"train_step": PART})

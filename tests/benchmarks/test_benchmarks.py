@@ -7,56 +7,60 @@ import time
 from functools import partial
 from pathlib import Path
 
-import budget
 import footprint
 import head
-import many_classes
 import miners
 import mining
-import mining_stages
 import pytest
-import run
-import tables
+import report
+import step_memory
 import torch
 import train_step
-from budget import Budget, Case
+from harness import Part, Turns, measure, reason, take_turns, write_json
+from mining import Budget, Case
 from published import Head
 from reference import candidates, squared_distances
-from report import blocks, fill, newest, report
-from turns import Turns, reason, spread, summarise, take_turns
+from report import blocks, fill, load, newest, section, spread
 
+from apinet_head import APINet, ChunkedBackbone
 from apinet_head.mining import BACKENDS
+from apinet_head.step_memory import step_memory as estimate_memory
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 CPU = torch.device("cpu")
-ON_CUDA_ONLY = {"ours, triton", miners.GRAPH}
+ON_CUDA_ONLY = {"ours, triton", report.GRAPH}
 
 
-def nearest(features, labels):
+def nearest(batch):
     """Partners [2,B], by brute force."""
-    distance = squared_distances(*2 * [features.double().numpy()])
-    finite = features.isfinite().all(1).numpy()
+    features, keys = (rows.double().numpy() for rows in (batch.features, batch.keys))
+    distance = squared_distances(features, keys)
+    finite = batch.keys.isfinite().all(1).numpy()
+    offset = None if batch.has_keys else 0
+    labels = batch.labels.numpy(), batch.key_labels.numpy()
     return torch.stack([
         torch.from_numpy(distance).masked_fill(~torch.from_numpy(allowed), torch.inf).argmin(1)
-        for allowed in (candidates(*2 * [labels.numpy()], finite, same, 0) for same in (True, False))
+        for allowed in (candidates(*labels, finite, same, offset) for same in (True, False))
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "dim"), [(20, 7), (120, 33)])
-def test_all_sides_find_the_nearest(size, dim):
-    features, labels = mining.make_batch(Case(size, dim), CPU)
-    assert labels.bincount().tolist() == [4] * (size // 4)
-    right = nearest(features, labels)
-    rows = torch.tensor([3, size - 1, 0])
-    assert torch.equal(mining.right_partners(features, labels, rows), right[:, rows])
+@pytest.mark.parametrize("case", [Case(20, 7), Case(120, 33), Case(20, 7, keys=44)])
+def test_all_sides_find_the_nearest(case):
+    batch = mining.make_batch(case, CPU)
+    assert batch.labels.bincount().tolist() == [4] * (case.size // 4)
+    right = nearest(batch)
+    rows = torch.tensor([3, case.size - 1, 0])
+    assert torch.equal(mining.right_partners(batch, rows), right[:, rows])
     found = miners.sides(CPU)
-    assert {miners.LIMIT, miners.AUTO, "ours, dense", "ours, tiled", miners.PUBLISHED, "dense torch"} <= set(found)
+    assert {report.LIMIT, report.AUTO, "ours, dense", "ours, tiled", report.PUBLISHED, "dense torch"} <= set(found)
     for name, side in found.items():
-        if name not in ON_CUDA_ONLY | {miners.LIMIT} and "triton" not in name:  # other tests add backends
-            partner = side(features, labels)()
-            assert torch.equal(partner.view(2, size), right), name
-            assert mining.agreement({name: partner}, features, labels) == {name: 1.0}
-            assert mining.agreement({name: 0 * partner}, features, labels)[name] < 0.2
+        has_partners = name not in ON_CUDA_ONLY | {report.LIMIT} and "triton" not in name  # other tests add backends
+        if has_partners and not (name == report.PUBLISHED and case.keys):
+            partner = side(batch)()
+            assert torch.equal(partner.view(2, case.size), right), name
+            assert mining.agreement({name: partner}, batch) == {name: 1.0}
+            assert mining.agreement({name: 0 * partner}, batch)[name] < 0.2
 
 
 def test_sides_of_the_head_compute_the_same(monkeypatch):
@@ -71,9 +75,22 @@ def test_steps_of_all_sides_train_the_backbone():
     images, labels = torch.randn(16, 6), torch.arange(16) // 4
     for name, one in train_step.make_losses(8, CPU).items():
         before = backbone.weight.detach().clone()
-        train_step.make_step(backbone, 4, *one, images, labels)()
+        train_step.Step(ChunkedBackbone(backbone, 4), *one)(images, labels)
         assert not torch.equal(before, backbone.weight), name
         assert all(p.grad is not None for p in one[0].parameters()), name
+
+
+def test_all_ways_in_chunks_give_the_same_gradients():
+    case, batch = train_step.Case("test_resnet", 32, 12, "float32", 4), train_step.make_batch(12, 32, CPU)
+    found = []
+    for way in (*step_memory.kept(case), step_memory.CACHED):
+        step = step_memory.make_step(way, case, CPU)
+        step.head.eval()  # no dropout: its random numbers differ
+        step(*batch)
+        found.append([parameter.grad for parameter in (*step.run.parameters(), *step.head.parameters())])
+        assert any(gradient.any() for gradient in found[-1])
+    for gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_failing_side_leaves_the_others_their_turns():
@@ -82,7 +99,7 @@ def test_a_failing_side_leaves_the_others_their_turns():
     def fail():
         raise ValueError("no such device\nand more")
 
-    turns = take_turns({"a": lambda: calls.append("a"), "b": fail, "c": lambda: calls.append("c")}, CPU, 0.0, 60)
+    turns = take_turns({"a": lambda: calls.append("a"), "b": fail, "c": lambda: calls.append("c")}, 0.0, 60)
     assert [sorted(calls[place : place + 2]) for place in (0, 2, 4, 6)] == 4 * [["a", "c"]]  # the first warms up
     assert len(calls) == 8
     assert turns.warm
@@ -91,14 +108,14 @@ def test_a_failing_side_leaves_the_others_their_turns():
 
 
 def test_a_long_first_round_is_the_only_one():
-    turns = take_turns({"a": lambda: time.sleep(0.02)}, CPU, 10, alone=0.01)
+    turns = take_turns({"a": lambda: time.sleep(0.02)}, 10, alone=0.01)
     assert not turns.warm
     assert len(turns.seconds["a"]) == 1
 
 
 def test_ratios_are_of_the_same_round():
-    turns = Turns({"a": [1.0, 20.0, 30.0], "b": [10.0, 2.0, 60.0]}, {"c": "out of memory"}, warm=True)
-    found = summarise(turns, "b")
+    turns = Turns({"a": [1.0, 20.0, 30.0], "b": [10.0, 2.0, 60.0]}, {"c": "out of memory"}, True, {})
+    found = turns.summary("b")
     assert found["a"]["ratio"] == {"low": 0.3, "median": 0.5, "high": 5.25}
     assert found["a"]["seconds"] == {"low": 10.5, "median": 20.0, "high": 25.0}
     assert found["c"] == {"absent": "out of memory"}
@@ -120,28 +137,31 @@ def test_reasons_are_a_line(error, expected):
     assert reason(error) == expected
 
 
-def test_what_would_take_too_much_is_refused(monkeypatch):
-    monkeypatch.setattr(budget, "free_memory", lambda: 10 * 2**30)
-    plan = Budget(CPU, seconds=100)
-    small, large = Case(1000, 8, memory=False), Case(4000, 8, memory=False)
-    assert plan.refuse(["slow", "quick", "big"], large) == {}  # nothing is known yet
-    plan.note_times(Turns({"slow": [1.0, 0.7], "quick": [0.01], "big": [0.01]}, {}, warm=True), small)
-    plan.note_memory("big", small, 2**30, None)
-    refused = plan.refuse(["slow", "quick", "big"], large)
-    assert refused == {
-        "slow": "skipped: one call would take about 11 s",
-        "big": "skipped: would take about 16 GiB, and 10 are free",
-    }
-    plan.note_memory("quick", large, 0, "out of memory")
-    assert plan.refuse(["quick"], Case(5000, 8)) == {"quick": "out of memory"}
-    assert plan.refuse(["quick"], small) == {}
-    # Of what is left to all, the first sides take their part.
-    plan.longest, plan.end = 20.0, time.perf_counter() + 15
-    plan.note_times(Turns({"slow": [0.5], "next": [0.5]}, {}, warm=True), small)
-    assert plan.refuse(["slow", "next"], large) == {
-        "next": "skipped: would take about 8 s, more than is left to the benchmark"
-    }
-    assert Budget(CPU, seconds=0).refuse(["quick"], large) == {}  # what nothing is known of is tried
+def test_what_would_take_too_much_is_left_out(monkeypatch):
+    monkeypatch.setattr(mining, "free_memory", lambda: 10 * 2**30)
+    plan, small, large = Budget(seconds=100, cases=10), Case(1000, 8), Case(4000, 8)
+    names = ["slow", "quick", "next"]
+    assert plan.refuse(names, large, CPU) == {}  # nothing is known yet
+    plan.note(Turns({"slow": [1.0, 0.3], "quick": [0.01], "next": [0.1]}, {}, True, {}), small)
+    # 16 times the products: five calls of 4.8 s are over 10 s, of 1.6 s not, nor are two calls of a single round.
+    assert plan.refuse(names, large, CPU) == {"slow": "skipped: would take over a tenth of the time"}
+    plan.share = 1.0
+    assert plan.refuse(names, large, CPU) == {}
+    plan.end = time.perf_counter() + 2
+    assert plan.refuse(names, large, CPU) == {
+        "slow": "skipped: would take more time", "next": "skipped: would take more time",
+    }  # fmt: skip
+    assert set(plan.refuse(names, Case(20_000, 8), CPU).values()) == {"skipped: might take more memory than is free"}
+    # A GPU says so itself; but the published way needs the host.
+    late = Budget(seconds=1, cases=1)
+    assert list(late.refuse([*names, report.PUBLISHED], Case(20_000, 8), torch.device("cuda"))) == [report.PUBLISHED]
+
+
+def test_dtypes_of_a_size_are_measured_together():
+    found = mining.cases(torch.device("cuda"))
+    batches = [(case.size, case.dtype) for case in found if not case.keys]
+    assert list(dict.fromkeys(batches))[:4] == [(8, "float32"), (8, "bfloat16"), (120, "float32"), (120, "bfloat16")]
+    assert [case.products for case in found] == sorted(case.products for case in found)
 
 
 def allocate(mebibytes):
@@ -177,11 +197,14 @@ def test_bytes_saved_for_the_backward_pass():
     assert x.grad is not None
 
 
-def tiny_plan(device):
+def tiny_plan():
+    def begin(device, seconds, cases):
+        return partial(mining.measure, device, Budget(600, 3000))
+
     return {
-        "mining": (mining, mining.cases_of((16, 8), (8, 4), ("float32",), device), 6.0),
-        "head": (head, [head.Case(5, mining, batch=8, dim=8) for mining in (False, True)], 0.01),
-        "train_step": (train_step, [train_step.Case("test_resnet", 32, 8)], 0.01),
+        "mining": Part(lambda *_: [Case(size, dim) for size in (8, 16) for dim in (2048, 4)], begin, 1),
+        "head": head.PART._replace(cases=lambda *_: [head.Case(5, mined, batch=8, dim=8) for mined in (False, True)]),
+        "train_step": train_step.PART._replace(cases=lambda *_: [train_step.Case("test_resnet", 32, 8)]),
     }
 
 
@@ -190,12 +213,12 @@ def measured():
     with pytest.MonkeyPatch.context() as patch:
         for name in set(BACKENDS) - {"dense", "tiled", "triton"}:
             patch.delitem(BACKENDS, name)  # of other tests' making: a fresh process doesn't know them
-        return run.measure(tiny_plan(CPU), CPU, quick=True)
+        return measure(tiny_plan(), CPU, quick=True, seconds=0.1)
 
 
-def check_measured(found, device):
+def check_measured(found):
     assert found["errors"] == {}
-    assert [(point["size"], point["dim"]) for point in found["mining"]] == [(8, 8), (8, 4), (16, 8), (16, 4)]
+    assert [(point["size"], point["dim"]) for point in found["mining"]] == [(8, 2048), (8, 4), (16, 2048), (16, 4)]
     for part in ("mining", "head", "train_step"):
         for point in found[part]:
             for name, side in point["sides"].items():
@@ -205,59 +228,52 @@ def check_measured(found, device):
                     assert 0 < side["seconds"]["low"] <= side["seconds"]["median"] <= side["seconds"]["high"]
                     assert side["ratio"]["median"] > 0
     first = found["mining"][0]["sides"]
-    assert {miners.LIMIT, miners.AUTO, "ours, dense", miners.PUBLISHED, "pytorch-metric-learning"} <= set(first)
-    assert all(side["agreement"] == 1 for name, side in first.items() if name != miners.LIMIT and "absent" not in side)
-    assert found["ceilings"]["flops"]["float32"] > 1e6
+    assert {report.LIMIT, report.AUTO, "ours, dense", report.PUBLISHED, "pytorch-metric-learning"} <= set(first)
+    assert all(side["agreement"] == 1 for name, side in first.items() if name != report.LIMIT and "absent" not in side)
     assert set(found["origin"]) >= {"device", "cores", "threads", "date", "python", "versions"}
     assert found["head"][0]["sides"]["ours"]["saved"] < found["head"][0]["sides"]["published"]["saved"]
 
 
 def test_all_parts_measure(measured):
-    check_measured(measured, CPU)
+    check_measured(measured)
     if footprint.can_measure_growth():
         assert "memory" in measured["mining"][0]["sides"]["torch.cdist"]
 
 
 @pytest.mark.gpu
 def test_all_parts_measure_on_a_gpu():
-    device = torch.device("cuda")
-    found = run.measure(tiny_plan(device), device, quick=True)
-    check_measured(found, device)
+    found = measure(tiny_plan(), torch.device("cuda"), quick=True, seconds=0.1)
+    check_measured(found)
     sides = found["mining"][0]["sides"]
-    assert sides[miners.PUBLISHED]["syncs"] >= 2
+    assert sides[report.PUBLISHED]["syncs"] >= 2
     assert all(side["syncs"] == 0 for name, side in sides.items() if name.startswith("ours"))
     assert set(found["origin"]) >= {"driver", "capability"}
 
 
-@pytest.mark.parametrize(("size", "dim"), [(8, 4), (150, 600)])  # with and without all products
-def test_stages_of_mining_are_those_of_the_backend(size, dim):
-    features, labels = mining.make_batch(Case(size, dim), CPU)
-    results = {name: stage() for name, stage in mining_stages.stages(features, labels).items()}
-    nearest_of_stages = results["… … the nearest candidates"].indices
-    assert torch.equal(nearest_of_stages, nearest(features, labels))
-    assert torch.equal(nearest_of_stages, results["mine_pairs"].partner.view(2, size))
-    (of_backend,) = (found.partner for name, found in results.items() if "its backend" in name)
-    assert torch.equal(nearest_of_stages, of_backend)
+def test_a_case_that_fails_leaves_the_others():
+    def fail_at_two(case, device, seconds):
+        return {"sides": {"a": {"seconds": 1 / (case - 2)}}}
+
+    part = Part(
+        lambda device, quick: [1, 2, 3], lambda device, seconds, cases: partial(fail_at_two, device=1, seconds=1)
+    )
+    found = measure({"a": part._replace(seconds=1.0)}, CPU, only="a")
+    assert found["errors"] == {"a, 2": "ZeroDivisionError: division by zero"}
+    assert len(found["a"]) == 2
+    assert measure({"a": part._replace(seconds=1.0)}, CPU, only="a, 2")["a"] == []
 
 
-def test_stages_of_mining_are_measured(capsys):
-    mining_stages.main(["--size", "8", "--dim", "4", "--seconds", "0.01"])
-    assert "| … … candidate mask |" in capsys.readouterr().out
-
-
-def test_many_classes_are_measured(monkeypatch):
-    many_classes.check_same(CPU)
-    monkeypatch.setattr(many_classes, "can_measure_growth", lambda: False)
-    text = many_classes.table([(30, 8, many_classes.measure(30, 8, CPU, seconds=0.01))])
-    assert len(text.split("\n")) == 2 + len(many_classes.CRITERIA)
-
-
-def test_a_part_that_fails_leaves_the_others(monkeypatch):
-    monkeypatch.setattr(head, "check_same", lambda device: 1 / 0)
-    plan = tiny_plan(CPU)
-    found = run.measure({name: plan[name] for name in ("head", "train_step")}, CPU, quick=True)
-    assert found["errors"] == {"head": "ZeroDivisionError: division by zero"}
-    assert len(found["train_step"]) == 1
+def test_ways_of_a_step_are_measured_beside_their_estimates(monkeypatch):
+    monkeypatch.setattr(footprint, "can_measure_growth", lambda: False)
+    point = step_memory.measure(train_step.Case("test_resnet", 32, 8, "float32", 4), CPU, seconds=0.01)
+    sides = point["sides"]
+    assert set(sides) == {
+        "the whole batch at once", "gradient checkpointing", "none kept", "one kept", "half kept", "all but one kept",
+        "all kept", "cache all, run all again",
+    }  # fmt: skip
+    assert all(side["ratio"]["median"] > 0 and side["over all kept"]["median"] > 0 for side in sides.values())
+    estimate = estimate_memory(APINet("test_resnet", 200), 8, 32, chunk_size=4, keep_chunks=2).activations
+    assert sides["all kept"]["estimate"] == estimate - 4 * 8 * 3 * 32 * 32
 
 
 DOCUMENTS = ("README.md", "benchmarks/README.md")
@@ -265,44 +281,47 @@ DOCUMENTS = ("README.md", "benchmarks/README.md")
 
 def test_report_draws_what_was_measured(measured, tmp_path):
     measured = json.loads(json.dumps(measured))
-    known = {"seconds": {"low": 0.004, "median": 0.00456, "high": 0.005}, "rounds": 5}
-    measured["head"][0]["sides"]["published"] |= known
+    measured["head"][0]["sides"]["published"] |= {
+        "seconds": {"low": 0.004, "median": 0.00456, "high": 0.005},
+        "rounds": 5,
+    }
     for document in DOCUMENTS:
         (tmp_path / document).parent.mkdir(exist_ok=True)
         (tmp_path / document).write_text((ROOT / document).read_text())
     folder = tmp_path / "benchmarks" / "results"
     older = measured | {"origin": measured["origin"] | {"date": "2000-01-01", "python": "2.7"}, "quick": False}
     for found in (measured, measured | {"quick": False}, older):
-        file = run.write(found, folder)
+        file = write_json(folder, found, "-quick" * found["quick"])
         assert json.loads(file.read_text())["quick"] == found["quick"]
     assert len(list(folder.iterdir())) == 3
-    (folder / "other.json").write_text('{"origin": {"date": "2999-01-01", "type": "cpu"}}')
 
     results = newest(folder)
     assert results["cuda"] is None
     assert results["cpu"]["origin"] == measured["origin"]
-    report(tmp_path, results)
+    report.report(tmp_path)
     assert (folder / "mining-cpu.png").stat().st_size > 10_000
     short, long = [(tmp_path / document).read_text() for document in DOCUMENTS]
     assert "not yet measured |" in short
     assert measured["origin"]["device"] in short
-    assert "| 4.56 ±0.50 |" in long
-    # Once more changes nothing, and without results all is as before.
-    report(tmp_path, results)
+    assert "4.56 ±0.50 (" in long
+    # Once more changes nothing.
+    report.report(tmp_path)
     assert [(tmp_path / document).read_text() for document in DOCUMENTS] == [short, long]
 
 
 def test_figures_that_are_missing_say_why(measured):
     points = json.loads(json.dumps(measured["mining"]))
-    points[0]["sides"]["torch.cdist"] = {"absent": "skipped: one call would take about 40 s"}
+    points[0]["sides"]["torch.cdist"] = {"absent": "skipped: would take more time"}
     for point in points[2:]:
         point["sides"]["dense torch"] = {"absent": "out of memory"}
-        point["sides"][miners.AUTO] = {"absent": "RuntimeError: device-side assert"}
-    text = tables.mining_tables(points, measured["ceilings"])
+        point["sides"][report.AUTO] = {"absent": "RuntimeError: device-side assert"}
+    points[1]["sides"] = {name: {"absent": "skipped: would take more time"} for name in points[1]["sides"]}
+    text = report.tables(points)
     for line in (
-        "- torch.cdist, B=8 at D=8: skipped: one call would take about 40 s",
-        "- dense torch, B=16: out of memory",
-        "- ours, auto, B=16: RuntimeError: device-side assert",
+        "- torch.cdist, 8/2048: skipped: would take more time",
+        "- dense torch, 16/2048, 16/4: out of memory",
+        "- ours, auto, 16/2048, 16/4: RuntimeError: device-side assert",
+        "- all, 8/4: not reached in the time there was",
     ):
         assert line in text.split("\n")
     assert "| skipped |" in text
@@ -310,10 +329,31 @@ def test_figures_that_are_missing_say_why(measured):
     assert "| failed |" in text
 
 
+def test_agreement_and_waits_are_said_where_they_are_not_as_they_should_be():
+    side = {"seconds": {"low": 0.1, "median": 0.2, "high": 0.3}, "rounds": 1, "ratio": {"median": 2.0}}
+    assert report.time_of(side | {"agreement": 1.0, "syncs": 0}, "seconds") == "200 (2.000)"
+    assert report.time_of(side | {"agreement": 0.846, "syncs": 3}, "seconds") == "200 (2.000), 85% right, 3 waits"
+
+
+def test_files_of_older_scripts_are_read():
+    chunks = section(load(RESULTS / "nvidia-h200-2026-11-26-chunks.json"))
+    (row,) = [
+        line for line in chunks.split("\n") if line.startswith("| vit_base_patch16_224 | 224") and "(1.000)" in line
+    ]
+    assert [cell.split(" ")[0] for cell in row.split(" | ")[2:4]] == ["46.9", "244"]
+    assert "| resnet101 | 448 | 29,718 | 3,882 |" in chunks  # 29.02 and 3.79 GiB
+    memory = load(RESULTS / "amd-epyc-cpu-2026-11-24-memory.json")
+    assert memory["estimated"][2]["sides"]["chunks of 15"] == {"memory": 8466278248}
+    assert "| float32 | 0 | 12, 1 kept | 8, 2 kept |" in section(memory)
+
+
 def test_documents_show_the_committed_results():
-    for document, contents in blocks(newest(run.RESULTS)).items():
+    for document, contents in blocks(newest(RESULTS)).items():
         text = (ROOT / document).read_text()
         assert fill(text, contents) == text, f"{document}: run benchmarks/report.py"
+    for file in RESULTS.glob("*.json"):
+        if "chunks" in (found := load(file)):
+            assert section(found) in file.with_suffix(".md").read_text(), f"{file}: run benchmarks/report.py"
     with pytest.raises(ValueError, match="expected markers"):
         fill("no markers", {"summary": ""})
 
