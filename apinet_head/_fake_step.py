@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from apinet_head.head import APIHead
+
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -77,6 +79,8 @@ def fake_copy(net: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
     for module in copied.modules():
         if getattr(module, "gather", False) is True:
             module.gather = False
+        if isinstance(module, APIHead):
+            vars(module)["_remember"] = lambda *_: None  # takes features of all ranks, which are small beside a step
     return copied  # type: ignore[no-any-return]
 
 

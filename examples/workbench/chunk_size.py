@@ -53,7 +53,7 @@ def estimate(settings: Settings, make_net: Callable[[Settings], nn.Module]) -> C
     processes = PartialState().num_processes
     try:
         return pick_chunk_size(
-            make_net(replace(settings, chunk_size=0, pretrained=False, memory=0)),  # past features are small
+            make_net(replace(settings, chunk_size=0, pretrained=False)),
             settings.n_classes * settings.n_samples // processes,
             settings.crop,
             memory=free_memory(settings.device),

@@ -363,6 +363,12 @@ def test_other_ranks_are_not_asked():
     assert net.gather
 
 
+def test_a_memory_does_not_ask_other_ranks(monkeypatch):
+    monkeypatch.setattr("apinet_head.head.gather_checked", None)  # it would read values, which fake tensors don't have
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    assert step_memory(APINet(backbone, num_classes=5, dim=4, memory=8), 4, 4).total > 0
+
+
 def test_errors_show_what_came(monkeypatch):
     net = APINet("test_resnet", 5)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
