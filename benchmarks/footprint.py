@@ -15,6 +15,7 @@ from harness import reason
 from torch import Tensor
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CAN_MEASURE_GROWTH = STATUS.exists() and CLEAR.exists()  # a Linux that keeps these figures
 # glibc reuses what was freed, which the process has already; told so, it maps new memory for all above a page.
 MMAP = "MALLOC_MMAP_THRESHOLD_"
 Prepare, Cost = Callable[[], Callable[[], object]], dict[str, Any]
@@ -32,7 +33,7 @@ def memory_of(
             return cost_on_device(prepare, device)
         except torch.cuda.OutOfMemoryError as error:
             return {"memory absent": reason(error)}
-    if not can_measure_growth():
+    if not CAN_MEASURE_GROWTH:
         return {}
     grown, failure = in_fresh_process(grow, *args, seconds=seconds)
     return {"memory": grown} if failure is None else {"memory absent": failure}
@@ -66,11 +67,6 @@ def growth_of_process(call: Callable[[], object]) -> int:
     before = _resident("VmRSS")
     call()
     return max(0, _resident("VmHWM") - before)
-
-
-def can_measure_growth() -> bool:
-    """Whether the system is a Linux that keeps these figures."""
-    return STATUS.exists() and CLEAR.exists()
 
 
 def _resident(name: str) -> int:

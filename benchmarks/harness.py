@@ -45,7 +45,6 @@ class Turns(NamedTuple):
 
     seconds: dict[str, list[float]]
     absent: dict[str, str]
-    warm: bool
     results: dict[str, Any]
 
     def ratio(self, side: str, base: str) -> dict[str, float]:
@@ -56,7 +55,7 @@ class Turns(NamedTuple):
         """Of each side median and quartiles of its seconds, and of its ratio to the side `base`."""
         found: dict[str, Point] = {}
         for name, values in self.seconds.items():
-            found[name] = {"seconds": spread(values), "rounds": len(values), "warm": self.warm}
+            found[name] = {"seconds": spread(values), "rounds": len(values)}
             if base in self.seconds:
                 found[name]["ratio"] = self.ratio(name, base)
         return found | {name: {"absent": why} for name, why in self.absent.items()}
@@ -80,7 +79,7 @@ def take_turns(calls: Mapping[str, Callable[[], object]], seconds: float, alone:
             absent[name] = reason(error)
     round_takes = sum(first for (first,) in taken.values())
     if not taken or round_takes > (LONG * seconds if alone is None else alone):
-        return Turns(taken, absent, False, results)
+        return Turns(taken, absent, results)
     names, order = list(taken), random.Random(0)
     taken = {name: [] for name in names}
     for _ in range(min(MOST, max(LEAST, int(seconds / round_takes)))):
@@ -89,16 +88,14 @@ def take_turns(calls: Mapping[str, Callable[[], object]], seconds: float, alone:
             start = timer()
             calls[name]()
             taken[name].append(timer() - start)
-    return Turns(taken, absent, True, results)
+    return Turns(taken, absent, results)
 
 
 def reason(error: Exception) -> str:
     """Why a side has no figure, in a line."""
     text = str(error).strip().split("\n")[0]
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in text:
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory"
-    if isinstance(error, MemoryError):
-        return text or "out of memory"
     return f"not available: {text[:300]}" if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:300]}"
 
 

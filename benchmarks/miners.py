@@ -82,7 +82,7 @@ def graph(batch: Batch) -> Mine:
 def publish(batch: Batch) -> Mine:
     if batch.has_keys:
         raise ValueError("it has no keys")
-    return lambda: published.mine(batch.features, batch.labels)
+    return lambda: published.mine(batch.features.float(), batch.labels)  # numpy has no bfloat16
 
 
 def dense_torch(batch: Batch) -> Mine:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from footprint import growth_of_process, memory_of
-from harness import DTYPES, LEAST, LONG, Part, Point, Turns, free_memory, main, reason, take_turns
+from harness import DTYPES, LEAST, LONG, Part, Point, free_memory, main, reason, take_turns
 from miners import Batch, sides
 from report import AUTO, LIMIT, PUBLISHED
 from torch import Tensor
@@ -74,10 +74,6 @@ class Budget:
                 left -= needed
         return refused
 
-    def note(self, turns: Turns, case: Case) -> None:
-        for name, values in turns.seconds.items():
-            self.times[name, case.dtype, case.dim] = case.products, min(values)
-
 
 def measure(device: torch.device, budget: Budget, case: Case) -> Point:
     """Times of all sides that are not left out, and what they cost beside."""
@@ -98,9 +94,9 @@ def measure(device: torch.device, budget: Budget, case: Case) -> Point:
         except Exception as error:  # whatever a side dies of, it is what there is to say about it
             absent[name] = reason(error)
     turns = take_turns(calls, budget.share, alone=budget.longest_round)
-    budget.note(turns, case)
     result = turns.summary(LIMIT) | {name: {"absent": why} for name, why in absent.items()}
-    for name in turns.seconds:
+    for name, values in turns.seconds.items():
+        budget.times[name, case.dtype, case.dim] = case.products, min(values)
         result[name] |= costs.get(name, {})
         if AUTO in turns.seconds:
             result[name]["ours / this"] = turns.ratio(AUTO, name)
@@ -153,7 +149,7 @@ def grow(name: str, case: Case) -> int:
     return growth_of_process(lambda: side(batch)())
 
 
-PART = Part(cases, lambda device, seconds, cases: partial(measure, device, Budget(seconds, len(cases))), seconds=330)
+PART = Part(cases, lambda device, seconds, cases: partial(measure, device, Budget(seconds, len(cases))), seconds=300)
 
 if __name__ == "__main__":
     main(__doc__, {"mining": PART})

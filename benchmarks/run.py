@@ -1,7 +1,4 @@
-"""Measures mining, head and training step in less than ten minutes, and writes one file.
-
-python benchmarks/run.py --quick  # for a look: report.py leaves its file out
-"""
+"""Measures mining, head and training step in less than ten minutes, and writes one file, which report.py draws."""
 
 from pathlib import Path
 

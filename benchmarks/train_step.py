@@ -44,12 +44,13 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
 
 
 def measure(case: Case, device: torch.device, seconds: float) -> Point:
-    backbone = run = make_backbone(case.backbone, device)
+    choice = None
     if device.type == "cuda":
         choice = pick_chunk_size(APINet(case.backbone, CLASSES), case.batch, case.pixels, amp=torch.bfloat16)
-        if choice.chunk_size is not None:
-            case = case._replace(chunk=choice.chunk_size)
-            run = ChunkedBackbone(backbone, choice.chunk_size, keep=choice.keep_chunks)
+    backbone = run = make_backbone(case.backbone, device)
+    if choice and choice.chunk_size:
+        case = case._replace(chunk=choice.chunk_size)
+        run = ChunkedBackbone(backbone, choice.chunk_size, keep=choice.keep_chunks)
     batch = make_batch(case.batch, case.pixels, device)
     steps = {name: Step(run, *one) for name, one in make_losses(backbone.num_features, device).items()}
     sides = take_turns({name: partial(step, *batch) for name, step in steps.items()}, seconds).summary(PLAIN)
