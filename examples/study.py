@@ -4,10 +4,11 @@ python examples/study.py birds:5 birds:30 cells=DIR --weights tf_efficientnet_li
 python examples/study.py cells=DIR --weights tf_efficientnet_lite0=FILE --out runs/study --vary     # its settings
 python examples/study.py --out runs/study                                                           # tables alone
 
-Four methods train on the same images for the same number of steps: API-Net, cross-entropy on the same balanced batches
-and on shuffled images, and supervised contrastive loss (pytorch-metric-learning) with cross-entropy. The head is
-trained on features of a frozen backbone or, with --fine-tune, with the backbone. A data set is a folder as train_own.py
-takes it, or drawn birds; ":5" takes 5 training images of each class.
+The methods train on the same images for the same number of steps: API-Net, cross-entropy on the same balanced batches
+and on shuffled images, and supervised contrastive loss (pytorch-metric-learning) with cross-entropy, which needs a
+trainable embedding; so API-Net and cross-entropy also come with one ("-embedding"). The head is trained on features of
+a frozen backbone or, with --fine-tune, with the backbone. A data set is a folder as train_own.py takes it, or drawn
+birds; ":5" takes 5 training images of each class.
 
 The test images stay the same. A seed stands for the training images, batches and first weights. On other seeds, by the
 accuracy on validation images, each method's learning rate is chosen. Every run is a line of runs.jsonl in --out, and is
@@ -45,7 +46,8 @@ from workbench.metrics import machine
 from workbench.settings import number
 from workbench.weights import load_weights
 
-METHODS = ("api", "balanced", "shuffled", "supcon")
+METHODS = ("api", "balanced", "shuffled", "supcon", "api-embedding", "balanced-embedding")
+EMBEDDING = 512  # channels
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST = slice(2, 5)  # of these are tried first, and more while the best is at an end
 CHOOSING = (1000, 1001, 1002)  # seeds on which learning rates are chosen, none of which is tested
@@ -87,24 +89,6 @@ class Pool:
     per_class: int  # training images of each class, 0 for all
 
 
-class Contrastive(nn.Module):
-    """An embedding that supervised contrastive loss shapes, and a classifier on it (Khosla et al., 2020)."""
-
-    def __init__(self, dim: int, classes: int, dropout: float) -> None:
-        super().__init__()
-        self.embed = nn.Linear(dim, 512)
-        self.drop = nn.Dropout(dropout)
-        self.classifier = nn.Linear(512, classes)
-        self.contrast = SupConLoss()
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.classifier(self.drop(self.embed(features)))
-
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        embedded = self.embed(features)
-        return F.cross_entropy(self.classifier(self.drop(embedded)), labels) + self.contrast(embedded, labels)
-
-
 def train(
     run: Run, inputs: Tensor, labels: Tensor, classes: int, backbone: nn.Module | None
 ) -> tuple[nn.Module, float]:
@@ -112,14 +96,15 @@ def train(
     torch.manual_seed(run.seed)
     body = nn.Identity() if backbone is None else backbone
     dim = inputs.shape[1] if backbone is None else backbone.num_features
-    head: Any = (
-        Contrastive(dim, classes, run.dropout)
-        if run.method == "supcon"
-        else APIHead(dim, classes, dropout=run.dropout, mutual=run.mutual if run.method == "api" else "sum")
+    method, embedded = run.method.partition("-")[0], run.method == "supcon" or run.method.endswith("-embedding")
+    embed = nn.Linear(dim, EMBEDDING) if embedded else nn.Identity()
+    head = APIHead(
+        EMBEDDING if embedded else dim, classes, dropout=run.dropout, mutual=run.mutual if method == "api" else "sum"
     )
+    contrast = SupConLoss()  # Khosla et al., 2020
     counts = labels.bincount(minlength=classes)
     weight = (counts / counts.float().mean()) ** (-1 if run.method == "shuffled" else 1) if run.weighted else None
-    groups = [{"params": head.parameters()}, {"params": body.parameters(), "lr": run.lr / 10}]
+    groups = [{"params": [*embed.parameters(), *head.parameters()]}, {"params": body.parameters(), "lr": run.lr / 10}]
     optimizer = torch.optim.AdamW(groups[: 1 if backbone is None else 2], lr=run.lr, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # warm-up and cosine
         optimizer, lambda step: min(1.0, 20 * (step + 1) / run.steps) * (1 + math.cos(math.pi * step / run.steps)) / 2
@@ -128,19 +113,19 @@ def train(
     head.train(), body.train()
     for rows in batches(run, labels):
         taken = inputs[rows] if backbone is None else augmented(inputs[rows])
-        features, targets = body(taken), labels[rows]
-        if run.method == "api":
+        features, targets = embed(body(taken)), labels[rows]
+        if method == "api":
             output = head(features, targets)
             loss = api_loss(output, margin=run.margin, rank_weight=run.rank_weight, class_weight=weight)
-        elif run.method == "supcon":
-            loss = head.loss(features, targets)
         else:
             loss = F.cross_entropy(head(features), targets, weight)
+            if method == "supcon":
+                loss = loss + contrast(features, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return nn.Sequential(body, head).eval(), time.process_time() - start
+    return nn.Sequential(body, embed, head).eval(), time.process_time() - start
 
 
 def batches(run: Run, labels: Tensor) -> Iterator[list[int]]:
@@ -258,11 +243,11 @@ def variants(run: Run) -> list[Run]:
     several = [replace(run, n_samples=n, n_classes=batch // n) for n in (2, 4, 8)]
     shared = [replace(run, steps=run.steps // 4), replace(run, steps=4 * run.steps), replace(run, dropout=0.0)]
     shared += several
-    if run.method == "api":
+    if run.method.startswith("api"):
         shared += [replace(run, margin=margin) for margin in (0.0, 0.2, 0.5)]
         shared += [replace(run, rank_weight=weight) for weight in (0.0, 3.0)]
         shared += [replace(run, mutual=mutual) for mutual in ("sum", "product")]
-    if run.method in ("api", "balanced", "shuffled"):
+    if run.method != "supcon":
         shared.append(replace(run, weighted=True))
     return shared
 

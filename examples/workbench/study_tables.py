@@ -16,7 +16,16 @@ TITLES = {
     "balanced": "cross-entropy, balanced",
     "shuffled": "cross-entropy, shuffled",
     "supcon": "contrastive + cross-entropy",
+    "api-embedding": "API-Net, embedding",
+    "balanced-embedding": "cross-entropy, balanced, embedding",
 }
+COMPARED = {
+    ("api", "balanced"): "k",
+    ("api", "shuffled"): "0.6",
+    ("api-embedding", "balanced-embedding"): "C0",
+    ("api-embedding", "supcon"): "C1",
+    ("supcon", "balanced-embedding"): "C2",
+}  # the first less the second; colours of the plot
 SETTINGS = (
     "data", "backbone", "image_size", "tuned", "method", "part", "lr", "steps", "n_classes", "n_samples", "margin",
     "rank_weight", "dropout", "mutual", "weighted",
@@ -90,28 +99,28 @@ def methods(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def compared(rows: Sequence[Row]) -> Iterable[tuple[Row, str, list[Row], list[Row]]]:
-    """(a row, other method, API-Net's rows, the other's on the same seeds)."""
+def compared(rows: Sequence[Row]) -> Iterable[tuple[list[Row], list[Row]]]:
+    """The rows of two methods on the same seeds."""
     for group in _groups(rows, ("data", "backbone", "tuned")):
-        by_method = {of_method[0]["method"]: of_method for of_method in _groups(group, ("method",))}
-        for other in [name for name in TITLES if name in by_method and name != "api"]:
-            seeds = {row["seed"]: row for row in by_method.get("api", [])}
-            pairs = [(seeds[row["seed"]], row) for row in by_method[other] if row["seed"] in seeds]
-            if len(pairs) > 1:
-                yield group[0], other, [a for a, _ in pairs], [b for _, b in pairs]
+        for names in COMPARED:
+            first, second = ({row["seed"]: row for row in group if row["method"] == name} for name in names)
+            seeds = first.keys() & second.keys()
+            if len(seeds) > 1:
+                yield [first[seed] for seed in sorted(seeds)], [second[seed] for seed in sorted(seeds)]
 
 
 def differences(rows: Sequence[Row]) -> str:
     lines = [
-        "API-Net less the other method, in points, with 95 % intervals over the seeds, for these test images (in "
-        "brackets: for other test images, too). A negative difference of the calibration error is in API-Net's favour.",
+        "The first method less the second, in points, with 95 % intervals over the seeds, for these test images (in "
+        "brackets: for other test images, too). A negative difference of the calibration error favours the first.",
         "",
-        "| data | backbone | less | accuracy | mean of classes | calibration error | seeds |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| data | backbone | first | second | accuracy | mean of classes | calibration error | seeds |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for one, other, first, second in compared(rows):
-        cells = [difference(first, second, figure).text() for figure in FIGURES]
-        lines.append(f"| {_place(one)} | {TITLES[other]} | {' | '.join(cells)} | {len(first)} |")
+    for first, second in compared(rows):
+        cells = " | ".join(difference(first, second, figure).text() for figure in FIGURES)
+        titles = f"{TITLES[first[0]['method']]} | {TITLES[second[0]['method']]}"
+        lines.append(f"| {_place(first[0])} | {titles} | {cells} | {len(first)} |")
     return "\n".join(lines)
 
 
@@ -169,17 +178,19 @@ def plot(file: Path, rows: Sequence[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = [(one, other, difference(a, b, "accuracy")) for one, other, a, b in compared(rows)]
-    colours = dict(zip(TITLES, ("k", "C0", "C1", "C2"), strict=True))
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.24 * len(found)), layout="constrained")
-    for place, (_, other, gap) in enumerate(reversed(found)):
-        label = TITLES[other] if other not in [each[1] for each in list(reversed(found))[:place]] else None
-        axes.errorbar(100 * gap.mean, place, xerr=100 * (gap.images or 0), color=colours[other], lw=1, fmt="none")
-        axes.errorbar(100 * gap.mean, place, xerr=100 * gap.seeds, color=colours[other], lw=3, fmt="o", label=label)
+    pairs = list(compared(rows))[::-1]
+    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.2 * len(pairs)), layout="constrained")
+    shown = set()
+    for place, (first, second) in enumerate(pairs):
+        names, gap = (first[0]["method"], second[0]["method"]), difference(first, second, "accuracy")
+        label = None if names in shown else f"{TITLES[names[0]]} less {TITLES[names[1]]}"
+        shown.add(names)
+        axes.errorbar(100 * gap.mean, place, xerr=100 * (gap.images or 0), color=COMPARED[names], lw=1, fmt="none")
+        axes.errorbar(100 * gap.mean, place, xerr=100 * gap.seeds, color=COMPARED[names], lw=3, fmt="o", label=label)
     axes.axvline(0, color="0.5", lw=1)
-    axes.set_yticks(range(len(found)), [_place(one).replace(" |", ",") for one, *_ in reversed(found)], fontsize=8)
-    axes.set_xlabel("accuracy of API-Net less that of the other method, in points")
-    axes.legend(fontsize=8)
+    axes.set_yticks(range(len(pairs)), [_place(first[0]).replace(" |", ",") for first, _ in pairs], fontsize=8)
+    axes.set_xlabel("difference of accuracy, in points")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
