@@ -16,8 +16,7 @@ from torch import Tensor
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CAN_MEASURE_GROWTH = STATUS.exists() and CLEAR.exists()  # a Linux that keeps these figures
-# glibc reuses what was freed, which the process has already; told so, it maps new memory for all above a page.
-MMAP = "MALLOC_MMAP_THRESHOLD_"
+MMAP = "MALLOC_MMAP_THRESHOLD_"  # glibc reuses what was freed; told so, it maps new memory for all above a page
 Prepare, Cost = Callable[[], Callable[[], object]], dict[str, Any]
 
 

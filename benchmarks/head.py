@@ -109,6 +109,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> Point:
 
 
 def grow(name: str, case: Case) -> int:
+    Side(name, Case(10, case.mining, batch=40, dim=64), torch.device("cpu")).step()  # loads what is loaded at first use
     return growth_of_process(Side(name, case, torch.device("cpu")).step)
 
 

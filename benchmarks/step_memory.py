@@ -3,9 +3,8 @@
     python benchmarks/step_memory.py --only chunks --output benchmarks/results
 
 "chunks": a step by how many chunks are kept, beside GradCache's way, which the cached losses of sentence-transformers
-take, too, written from its description. Memory is what a step takes beyond parameters, gradients and the optimiser's
-state; the estimate is that of `step_memory`. "estimated": of larger batches all in all, not run. "choices": what
-`pick_chunk_size` picks.
+take, too, written from its description. Memory is what a step takes beyond parameters and the optimiser's state, beside
+the estimate of `step_memory`. "estimated": larger batches all in all, not run. "choices": what `pick_chunk_size` picks.
 """
 
 from collections.abc import Sequence
@@ -89,7 +88,8 @@ def measure(case: Case, device: torch.device, seconds: float) -> Point:
         sides[way] |= memory_of(lambda way=way: calls[way], device, grow, way, case)  # type: ignore[misc]
     chunked = {way: {"chunk_size": case.chunk, "keep_chunks": keep} for way, keep in kept(case).items()}
     for way, how in (BASES | chunked).items():
-        sides[way]["estimate"] = estimate(case, **how).activations - batch[0].nbytes
+        found = estimate(case, **how)
+        sides[way]["estimate"] = found.gradients + found.activations - batch[0].nbytes
     return {**case._asdict(), "sides": sides}
 
 

@@ -85,9 +85,9 @@ class Step:
         self.optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, weight_decay=5e-4)
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=False)  # gradients stay where they are: memory is compared, too
         self.backward(images, labels)
         self.optimizer.step()
+        self.optimizer.zero_grad()  # last: beyond what is there before, memory holds the gradients
 
     def backward(self, images: Tensor, labels: Tensor) -> None:
         with autocast(images):

@@ -75,8 +75,10 @@ def test_steps_of_all_sides_train_the_backbone():
     images, labels = torch.randn(16, 6), torch.arange(16) // 4
     for name, one in train_step.make_losses(8, CPU).items():
         before = backbone.weight.detach().clone()
-        train_step.Step(ChunkedBackbone(backbone, 4), *one)(images, labels)
+        step = train_step.Step(ChunkedBackbone(backbone, 4), *one)
+        step(images, labels)
         assert not torch.equal(before, backbone.weight), name
+        step.backward(images, labels)
         assert all(p.grad is not None for p in one[0].parameters()), name
 
 
@@ -86,7 +88,7 @@ def test_all_ways_in_chunks_give_the_same_gradients():
     for way in (*step_memory.kept(case), step_memory.CACHED):
         step = step_memory.make_step(way, case, CPU)
         step.head.eval()  # no dropout: its random numbers differ
-        step(*batch)
+        step.backward(*batch)
         found.append([parameter.grad for parameter in (*step.run.parameters(), *step.head.parameters())])
         assert any(gradient.any() for gradient in found[-1])
     for gradients in found[1:]:
@@ -272,8 +274,9 @@ def test_ways_of_a_step_are_measured_beside_their_estimates(monkeypatch):
         "all kept", "cache all, run all again",
     }  # fmt: skip
     assert all(side["ratio"]["median"] > 0 and side["over all kept"]["median"] > 0 for side in sides.values())
-    estimate = estimate_memory(APINet("test_resnet", 200), 8, 32, chunk_size=4, keep_chunks=2).activations
-    assert sides["all kept"]["estimate"] == estimate - 4 * 8 * 3 * 32 * 32
+    estimate = estimate_memory(APINet("test_resnet", 200), 8, 32, chunk_size=4, keep_chunks=2)
+    images = 4 * 8 * 3 * 32 * 32
+    assert sides["all kept"]["estimate"] == estimate.total - estimate.parameters - estimate.optimizer - images
 
 
 DOCUMENTS = ("README.md", "benchmarks/README.md")
