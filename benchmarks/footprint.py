@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import reason
+from harness import Point, reason
 from torch import Tensor
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CAN_MEASURE_GROWTH = STATUS.exists() and CLEAR.exists()  # a Linux that keeps these figures
 MMAP = "MALLOC_MMAP_THRESHOLD_"  # glibc reuses what was freed; told so, it maps new memory for all above a page
-Prepare, Cost = Callable[[], Callable[[], object]], dict[str, Any]
+Prepare = Callable[[], Callable[[], object]]
 
 
 def memory_of(
     prepare: Prepare, device: torch.device, grow: Callable[..., int], *args: Any, seconds: float = 120
-) -> Cost:
+) -> Point:
     """Bytes that a call takes at most: on CUDA of the one prepared here, else what `grow` returns in a fresh process.
 
     On CUDA also the waits of the host. Where there is no figure, "memory absent" says why.
@@ -38,7 +38,7 @@ def memory_of(
     return {"memory": grown} if failure is None else {"memory absent": failure}
 
 
-def cost_on_device(prepare: Prepare, device: torch.device) -> Cost:
+def cost_on_device(prepare: Prepare, device: torch.device) -> Point:
     """Bytes beyond what is taken when it starts, its preparation included; and waits, by PyTorch's own account."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)

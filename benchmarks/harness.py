@@ -140,7 +140,7 @@ def main(text: str | None, parts: Mapping[str, Part], output: Path | None = None
 
 def origin(device: torch.device) -> dict[str, Any]:
     """Where figures come from: device, date, versions."""
-    versions = {name: found[0].version for name in PACKAGES if (found := [*metadata.distributions(name=name)])}
+    versions = {name: known[0].version for name in PACKAGES if (known := [*metadata.distributions(name=name)])}
     found: dict[str, Any] = {
         "device": _name(device), "type": device.type, "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "memory": psutil.virtual_memory().total, "date": str(date.today()),

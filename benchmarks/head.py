@@ -45,7 +45,7 @@ class Side:
 
     def __init__(self, name: str, case: Case, device: torch.device, dropout: float = 0.5) -> None:
         torch.manual_seed(0)
-        ours = APIHead(case.dim, case.classes, dropout=dropout, device=device)
+        ours: Any = APIHead(case.dim, case.classes, dropout=dropout, device=device)
         self.name, self.case, self.head = name, case, _published(ours, dropout) if name == PUBLISHED else ours
         generator = torch.Generator().manual_seed(0)
         self.features = torch.randn(case.batch, case.dim, generator=generator).relu_().to(device).requires_grad_()
@@ -55,7 +55,7 @@ class Side:
     def learning(self) -> list[Tensor]:
         return [self.features, *self.head.parameters()]
 
-    def loss(self) -> Tensor:
+    def loss(self) -> Any:
         head, pairs = self.head, self.pairs
         with torch.autocast(self.features.device.type, torch.bfloat16, enabled=self.case.dtype == "bfloat16"):
             if self.name == PUBLISHED:
@@ -73,7 +73,7 @@ class Side:
         self.loss().backward()
 
 
-def _published(ours: APIHead, dropout: float) -> Any:
+def _published(ours: Any, dropout: float) -> Any:
     head = published.Head(ours.dim, ours.num_classes, dropout=dropout).to(ours.classifier.weight.device)
     for mine, other in ((ours.mutual.fc1, head.map1), (ours.mutual.fc2, head.map2), (ours.classifier, head.fc)):
         other.load_state_dict(mine.state_dict())

@@ -6,7 +6,7 @@ the same class, then of all the nearest of another class.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import published
 import torch
@@ -54,7 +54,7 @@ def product(batch: Batch) -> Mine:
 
 
 def ours(backend: str, batch: Batch) -> Mine:
-    keys = {"keys": batch.keys, "key_labels": batch.key_labels} if batch.has_keys else {}
+    keys: Any = {"keys": batch.keys, "key_labels": batch.key_labels} if batch.has_keys else {}
     return lambda: mine_pairs(batch.features, batch.labels, backend=backend, **keys).partner
 
 

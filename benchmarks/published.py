@@ -41,7 +41,7 @@ class Head(nn.Module):
         mutual = self.map2(self.drop(self.map1(torch.cat([first, second], 1))))
         gate1, gate2 = torch.sigmoid(mutual * first), torch.sigmoid(mutual * second)
         features = (gate1 * first + first, gate2 * first + first, gate2 * second + second, gate1 * second + second)
-        return tuple(self.fc(self.drop(feature)) for feature in features)  # type: ignore[return-value]
+        return tuple(self.fc(self.drop(feature)) for feature in features)
 
 
 def loss(logits: tuple[Tensor, Tensor, Tensor, Tensor], first: Tensor, second: Tensor, margin: float = 0.05) -> Tensor:

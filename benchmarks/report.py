@@ -213,7 +213,7 @@ def summary(results: Mapping[str, Found | None]) -> str:
     """The README's small table: a column for each kind of device, a line for each question."""
     small, large = ({"size": size, "dim": 2048, "dtype": "float32", "keys": 0} for size in (120, 8192))
     head, step = {"classes": 200, "mining": False, "dtype": "float32"}, "cross-entropy alone"
-    lines: list[tuple[str, str, Found, str, str, str]] = [
+    lines: list[Any] = [
         ("mining, B=120, D=2048, float32: ours / published method", "mining", small, AUTO, PUBLISHED, "seconds"),
         ("the same, B=8192: ours / published method", "mining", large, AUTO, PUBLISHED, "seconds"),
         ("the same, B=8192: ours / the one product x @ x.T", "mining", large, AUTO, LIMIT, "seconds"),
@@ -317,8 +317,8 @@ def report(root: Path) -> None:
         found = load(file)
         if "chunks" in found:
             file.with_suffix(".md").write_text(f"# Time and memory of a training step\n\n{section(found)}\n")
-        if points := found.get("estimated"):
-            draw(points, "batch", f"Memory of a step by estimate, {points[0]['backbone']}", file.with_suffix(".png"))
+        if rows := found.get("estimated"):
+            draw(rows, "batch", f"Memory of a step by estimate, {rows[0]['backbone']}", file.with_suffix(".png"))
 
 
 if __name__ == "__main__":
