@@ -157,8 +157,8 @@ def pick_chunk_size(
         chunk_size: take this one, as 15 of the published training, and pick only how many to keep.
         memory: bytes for the step, parameters included; None for what is free on the current CUDA device (ask before
             the net is moved there).
-        margin: share of `memory` to leave alone for what `step_memory` doesn't count. 15 % is a guess, not yet measured
-            on a GPU.
+        margin: share of `memory` to leave alone for what `step_memory` doesn't count. Estimates were up to 0.36 GiB too
+            low on an H200 (docs/memory.md).
         amp: see `step_memory`.
         moments: see `step_memory`.
         loss: see `step_memory`.
