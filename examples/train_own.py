@@ -84,6 +84,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--baseline", choices=("balanced", "shuffled"), default="",
         help="cross-entropy instead of API-Net: on the same balanced batches, or on shuffled ones as usual",
     )  # fmt: skip
+    add(
+        "--prior", choices=("equal", "images"), default="equal",
+        help="classes to expect after training on balanced batches: all equally often, or as often as among the "
+        "training images, by their logarithms on the classifier's bias (default: %(default)s)",
+    )  # fmt: skip
     add("--weight-decay", type=number(float, 0), default=0.05, help="of AdamW (default: %(default)s)")
     add("--amp", choices=("no", "fp16", "bf16"), default="no", help="mixed precision (default: %(default)s)")
     add("--seed", type=int, default=0, help="of split, batches, crops and weights (default: %(default)s)")
@@ -111,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--weights are those of a --backbone, and go without --no-pretrained")
     if options.frozen and options.no_pretrained:
         parser.error("--frozen needs a backbone that has learned: leave out --no-pretrained")
+    if options.prior == "images" and options.baseline == "shuffled":
+        parser.error("--prior images corrects balanced batches: shuffled ones have that prior already")
     weights_name = named(options.weights) if options.weights else ""
 
     # Data, and what is chosen from it.
@@ -214,6 +221,9 @@ def main(arguments: list[str] | None = None) -> None:
                 folder.end_stopped(state, shutdown.signal)
 
         # The result: the net as it is after the last epoch.
+        if options.prior == "images":
+            share = torch.tensor([image.label for image in data.train]).bincount() / len(data.train)
+            net.head.classifier.bias.data += share.log().to(device)
         likely = predict(model, test_loader, device)[0].softmax(1)
     found = measure(data, notes, settings, likely, progress.history, str(device))
     net = net.cpu().eval()

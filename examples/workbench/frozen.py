@@ -34,7 +34,9 @@ def features_of(
     names = [hashlib.sha256(image.path.read_bytes()).hexdigest() for image in images]
     new = {name: image for name, image in zip(names, images, strict=True) if name not in known}
     if new:
-        loader = DataLoader(ImageDataset(list(new.values()), eval_transform(transform)), 32, num_workers=workers)
+        dataset = ImageDataset(list(new.values()), eval_transform(transform))
+        # With a generator of its own, a loader draws nothing from that of the training to come.
+        loader = DataLoader(dataset, 32, num_workers=workers, generator=torch.Generator())
         backbone.to(device).eval()
         with torch.inference_mode():
             batches = [backbone(batch.to(device)).float().cpu() for batch, *_ in tqdm(loader, desc="features")]

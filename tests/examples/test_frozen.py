@@ -55,12 +55,25 @@ def test_a_frozen_head_learns_and_leaves_the_backbone_as_in_the_file(source, fil
 
 def test_features_are_computed_once_for_all_trainings(source, file, monkeypatch):
     train(source, "--weights", file, "--frozen", "--epochs", 1)
-    before = json.loads((source / "model/metrics.json").read_text())
+    before = load(source / "model").net.state_dict()
     monkeypatch.setattr(frozen, "ImageDataset", None)  # would be needed to compute more
     train(source, "--weights", file, "--frozen", "--epochs", 1, "--overwrite")
-    after = json.loads((source / "model/metrics.json").read_text())
-    assert after["confusion"] == before["confusion"]
+    after = load(source / "model").net.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
     train(source, "--weights", file, "--frozen", "--epochs", 1, "--overwrite", "--baseline", "shuffled")
+
+
+def test_prior_images_adds_the_logarithms_of_the_classes_shares_to_the_logits(source, file):
+    for number in range(6):
+        (source / "train/red" / f"{number}.png").unlink()
+    flags = ["--weights", file, "--frozen", "--epochs", 2, "--overwrite"]
+    plain = load(train(source, *flags)).net.head.classifier
+    shifted = load(train(source, *flags, "--prior", "images")).net.head.classifier
+    assert torch.equal(shifted.weight, plain.weight)
+    shares = torch.tensor([9, 9, 3]) / 21
+    torch.testing.assert_close(shifted.bias - plain.bias, shares.log(), atol=1e-6, rtol=0)
+    with pytest.raises(SystemExit):
+        train(source, *flags, "--prior", "images", "--baseline", "shuffled")
 
 
 def test_without_frozen_the_backbone_is_trained_from_the_file(source, file):
