@@ -91,10 +91,10 @@ def loss_of_given_pairs():
     return api_loss(make_head(gather=True)(own(features), own(labels), pairs=pairs)).detach()
 
 
-def gathered():
+def gathered(group=None):
     features, labels = make_batch(world())
     mine = own(features).clone().requires_grad_()
-    all_features, all_labels, offset = gather_features(mine, own(labels).to(torch.int32))
+    all_features, all_labels, offset = gather_features(mine, own(labels).to(torch.int32), group=group)
     # Every rank weighs the rows in its own way, so that the gradient is a sum of different numbers.
     (all_features.square() * (1 + dist.get_rank())).sum().backward()
     return {"features": all_features.detach(), "labels": all_labels, "offset": offset, "gradient": mine.grad}
@@ -102,8 +102,15 @@ def gathered():
 
 def gathered_as_on_gpus():
     """The gradient by reduce_scatter, which other groups than gloo use."""
-    with mock.patch.object(dist, "get_backend", return_value="nccl"):
+    with mock.patch.object(dist, "get_backend_config", return_value="cpu:nccl"):
         return gathered()
+
+
+def gathered_as_on_gpus_and_cpus():
+    """Over a group with a backend for each device, as of `init_process_group()`, where gloo has no reduce_scatter."""
+    group = dist.new_group(backend="cpu:gloo")
+    with mock.patch.object(dist, "reduce_scatter", side_effect=NotImplementedError):
+        return gathered(group)
 
 
 def message_for_unequal_batches():
@@ -209,6 +216,7 @@ CASES = {
     "given pairs": loss_of_given_pairs,
     "gathered": gathered,
     "gathered as on GPUs": gathered_as_on_gpus,
+    "gathered as on GPUs and CPUs": gathered_as_on_gpus_and_cpus,
     "unequal": message_for_unequal_batches,
     "accumulated": accumulated_gradients,
     "other dtypes": messages_for_other_dtypes,

@@ -106,7 +106,7 @@ def test_given_pairs_have_partners_from_all_ranks(ranks):
     assert_close(torch.stack(of(ranks, "given pairs")).mean(), loss, 1e-12)
 
 
-@pytest.mark.parametrize("case", ["gathered", "gathered as on GPUs"])
+@pytest.mark.parametrize("case", ["gathered", "gathered as on GPUs", "gathered as on GPUs and CPUs"])
 def test_gathered_features_and_gradients_are_those_of_the_whole_batch(ranks, case):
     if "Gloo does not support reduce_scatter" in str(ranks[0][case]):
         pytest.skip("gloo of this torch has no reduce_scatter")
