@@ -105,6 +105,12 @@ def test_csv_cannot_leave_its_folder(folder, kind):
         folders.read(folder / "list.csv")
 
 
+def test_csv_with_absolute_paths_in_its_folder(folder):
+    (folder / "list.csv").write_text(f"path,label\n{folder / 'red' / '0.png'},red\n{folder / 'blue' / '0.png'},blue\n")
+    found = folders.read(folder / "list.csv")
+    assert {item.path for item in found.train} == {(folder / name / "0.png").resolve() for name in ("red", "blue")}
+
+
 @pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "Val"), ("training", "testing")])
 def test_folders_of_a_split_are_taken_in_any_case(tmp_path, train, test):
     for part, name in ((train, "cat"), (train, "Dog "), (test, "Cat"), (test, "Dog ")):

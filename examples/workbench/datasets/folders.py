@@ -247,8 +247,8 @@ def _digests(paths: set[Path]) -> dict[Path, str]:
 
 def _inside(root: Path, given: str, where: str) -> Path:
     path = (root / given).resolve()
-    if Path(given).is_absolute() or not path.is_relative_to(root):
-        raise SystemExit(f"{where}: {given} leads out of the folder {root}")
+    if not path.is_relative_to(root):
+        raise SystemExit(f"{where}: {given} leads out of the folder {root}: put the CSV in the folder of the images")
     if not path.is_file():
         raise SystemExit(f"{where}: {given}: no such file")
     return path
