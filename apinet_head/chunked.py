@@ -84,6 +84,7 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int, keep: in
     """
     if not isinstance(images, Tensor) or images.ndim == 0:
         raise TypeError(f"images must be a tensor [B, ...] to go in chunks, got {describe(images)}")
+    chunk_size = check_int(chunk_size, "chunk_size", 1)  # as an attribute it may have been set to anything
     modules = list(backbone.modules())
     smallest = min(len(images), len(images) % chunk_size or chunk_size)
     if smallest == 1 and any(isinstance(module, _BatchNorm) and module.training for module in modules):

@@ -194,6 +194,10 @@ def test_errors_show_what_came():
         ChunkedBackbone(small(), 0)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         APINet("test_resnet", 4, chunk_size=0)
+    net = APINet("test_resnet", 4, chunk_size=2)
+    net.chunk_size = 0
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        net(batch(4).float())
     with pytest.raises(ValueError, match="keep must be at least 0, got -1"):
         ChunkedBackbone(small(), 4, keep=-1)
     with pytest.raises(ValueError, match="keep_chunks must be at least 0, got -1"):
