@@ -29,7 +29,10 @@ def check_features(features: Tensor, name: str = "features", dim: int | None = N
     """Raise unless `features` is a floating point [B,D], with D = dim if given."""
     check_tensor(features, name, "[B, D]", ": take the pooled features of it")
     if features.ndim != 2:
-        advice = ": pool it first, for example x.mean((2, 3))" if features.ndim == 4 else ""
+        advice = {
+            3: ": pool it first, for example x.mean(1); or give a BalancedBatchSampler as batch_sampler=, not sampler=",
+            4: ": pool it first, for example x.mean((2, 3))",
+        }.get(features.ndim, "")
         raise ValueError(f"{name} must be [B, D], got {describe(features)}{advice}")
     if features.dtype not in FLOATS:  # such as float8, which does not support addition
         raise ValueError(

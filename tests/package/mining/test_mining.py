@@ -380,6 +380,7 @@ X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
     ("call", "message"),
     [
         (lambda: mine_pairs(torch.zeros(4, 3, 2, 2), Y), r"float32 \[4, 3, 2, 2\].*pool it first"),
+        (lambda: mine_pairs(torch.zeros(2, 4, 3), Y), r"\[2, 4, 3\].*pool it first.*batch_sampler=, not sampler="),
         (lambda: mine_pairs(X.long(), Y), r"features.*floating point.*int64 \[4, 3\]"),
         (lambda: mine_pairs(torch.zeros(4, 0), Y), r"at least one channel.*\[4, 0\]"),
         (lambda: mine_pairs(X, Y.float()), r"labels.*integer.*float32 \[4\]"),
