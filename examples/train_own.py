@@ -12,6 +12,7 @@ python examples/train_own.py DIR --baseline shuffled --out baseline     # cross-
 import argparse
 import csv
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -108,6 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not 0 < options.test_share < 1:
         parser.error(f"--test-share must be between 0 and 1, got {options.test_share}")
     # What may be wrong with the flags is found before all images are looked at.
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit("train_own.py is for one process: start it with python, or take train_cub.py for several")
     device = check_device(options.device)
     check_free(options.out, options.overwrite)
     if options.backbone:
@@ -265,11 +268,13 @@ def make_sampler(options: argparse.Namespace, data: ImageSet) -> tuple[BalancedB
         sampler = BalancedBatchSampler([0] * len(labels), 1, size, seed=options.seed)
         return sampler, f"an epoch is {sampler.n_batches} batches of {size} images, none of which comes twice in it"
     sampler = BalancedBatchSampler(labels, options.n_classes, options.n_samples, seed=options.seed)
-    seen = len({row for batch in sampler for row in batch})
+    drawn = [row for batch in sampler for row in batch]
+    seen = len(set(drawn))
+    repeated = ", some of them more than once" if seen < len(drawn) else ""
     return sampler, (
         f"an epoch is {sampler.n_batches} batches in which all classes come equally often; the first one has {seen} of "
-        f"the {len(labels)} training images, some of small classes more than once. So the net learns to expect classes "
-        "equally often: where they are not, it names rare ones too often"
+        f"the {len(labels)} training images{repeated}. So the net learns to expect classes equally often: "
+        "where they are not, it names rare ones too often"
     )
 
 

@@ -199,3 +199,10 @@ def test_flags_are_checked_before_any_image_is_decoded(images, tmp_path, monkeyp
     with pytest.raises(SystemExit, match=message) as ended:
         train(images, tmp_path / "model", *flags)
     assert "\n" not in str(ended.value)
+
+
+def test_several_processes_are_refused(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does it: each would train the same net into the same folder
+    with pytest.raises(SystemExit, match="for one process"):
+        train(images, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
