@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 import re
 import runpy
 import shlex
@@ -79,6 +80,16 @@ def test_torchrun_starts_a_command_that_the_processes_can_share(command):
     assert (ROOT / launch.training_script).exists()
     if launch.training_script.endswith("train_cub.py"):
         assert parse(launch.training_script_args).n_classes % int(launch.nproc_per_node) == 0
+
+
+def test_torchrun_runs_the_loop_of_the_page_on_ranks(tmp_path):
+    (tmp_path / "train.py").write_text(blocks(ROOT / "docs/ranks.md", "python")[0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "head.classifier.weight" in torch.load(tmp_path / "net.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("target", [command.split()[1] for command in COMMANDS if command.startswith("make ")])
