@@ -32,7 +32,7 @@ class ChunkedBackbone(nn.Module):
     A chunk is recomputed under the autocast, the buffers and the random states that it first saw: those of torch, numpy
     and Python, and `torch.Generator`s that are attributes of modules. Buffers are copied for this once, and those that
     change once for each chunk. Other state that forward changes, such as a counter in a plain attribute, is not
-    replayed; nor are changes of weights through `.data` noticed.
+    replayed; nor are changes of weights or buffers through `.data` noticed, nor those of a buffer through a view of it.
 
     Without gradients nothing is recomputed. Compile the backbone, not this module, whose chunks `torch.compile` leaves
     alone (a last chunk of another size runs uncompiled, from PyTorch 2.6 on). Gradient checkpointing of the backbone's
