@@ -93,9 +93,10 @@ class BalancedBatchSampler(Sampler[list[int]]):
             )
         largest = int(self._sizes.max())
         if self.n_samples == 1 or largest == 1:
+            reason = "no class has a second image" if largest == 1 else "n_samples=1, take 2 or more"
             warnings.warn(
-                f"no image will have another of the same class in its batch: n_samples={n_samples}, and the largest "
-                f"class has {largest} images; take n_samples >= 2, unless the head has intra=None",
+                f"no image will have another of the same class in its batch: {reason}. A head can do without such "
+                "partners, with intra=None",
                 stacklevel=2,
             )
         self.epoch: int = 0

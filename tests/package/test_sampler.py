@@ -171,7 +171,7 @@ def test_labels_in_any_container_give_the_same_batches(container):
 
 
 def test_a_range_is_labels():
-    with pytest.warns(UserWarning, match="the largest class has 1 images"):
+    with pytest.warns(UserWarning, match="its batch: no class has a second image"):
         assert sorted(*BalancedBatchSampler(range(3), 3, 2)) == [0, 0, 1, 1, 2, 2]
 
 
