@@ -213,8 +213,8 @@ def test_negative_labels_are_left_out():
 
 @pytest.mark.parametrize("labels", [LABELS, range(8)])
 def test_batches_without_same_class_partners_are_warned_of(labels):
-    n_samples = 1 if labels is LABELS else 2
-    with pytest.warns(UserWarning, match=r"no image .*same class.*n_samples >= 2"):
+    n_samples, reason = (1, "n_samples=1, take 2") if labels is LABELS else (2, "no class has a second image")
+    with pytest.warns(UserWarning, match=rf"no image .*same class.*{reason}"):
         BalancedBatchSampler(labels, 4, n_samples)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
