@@ -207,7 +207,10 @@ class APIHead(nn.Module):
             pairs = find_pairs(features, labels, searches_of(self.intra, self.inter), table)
             if trains and keys is None and memory is None and not self._has_checked_pairs:
                 self._has_checked_pairs = _warn_if_few(features, labels, pairs)
-        images = _images(features, pairs, None if table.is_batch(features) else table.take(pairs.partner))
+        partner = None if table.is_batch(features) else table.take(pairs.partner)
+        # Rows without a class are masked out, whatever they hold; in gradients, 0 * NaN would be NaN.
+        known = features.where((labels >= 0)[:, None], features.nan_to_num(0.0, 0.0, 0.0))
+        images = _images(known, pairs, partner)
         row_labels = torch.cat([labels.index_select(0, pairs.anchor), table.labels.index_select(0, pairs.partner)])
         if memory is not None:
             self._remember(memory, features, labels, table)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apinet_head import APIHead, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
+from apinet_head import APIHead, APILoss, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
 
 
 def make_case(seed=0, size=12, dim=10, classes=4, **head_args):
@@ -146,6 +146,21 @@ def test_non_finite_key_of_a_pair_that_does_not_exist_leaves_gradients_alone():
     loss.backward()
     assert loss == 0
     assert all((parameter.grad == 0).all() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_images_without_a_class_hold_leaves_gradients_alone(value, elsewhere, rows):
+    head, features, labels = make_case(size=8)
+    labels[2] = -1
+    gradients = []
+    for held in (0.5, value):
+        batch = features.detach().index_fill(0, torch.tensor(2), held).requires_grad_()
+        keys = {"keys": batch.detach(), "key_labels": labels, "key_offset": 0} if elsewhere else {}
+        loss = head(batch, labels, criterion=APILoss(rows=rows), **keys).total
+        gradients.append([loss, *torch.autograd.grad(loss, [batch, *head.parameters()])])
+    torch.testing.assert_close(*gradients)
 
 
 def test_invalid_pairs_are_masked_out():

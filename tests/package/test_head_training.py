@@ -349,7 +349,7 @@ def test_a_dynamic_batch_size_is_compiled_once():
 
 def test_the_head_keeps_five_numbers_a_channel_of_each_pair():
     # The mutual vector, and the four gated features as the classifier takes them; nn.Dropout adds its masks. What the
-    # published head keeps is fifteen: benchmarks/head.py compares.
+    # published head keeps is fifteen: benchmarks/head.py compares. The features are kept once, in place of those given.
     size, dim, classes = 40, 1024, 8
     head = APIHead(dim, classes, hidden_dim=32, dropout=0.0)
     features, labels = torch.randn(size, dim, requires_grad=True), torch.arange(size) // 4
@@ -357,5 +357,5 @@ def test_the_head_keeps_five_numbers_a_channel_of_each_pair():
     found, loss = saved_bytes(
         lambda: api_loss(head(features, labels % classes, pairs=pairs)), [features, *head.parameters()]
     )
-    assert found <= 1.1 * 5 * 2 * size * dim * 4
+    assert found <= 1.05 * (5 * 2 + 1) * size * dim * 4
     loss.backward()
