@@ -175,6 +175,11 @@ class APIHead(nn.Module):
             ValueError: shapes, dtypes or devices do not match; the message shows what was passed.
             TypeError: an argument has the wrong type.
         """
+        if classifier is not None and not callable(classifier):
+            raise TypeError(
+                f"classifier must be a module that maps [N, {self.dim}] to [N, C], got {type(classifier).__name__}; of a "
+                "model with several classifiers, pass one"
+            )
         classify = self.classifier if classifier is None else classifier
         has_classes = not isinstance(classify, nn.Identity)
         self._check_features(features)

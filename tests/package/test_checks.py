@@ -127,6 +127,10 @@ def explainable():
 
 
 WRONG_TYPES = [
+    (
+        lambda: head()(X, classifier=(torch.nn.Linear(8, 3), torch.nn.Linear(8, 3))),
+        r"\[N, 8\].*got tuple; of a model with",
+    ),
     (lambda: BalancedBatchSampler([0, 1], 2.0, 1), r"n_classes must be an int, got 2\.0"),
     (lambda: BalancedBatchSampler([0, 1], 2, 1, seed=0.5), r"seed must be an int, got 0\.5"),
     (lambda: ChunkedBackbone([FLAT], 4), r"backbone must be a module, got list: nn\.Sequential\(\*backbone"),
