@@ -177,8 +177,8 @@ class APIHead(nn.Module):
         """
         if classifier is not None and not callable(classifier):
             raise TypeError(
-                f"classifier must be a module that maps [N, {self.dim}] to [N, C], got {type(classifier).__name__}; of a "
-                "model with several classifiers, pass one"
+                f"classifier must be a module that maps [N, {self.dim}] to [N, C], got {type(classifier).__name__}; of "
+                "a model with several classifiers, pass one"
             )
         classify = self.classifier if classifier is None else classifier
         has_classes = not isinstance(classify, nn.Identity)
