@@ -22,6 +22,7 @@ TITLES = {
 COMPARED = {
     ("api", "balanced"): "k",
     ("api", "shuffled"): "0.6",
+    ("api", "supcon"): "C3",
     ("api-embedding", "balanced-embedding"): "C0",
     ("api-embedding", "supcon"): "C1",
     ("supcon", "balanced-embedding"): "C2",
