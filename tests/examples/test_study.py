@@ -133,11 +133,11 @@ def test_correcting_the_prior_turns_uniform_shares_into_those_of_the_training_im
     run = study.Run("d", "b", 0, False, "balanced", "test", 0, 0.01, 200, 2, 16)
     for method, weighted in (("balanced", False), ("api", False), ("shuffled", True)):
         row = study.execute(study.replace(run, method=method, weighted=weighted), pool, None)
-        assert row["prior_error"] == pytest.approx(0.25, abs=0.03)
-        assert row["adjusted_prior_error"] == pytest.approx(0, abs=0.03)
+        assert row["prior_error"] == pytest.approx(0.25, abs=0.06)
+        assert row["adjusted_prior_error"] == pytest.approx(0, abs=0.06)
     for method, weighted in (("shuffled", False), ("balanced", True), ("api", True)):
         row = study.execute(study.replace(run, method=method, weighted=weighted), pool, None)
-        assert row["prior_error"] == pytest.approx(0, abs=0.03)
+        assert row["prior_error"] == pytest.approx(0, abs=0.06)
         assert row["adjusted_prior_error"] == pytest.approx(0.25, abs=0.06)
 
 
