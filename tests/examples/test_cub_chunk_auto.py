@@ -85,7 +85,7 @@ def test_the_estimate_is_for_the_step_of_a_process(monkeypatch, flags, processes
     settings = parse([*TINY, "--memory", "16", *flags])
     chunk_size.estimate(settings, lambda plain: plain)
     ((net, batch, side), arguments) = asked[0]
-    assert (net.chunk_size, net.pretrained, net.memory) == (0, False, 0)
+    assert (net.chunk_size, net.pretrained, net.memory) == (0, False, 16)
     assert (batch, side) == (12 // processes, 32)
     assert arguments == {"memory": 1234, **expected}
 
