@@ -76,7 +76,8 @@ def mine_pairs(
 
     Distances are Euclidean, between detached features, in float32 at least, regardless of autocast and
     `torch.set_float32_matmul_precision`. Partners are exact: near neighbours are compared by subtraction, which avoids
-    cancellation, and outliers do not affect other rows. Ties go to the lowest index. No image is paired with itself. A
+    cancellation, and outliers do not affect other rows; large searches on other devices than CPUs compare the 8 best
+    candidates of each query by subtraction. Ties go to the lowest index. No image is paired with itself. A
     non-finite row is never chosen, but its own pairs stay valid, so that the loss becomes non-finite. Nothing
     synchronises with a GPU, and no shape depends on the data.
 
@@ -93,7 +94,8 @@ def mine_pairs(
             in `keys`.
         generator: for "random" partners, on the features' device; None for torch's default generator.
         backend: "dense" (one [B,M] matrix of distances), "tiled" (half of the products, almost no memory beyond the
-            features), "triton" (tiled, in fused kernels for CUDA), or "auto".
+            features), "triton" (fused kernels for CUDA), or "auto": "triton" on GPUs of compute capability 9.0, elsewhere
+            "dense" for small batches and under `torch.compile`, and else "tiled".
 
     Returns:
         Pairs with P = 2B: rows [0,B) the intra-class pairs in the order of their anchors, rows [B,2B) the inter-class
