@@ -94,8 +94,8 @@ def mine_pairs(
             in `keys`.
         generator: for "random" partners, on the features' device; None for torch's default generator.
         backend: "dense" (one [B,M] matrix of distances), "tiled" (half of the products, almost no memory beyond the
-            features), "triton" (fused kernels for CUDA), or "auto": "triton" on GPUs of compute capability 9.0, elsewhere
-            "dense" for small batches and under `torch.compile`, and else "tiled".
+            features), "triton" (fused kernels for CUDA), or "auto": "triton" on GPUs of compute capability 9.0, and
+            elsewhere "dense" for small batches and under `torch.compile`, "tiled" for others.
 
     Returns:
         Pairs with P = 2B: rows [0,B) the intra-class pairs in the order of their anchors, rows [B,2B) the inter-class
