@@ -279,7 +279,7 @@ def study_one(study: Study, source: str, name: str, weights: Path | None, option
         made = timm.create_model(name, pretrained=weights is None, num_classes=0)
         if weights is not None:
             load_weights(made, weights)
-        return made
+        return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     made = backbone()
     config = resolve_model_data_config(made)
@@ -290,7 +290,8 @@ def study_one(study: Study, source: str, name: str, weights: Path | None, option
     images = [train_images, test_images]
     if options.fine_tune:
         data = [ImageDataset(part, eval_transform(transform)) for part in images]
-        inputs = [torch.stack([each[0] for each in tqdm(part, desc=title)]) for part in data]
+        stacked = [torch.stack([each[0] for each in tqdm(part, desc=title)]) for part in data]
+        inputs = [each.contiguous(memory_format=torch.channels_last) for each in stacked]  # twice as fast on CPUs
     else:
         inputs = [features_of(made, part, transform, torch.device("cpu"), options.workers) for part in images]
     labels = [torch.tensor([image.label for image in part]) for part in images]
