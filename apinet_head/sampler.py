@@ -127,7 +127,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
                 # Every class is drawn once per round.
                 times = (batch * self.n_classes + place) // self.n_labels
                 rows += [start_row + item for item in image_deck(label, size).hand(times)]
-            yield self._images[rows].tolist()
+            yield _Batch(self._images[rows].tolist())
 
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch to iterate over, from its first batch unless just resumed within it."""
@@ -172,6 +172,13 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     def _settings(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in SETTINGS}
+
+
+class _Batch(list[int]):
+    """Rows of a batch. As an index into a data set's list, which `DataLoader(sampler=...)` makes of it, it raises."""
+
+    def __index__(self) -> int:
+        raise TypeError("BalancedBatchSampler yields batches: give it to DataLoader as batch_sampler=, not sampler=")
 
 
 def _as_tensor(labels: Sequence[int] | Tensor) -> Tensor:

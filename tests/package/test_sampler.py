@@ -136,6 +136,12 @@ def test_dataloader_workers_draw_ahead_so_the_loop_says_how_far_it_is():
     assert seen == expected
 
 
+def test_as_sampler_of_a_dataloader_names_batch_sampler():
+    data = [(torch.zeros(3), label) for label in LABELS]
+    with pytest.raises(TypeError, match="batch_sampler=, not sampler="):
+        next(iter(DataLoader(data, sampler=BalancedBatchSampler(LABELS, 4, 2))))  # type: ignore[arg-type]
+
+
 class Column:
     """A pandas Series whose index does not start at 0: an array inside, found by names that are not positions."""
 
