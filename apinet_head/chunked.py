@@ -85,15 +85,14 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int, keep: in
     if not isinstance(images, Tensor) or images.ndim == 0:
         raise TypeError(f"images must be a tensor [B, ...] to go in chunks, got {describe(images)}")
     chunk_size = check_int(chunk_size, "chunk_size", 1)  # as an attribute it may have been set to anything
+    if len(images) <= chunk_size:
+        return backbone(images)
     modules = list(backbone.modules())
-    smallest = min(len(images), len(images) % chunk_size or chunk_size)
-    if smallest == 1 and any(isinstance(module, _BatchNorm) and module.training for module in modules):
+    if 1 in (chunk_size, len(images) % chunk_size) and any(isinstance(m, _BatchNorm) and m.training for m in modules):
         raise ValueError(
             f"chunk_size={chunk_size} leaves a chunk of one image of {describe(images)}, too few for BatchNorm in "
             "train mode: take another chunk_size or batch, or put BatchNorm in eval mode"
         )
-    if len(images) <= chunk_size:
-        return backbone(images)
     chunks, parameters = torch.split(images, chunk_size), list(backbone.parameters())
     learns = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in parameters))
     # torch.func allows no hooks on saved tensors; the parameters of functional_call are gone in the backward pass.

@@ -265,7 +265,7 @@ def _named(chunks: Chunks, batch_size: int) -> str:
         return "the whole batch"
     count, uneven = -(-batch_size // size), batch_size % size
     kept = f"{'all' if keep >= count else keep or 'none'} kept"
-    return f"{count} chunks of {'up to ' if uneven else ''}{size} ({kept})"
+    return f"{count} {'chunks' if count > 1 else 'chunk'} of {'up to ' if uneven else ''}{size} ({kept})"
 
 
 def _lines(needed: dict[Chunks, int], batch_size: int) -> list[str]:

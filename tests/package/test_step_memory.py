@@ -204,7 +204,7 @@ def test_of_a_given_chunk_size_it_keeps_as_many_as_fit(chunk_size):
     for keep in counts:
         choice = pick_chunk_size(net, batch, 32, chunk_size=chunk_size, memory=needed[keep - 1], margin=0)
         assert (choice.chunk_size, choice.keep_chunks) == (chunk_size, keep)
-    with pytest.raises(ValueError, match=rf"chunks of (up to )?{chunk_size} \((1|all) kept\)"):
+    with pytest.raises(ValueError, match=rf"chunks? of (up to )?{chunk_size} \((1|all) kept\)"):
         pick_chunk_size(net, batch, 32, chunk_size=chunk_size, memory=needed[0] - 1, margin=0)
 
 
@@ -229,6 +229,11 @@ def test_a_few_estimates_are_enough_and_the_choice_says_why():
     assert text.startswith(f"9 chunks of up to 14 (4 kept) for a batch of 120, {price}")
     assert "GiB by estimate, of 13.60 GiB to be used (16.00 GiB less the margin); the whole batch: 29." in text
     assert "; 15 chunks of 8 (1 kept): 2." in text
+
+
+def test_a_batch_of_one_image_runs_as_without_chunks():
+    choice = pick_chunk_size(APINet("test_resnet", 4), 1, 64, memory=GIB)
+    assert str(choice).startswith("the whole batch for a batch of 1: ")
 
 
 def test_the_net_stays_as_it_is():
