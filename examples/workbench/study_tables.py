@@ -72,7 +72,7 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
     tested, varied = ([row for row in rows if row["part"] == part] for part in ("test", "validation"))
     parts = [_origin(rows), "## Methods", methods(tested), "## Differences", differences(tested)]
     parts += ["## The prior", priors(tested), "## What users vary", variations(varied)]
-    (folder / "study.md").write_text("\n\n".join(["# API-Net on frozen features", *parts]) + "\n", encoding="utf-8")
+    (folder / "study.md").write_text("\n\n".join(["# API-Net with pretrained weights", *parts]) + "\n", encoding="utf-8")
     names = [name for name in rows[0] if name not in ("right", "machine")] if rows else []
     with (folder / "study.csv").open("w", newline="", encoding="utf-8") as lines:
         table = csv.DictWriter(lines, names, extrasaction="ignore")
@@ -205,7 +205,7 @@ def _groups(rows: Sequence[Row], names: Sequence[str]) -> list[list[Row]]:
 
 
 def _place(row: Row) -> str:
-    return f"{row['data']} | {row['backbone']}{' tuned' if row['tuned'] else ''}"
+    return f"{row['data']} | {row['backbone']}, {row['image_size']} px, {'trained' if row['tuned'] else 'frozen'}"
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
