@@ -86,11 +86,10 @@ class BalancedBatchSampler(Sampler[list[int]]):
         if self.n_classes > self.n_labels:
             without = f" beside {negative} negative ones" if negative else ""
             raise ValueError(f"cannot draw n_classes={n_classes} classes: labels have {self.n_labels}{without}")
-        if self.n_classes % self.world_size or not 0 <= self.rank < self.world_size:
-            raise ValueError(
-                f"n_classes={n_classes} must be divisible by world_size={world_size}, "
-                f"and rank={rank} in [0, {world_size})"
-            )
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank={self.rank} must be at least 0 and less than world_size={self.world_size}")
+        if self.n_classes % self.world_size:
+            raise ValueError(f"n_classes={n_classes} must be divisible by world_size={self.world_size}")
         largest = int(self._sizes.max())
         if self.n_samples == 1 or largest == 1:
             reason = "no class has a second image" if largest == 1 else "n_samples=1, take 2 or more"
