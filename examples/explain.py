@@ -21,7 +21,7 @@ from apinet_head import PairExplanation, explain_pair
 from workbench import model_folder
 from workbench.compared import BirdMarks, Outcome, Place, nearest, run_tests
 from workbench.datasets.bad_images import shown
-from workbench.datasets.lists import Image
+from workbench.datasets.lists import Image, counted
 from workbench.guard import check_device
 from workbench.heat import about_map, map_size, overlay
 from workbench.image_files import BadImageError, load_image
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> Path:
         write(output, f"What the gates see: {options.model.resolve().parent.name}/{options.model.name}", explained)
     except OSError as error:
         raise SystemExit(f"--output {output} cannot be written: {error.strerror}") from None
-    print(f"{len(explained)} pairs: {output / 'report.html'}")
+    print(f"{counted(len(explained), 'pair')}: {output / 'report.html'}")
     return output
 
 

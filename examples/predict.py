@@ -24,6 +24,7 @@ from workbench import model_folder
 from workbench.datasets.bad_images import shown
 from workbench.datasets.decode import processors
 from workbench.datasets.folders import SUFFIXES, images_below
+from workbench.datasets.lists import counted
 from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform
@@ -114,9 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 print(shown(str(path)), *(f"{name} {value:.4f}" for name, value in found), sep="  ", flush=True)
     if options.csv:
-        print(f"{len(paths) - bad} images: {options.csv}")
+        print(f"{counted(len(paths) - bad, 'image')}: {options.csv}")
     if bad:
-        print(f"{bad} of {len(paths)} images cannot be decoded", file=sys.stderr)
+        print(f"{bad} of {counted(len(paths), 'image')} cannot be decoded", file=sys.stderr)
     return int(bad > 0)
 
 

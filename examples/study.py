@@ -262,13 +262,9 @@ def read_source(source: str, size: int) -> tuple[str, list[Image], list[Image], 
         root = cache_folder() / f"study-birds-{SPECIES}x{DRAWN}-{size}px"
         data = read_cub(write_birds(root, species=SPECIES, images_per_species=DRAWN, size=size))
         return source, data.train, data.test, data.classes, int(count or 0)
-    found = read(Path(folder), 0.3)
-    classes = sorted({item.label for item in found.train})
-    train_images, test_images = (
-        [Image(item.path, classes.index(item.label), str(item.path)) for item in part] for part in found[:2]
-    )
     title = (name or Path(folder).name) + (f":{count}" if count else "")
-    return title, train_images, test_images, classes, int(count or 0)
+    data = read(Path(folder), 0.3).as_image_set(title)
+    return title, data.train, data.test, data.classes, int(count or 0)
 
 
 def study_one(study: Study, source: str, name: str, weights: Path | None, options: argparse.Namespace) -> None:

@@ -9,15 +9,20 @@ python examples/train_own.py DIR --backbone resnet50 --weights resnet50.pth --fr
 python examples/train_own.py DIR --baseline shuffled --out baseline     # cross-entropy as usual, to compare with
 """
 
+import workbench.ctrl_c  # noqa: F401
+
+# isort: split
 import argparse
 import csv
 import json
 import os
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +36,18 @@ from tqdm import tqdm
 from apinet_head import APIHead, APINet, BalancedBatchSampler, api_loss
 from workbench import metrics, model_folder, report
 from workbench.checkpoint import RunState
-from workbench.datasets import Image, ImageSet
+from workbench.datasets import ImageSet
 from workbench.datasets.bad_images import ending_at_bad_images, shown
 from workbench.datasets.decode import processors
 from workbench.datasets.folders import Split, by_class, read, short_side, sound, warnings
+from workbench.datasets.lists import counted
 from workbench.defaults import Known, choose
 from workbench.distributed import end_all
 from workbench.frozen import FeatureBatches, features_of
 from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
 from workbench.images import ImageDataset, eval_loader, eval_transform, to_device, train_loader
 from workbench.model_card import make_card
-from workbench.run_folder import RunFolder, describe
+from workbench.run_folder import RunFolder, describe, lock
 from workbench.scores import predict
 from workbench.settings import number
 from workbench.weights import load_weights, named
@@ -159,6 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # From where the folder is: from nothing, or exactly as the training left off.
     state = RunState(accelerator, net, optimizer, scheduler, sampler)
+    check_free(options.out, options.overwrite)  # once more: another training may have ended meanwhile
     folder.go_on(state, options.epochs)
     progress, saved = state.progress, time.monotonic()
     every, batch = -(-options.epochs // TESTS), options.n_classes * options.n_samples
@@ -260,22 +267,27 @@ def compute_loss(model: APINet | APIHead, images: Tensor, labels: Tensor, baseli
 
 def make_sampler(options: argparse.Namespace, data: ImageSet) -> tuple[BalancedBatchSampler, str]:
     """The batches, and what is true of an epoch of them."""
-    if options.n_classes > len(data.classes):
-        raise SystemExit(f"--n-classes {options.n_classes}: the data has {len(data.classes)} classes")
     labels = [image.label for image in data.train]
-    if options.baseline == "shuffled":  # all images as one class, of which each batch takes its next ones
-        size = min(options.n_classes * options.n_samples, len(labels))
-        sampler = BalancedBatchSampler([0] * len(labels), 1, size, seed=options.seed)
-        return sampler, f"an epoch is {sampler.n_batches} batches of {size} images, none of which comes twice in it"
-    sampler = BalancedBatchSampler(labels, options.n_classes, options.n_samples, seed=options.seed)
+    shuffled, size = options.baseline == "shuffled", min(options.n_classes * options.n_samples, len(labels))
+    # Shuffled: all images as one class, of which each batch takes its next ones.
+    drawn_from = ([0] * len(labels), 1, size) if shuffled else (labels, options.n_classes, options.n_samples)
+    with catch_warnings():
+        simplefilter("ignore")  # of images without a partner: its advice is for code, and users are told here
+        sampler = BalancedBatchSampler(*drawn_from, seed=options.seed)
+    epoch = f"an epoch is {counted(sampler.n_batches, 'batch')}"
+    if shuffled:
+        return sampler, f"{epoch} of {counted(size, 'image')}, none of which comes twice in it"
     drawn = [row for batch in sampler for row in batch]
     seen = len(set(drawn))
-    repeated = ", some of them more than once" if seen < len(drawn) else ""
-    return sampler, (
-        f"an epoch is {sampler.n_batches} batches in which all classes come equally often; the first one has {seen} of "
-        f"the {len(labels)} training images{repeated}. So the net learns to expect classes equally often: "
-        "where they are not, it names rare ones too often"
+    note = (
+        f"{epoch} in which all classes come equally often; the first one has {seen} of the {len(labels)} training "
+        f"images{', some of them more than once' if seen < len(drawn) else ''}"
     )
+    if len(set(Counter(labels).values())) > 1:
+        note += ". So the net learns to expect classes equally often: where they are not, it names rare ones too often"
+    if options.n_samples == 1 and not options.baseline:
+        note += ". warning: with --n-samples 1, no image has another of its class to be paired with: take 2 or more"
+    return sampler, note
 
 
 def make_net(options: argparse.Namespace, classes: int) -> APINet:
@@ -316,10 +328,12 @@ def check_free(folder: Path, overwrite: bool) -> None:
     """Before the training, not after it.
 
     Raises:
-        SystemExit: the folder holds something that is not to be overwritten.
+        SystemExit: the folder holds something that is not to be overwritten, or another training writes into it.
     """
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {folder} is a file")
+    if (folder / "run" / "lock").exists():
+        lock(folder / "run").close()
     if not folder.exists() or {path.name for path in folder.iterdir()} <= {"run"}:
         return
     if not (folder / "classes.json").is_file():
@@ -334,25 +348,29 @@ def read_data(options: argparse.Namespace) -> tuple[ImageSet, list[str]]:
     Raises:
         SystemExit: there is nothing to learn from them or to test with.
     """
-    split = sound(read(options.source, options.test_share, options.seed), options.workers, options.skip_bad)
-    classes = list(by_class(split.train))
-    unknown = sorted(set(by_class(split.test)) - set(classes))
-    if unknown:
+    split = read(options.source, options.test_share, options.seed)
+    check_classes(options, split)  # before all images are decoded
+    split = sound(split, options.workers, options.skip_bad)
+    check_classes(options, split)  # and without the bad ones
+    data = split.as_image_set(options.source.resolve().stem)
+    found = [*split.notes, *(f"warning: {text}" for text in warnings(split.train, split.test))]
+    notes = [shown(note) for note in found]
+    numbers = f"{len(data.classes)} classes, {counted(len(data.train), 'training image')}"
+    print(f"{numbers} and {counted(len(data.test), 'test image')}", *notes, sep="\n")
+    return data, notes
+
+
+def check_classes(options: argparse.Namespace, split: Split) -> None:
+    """That there are images of enough classes to train and to test with."""
+    classes, tested = by_class(split.train), by_class(split.test)
+    if unknown := [name for name in tested if name not in classes]:
         raise SystemExit(f"{options.source}: no training images of the test classes {', '.join(unknown)}")
     if len(classes) < 2:
         raise SystemExit(f"{options.source}: two classes or more are needed, got {', '.join(classes) or 'none'}")
-    if not split.test:
+    if not tested:
         raise SystemExit(f"{options.source}: no class has two images, one to train with and one to test")
-    found = [*split.notes, *(f"warning: {text}" for text in warnings(split.train, split.test))]
-    notes = [shown(note) for note in found]
-    print(f"{len(classes)} classes, {len(split.train)} training and {len(split.test)} test images", *notes, sep="\n")
-    return as_image_set(options.source.resolve().stem, split, classes), notes
-
-
-def as_image_set(name: str, split: Split, classes: list[str]) -> ImageSet:
-    rows = {label: row for row, label in enumerate(classes)}
-    train, test = ([Image(item.path, rows[item.label], str(item.path)) for item in part] for part in split[:2])
-    return ImageSet(name, classes, train, test)
+    if options.n_classes is not None and options.n_classes > len(classes):
+        raise SystemExit(f"--n-classes {options.n_classes}: the data has {len(classes)} classes")
 
 
 def fill_in(options: argparse.Namespace, data: ImageSet, device: torch.device) -> None:

@@ -1,12 +1,15 @@
 """Data sets that several test files use."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from colours import FLAGS, write_colours
 from cub_folder import write_cub
 
 from birds import write_birds
@@ -26,6 +29,18 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny embedded set: 6 species with 6 images each."""
     root = tmp_path_factory.mktemp("data") / "CUB_200_2011"
     return write_birds(root, species=6, images_per_species=6, size=40, workers=0, progress=False)
+
+
+@pytest.fixture(scope="session")
+def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model folder of train_own.py on colours, by its command; its parent has the images, and what was printed."""
+    root = write_colours(tmp_path_factory.mktemp("own") / "colours")
+    script = Path(__file__).parents[1] / "examples" / "train_own.py"
+    command = [sys.executable, str(script), str(root), "--out", str(root / "model"), *FLAGS, "--no-pretrained"]
+    done = subprocess.run([*command, "--epochs", "20", "--lr", "0.01"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (root / "printed.txt").write_text(done.stdout)
+    return root / "model"
 
 
 @pytest.fixture

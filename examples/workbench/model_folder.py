@@ -7,6 +7,7 @@ Whatever else is known of it lies beside these: run.json of train_cub.py, metric
 """
 
 import json
+import shutil
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -37,6 +38,8 @@ def save(folder: Path, model: Model) -> None:
     model.net.save_pretrained(folder)
     about = {"classes": model.classes, "transform": model.transform}
     (folder / "classes.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    # safetensors lets the owner alone read its file, whatever the umask.
+    shutil.copymode(folder / "classes.json", folder / "model.safetensors")
 
 
 def load(folder: Path) -> Model:

@@ -4,9 +4,11 @@ settings.json   what the run was asked for, and what tells its data from others
 log.csv         a row per epoch; tensorboard/ has it for TensorBoard
 best/, last/    model folders
 state/          the newest checkpoints, for going on after an interruption
+lock            locked by the process that trains here
 """
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from accelerate import PartialState
 from safetensors import SafetensorError
@@ -24,7 +26,7 @@ from workbench.datasets import ImageSet
 from workbench.distributed import end_all, first_process_first
 from workbench.settings import differences
 
-UNTRAINED = {"settings.json", "tensorboard", "state"}  # left by a run that ended before a checkpoint
+UNTRAINED = {"settings.json", "tensorboard", "state", "lock"}  # left by a run that ended before a checkpoint
 
 
 class RunFolder:
@@ -52,9 +54,14 @@ class RunFolder:
             raise SystemExit(f"{path} holds another run:\n  {listing}\nChoose another folder, or remove this one.")
 
     def begin(self) -> None:
-        """Make the folder of a run that is about to train: one that fails before that must not leave its settings."""
+        """Make the folder of a run that is about to train: one that fails before that must not leave its settings.
+
+        Raises:
+            SystemExit: another process trains in it.
+        """
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path)
             if is_untrained(self.path):
                 shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
                 write_text(self.path / "settings.json", json.dumps(self.settings, indent=2))
@@ -115,6 +122,22 @@ class RunFolder:
         partial.replace(self.path / "log.csv")
 
 
+def lock(path: Path) -> IO[str]:
+    """An open file by which no other process trains in this folder, until this one ends, in whatever way.
+
+    Raises:
+        SystemExit: another one does.
+    """
+    file = (path / "lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which processes that load images would keep
+    except (BlockingIOError, PermissionError):
+        raise SystemExit(f"another training is writing into {path}: choose another folder, or wait") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
 def is_untrained(path: Path) -> bool:
     """Whether a run may begin in this folder, whatever its settings: it is new, or a run ended there before it trained.
 
@@ -123,7 +146,7 @@ def is_untrained(path: Path) -> bool:
     if not path.exists():
         return True
     names = {file.name.removesuffix(".partial") for file in path.iterdir()}
-    ours = (path / "settings.json").exists() or names <= {"settings.json"}
+    ours = (path / "settings.json").exists() or names <= {"settings.json", "lock"}
     return ours and names <= UNTRAINED and not any(file.suffix != ".partial" for file in (path / "state").glob("*"))
 
 

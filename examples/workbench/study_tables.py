@@ -72,7 +72,8 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
     tested, varied = ([row for row in rows if row["part"] == part] for part in ("test", "validation"))
     parts = [_origin(rows), "## Methods", methods(tested), "## Differences", differences(tested)]
     parts += ["## The prior", priors(tested), "## What users vary", variations(varied)]
-    (folder / "study.md").write_text("\n\n".join(["# API-Net with pretrained weights", *parts]) + "\n", encoding="utf-8")
+    text = "\n\n".join(["# API-Net with pretrained weights", *parts])
+    (folder / "study.md").write_text(f"{text}\n", encoding="utf-8")
     names = [name for name in rows[0] if name not in ("right", "machine")] if rows else []
     with (folder / "study.csv").open("w", newline="", encoding="utf-8") as lines:
         table = csv.DictWriter(lines, names, extrasaction="ignore")

@@ -74,7 +74,7 @@ def test_what_tools_leave_behind_is_no_image(folder):
         save(folder / name)
     (folder / "red/notes.txt").write_text("of the photographer")
     assert folders.read_folder(folder) == before
-    assert any("1 files are left aside" in note and "notes.txt" in note for note in folders.read(folder).notes)
+    assert any("1 file left aside" in note and "notes.txt" in note for note in folders.read(folder).notes)
 
 
 def test_csv_is_as_the_folder(folder):
@@ -199,19 +199,18 @@ def test_one_image_under_two_labels(folder):
     (folder / "blue/copy.png").write_bytes((folder / "red/3.png").read_bytes())
     items = folders.read_folder(folder)
     (found,) = folders.warnings(items, [])[1:]
-    assert "1 images are there under two labels" in found
-    assert "blue and red" in found
+    assert found == "under two labels or more, as under blue and red: 1 image"
 
 
 def test_bad_images_end_the_command_or_are_left_out(folder, capsys):
     (folder / "red/broken.jpg").write_text("no image")
     split = folders.read(folder)
-    with pytest.raises(SystemExit, match=r"1 bad images: .*--skip-bad"):
+    with pytest.raises(SystemExit, match=r"^1 bad image: .*--skip-bad"):
         folders.sound(split, 0, skip_bad=False)
     assert "broken.jpg (8 bytes) is no image" in capsys.readouterr().out
     left = folders.sound(split, 0, skip_bad=True)
     assert len(left.train) + len(left.test) == 24
-    assert left.notes[-1] == "1 bad images are left out"
+    assert left.notes[-1] == "left out: 1 bad image"
 
 
 def test_short_side_is_the_median(tmp_path):
@@ -234,6 +233,9 @@ def test_short_side_is_the_median(tmp_path):
         ({"side": 40}, {"image_size": 64}),
         ({"side": 97}, {"image_size": 128}),
         ({"pretrained": False}, {"lr": 1e-3}),
+        ({"frozen": True}, {"backbone": "resnet18", "image_size": 224, "n_samples": 4, "epochs": 18, "lr": 0.01}),
+        ({"frozen": True, "images": 1600, "classes": 20, "typical": 80}, {"n_samples": 4, "epochs": 10}),
+        ({"images": 1600, "classes": 20, "typical": 80}, {"epochs": 40}),
     ],
 )
 def test_defaults(known, expected):

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,93 +14,68 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from colours import COLOURS, FLAGS, SHORT, write_colours
+from accelerate.state import AcceleratorState
+from colours import COLOURS, FLAGS, SHORT, prepared, probabilities
 from packaging.version import Version
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from timm.data import create_transform
 
 import train_own
 from apinet_head import APINet
 from workbench.model_folder import load
+from workbench.run_folder import RunFolder
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a model, and one of images whose test split has a red image in the folder of green ones."""
-    root = write_colours(tmp_path_factory.mktemp("own") / "colours")
-    command = [sys.executable, train_own.__file__, str(root), "--out", str(root / "model"), *FLAGS]
-    command += ["--no-pretrained", "--epochs", "20", "--lr", "0.01"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "n_samples 9: images of each of these, the median class having 9" in done.stdout
-    assert "image_size 32: as asked" in done.stdout
-    return root / "model", root
-
-
-def transform_of(model):
-    return create_transform(**json.loads((model / "classes.json").read_text())["transform"])
-
-
-def test_learns_and_tells_right_from_wrong(trained):
-    model, root = trained
-    net, transform = APINet.from_pretrained(str(model)).eval(), transform_of(model)
-    counts = [[0] * 3 for _ in COLOURS]
-    for label, name in enumerate(sorted(COLOURS)):
-        for path in (root / "test" / name).iterdir():
-            with torch.inference_mode():
-                counts[label][int(net(transform(Image.open(path))[None]).argmax())] += 1
-    metrics = json.loads((model / "metrics.json").read_text())
+def test_learns_and_tells_right_from_wrong(own_model):
+    counts, names = [[0] * 3 for _ in COLOURS], sorted(COLOURS)
+    with (own_model / "predictions.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert sorted(row["path"] for row in rows) == sorted(map(str, (own_model.parent / "test").rglob("*.png")))
+    for row in rows:
+        probability, label = probabilities(own_model, prepared(own_model, row["path"])).max(0)
+        assert (row["label"], row["predicted"]) == (Path(row["path"]).parent.name, names[label])
+        assert float(row["probability"]) == pytest.approx(float(probability), abs=1e-3)
+        counts[names.index(row["label"])][label] += 1
+    metrics = json.loads((own_model / "metrics.json").read_text())
     assert metrics["confusion"] == counts == [[3, 0, 0], [0, 3, 1], [0, 0, 3]]
     assert metrics["accuracy"] == metrics["history"][-1]["test_accuracy"] == 9 / 10
     assert metrics["history"][0]["loss"] > metrics["history"][-1]["loss"]
+    printed = (own_model.parent / "printed.txt").read_text()
+    assert "n_samples 9: images of each of these, the median class having 9" in printed
+    assert "image_size 32: as asked" in printed
+    assert "an epoch is 1 batch in which all classes come equally often;" in printed
+    assert "names rare ones too often" not in printed  # no class is rare
 
 
-def test_predictions_are_those_of_the_net(trained):
-    model, root = trained
-    net, transform = APINet.from_pretrained(str(model)).eval(), transform_of(model)
-    with (model / "predictions.csv").open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    assert sorted(row["path"] for row in rows) == sorted(map(str, (root / "test").rglob("*.png")))
-    for row in rows:
-        with torch.inference_mode():
-            probability, label = net(transform(Image.open(row["path"]))[None]).softmax(1)[0].max(0)
-        assert (row["label"], row["predicted"]) == (Path(row["path"]).parent.name, sorted(COLOURS)[label])
-        assert float(row["probability"]) == pytest.approx(float(probability), abs=1e-3)
+def test_files_of_a_model_have_the_mode_that_the_umask_says(own_model):
+    (own_model.parent / "other").touch()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (own_model.parent / "other", *own_model.iterdir())}
+    assert len(modes) == 1
 
 
-def test_damaged_model_is_named(trained, tmp_path):
+def test_damaged_model_is_named(own_model, tmp_path):
     for name in ("model.safetensors", "config.json", "classes.json"):
-        shutil.copytree(trained[0], tmp_path / name)
-        (tmp_path / name / name).write_bytes((trained[0] / name).read_bytes()[:20])
+        shutil.copytree(own_model, tmp_path / name)
+        (tmp_path / name / name).write_bytes((own_model / name).read_bytes()[:20])
         with pytest.raises(SystemExit, match="the model cannot be read"):
             load(tmp_path / name)
 
 
-def test_a_model_is_not_overwritten_unless_asked(trained, tmp_path):
-    model, root = trained
-    shutil.copytree(model, tmp_path / "model")
-    command = [str(root), "--out", str(tmp_path / "model"), *SHORT, "--baseline", "balanced"]
+def test_a_model_is_not_overwritten_unless_asked(own_model, tmp_path):
+    shutil.copytree(own_model, tmp_path / "model")
+    command = [str(own_model.parent), "--out", str(tmp_path / "model"), *SHORT, "--baseline", "balanced"]
     with pytest.raises(SystemExit, match=r"holds a model: .*--overwrite"):
         train_own.main(command)
     with pytest.raises(SystemExit, match="something else than a model"):
-        train_own.main([*command, "--out", str(root), "--overwrite"])
-    assert (tmp_path / "model/README.md").read_text() == (model / "README.md").read_text()
+        train_own.main([*command, "--out", str(own_model.parent), "--overwrite"])
+    assert (tmp_path / "model/README.md").read_text() == (own_model / "README.md").read_text()
     train_own.main([*command, "--overwrite"])
     assert "a baseline of API-Net" in (tmp_path / "model/README.md").read_text()  # the card is the new model's
     assert "cross-entropy on balanced batches" in (tmp_path / "model/report.html").read_text()
-    assert not torch.equal(*(load_file(each / "model.safetensors")["head.classifier.weight"]
-                             for each in (model, tmp_path / "model")))  # fmt: skip
+    first, second = (load_file(each / "model.safetensors") for each in (own_model, tmp_path / "model"))
+    assert not torch.equal(first["head.classifier.weight"], second["head.classifier.weight"])
 
 
-def test_a_seed_gives_a_model_however_many_workers(trained, tmp_path):
-    for workers in ("0", "2"):
-        train_own.main([str(trained[1]), "--out", str(tmp_path / workers), *SHORT, "--workers", workers])
-    first, second = (load_file(tmp_path / workers / "model.safetensors") for workers in ("0", "2"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_pretrained_weights_are_taken_and_learn_slower(trained, tmp_path, monkeypatch):
+def test_pretrained_weights_are_taken_and_learn_slower(own_model, tmp_path, monkeypatch):
     # As a download leaves them: the Hub's cache, without the network.
     config = timm.get_pretrained_cfg("test_resnet")
     cached = tmp_path / "cache" / f"models--{config.hf_hub_id.replace('/', '--')}"
@@ -109,9 +87,8 @@ def test_pretrained_weights_are_taken_and_learn_slower(trained, tmp_path, monkey
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
-    train_own.main(
-        [str(trained[1]), "--out", str(tmp_path / "model"), *FLAGS, "--epochs", "1", "--backbone-lr", "1e-9"]
-    )
+    command = [str(own_model.parent), "--out", str(tmp_path / "model"), *FLAGS, "--epochs", "1"]
+    train_own.main([*command, "--backbone-lr", "1e-9"])
     found = load_file(tmp_path / "model/model.safetensors")
     for name, weights in net.named_parameters():
         if not name.startswith("fc."):
@@ -120,52 +97,130 @@ def test_pretrained_weights_are_taken_and_learn_slower(trained, tmp_path, monkey
     assert (settings["lr"], settings["backbone_lr"]) == (3e-4, 1e-9)
     assert "from timm's pretrained weights" in (tmp_path / "model/README.md").read_text()
 
-
-def test_weights_that_cannot_be_had_are_an_error_with_advice(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit, match=r"weights of test_resnet are not available(.|\n)*--no-pretrained"):
-        train_own.main([str(trained[1]), "--out", str(tmp_path / "model"), *FLAGS, "--epochs", "1"])
+        train_own.main([*command, "--overwrite"])
 
 
 @pytest.mark.skipif(Version(timm.__version__) < Version("1.0.27"), reason="of a newer timm")
-def test_backbone_of_a_fixed_size_is_made_for_the_images(trained, tmp_path):
-    train_own.main([str(trained[1]), "--out", str(tmp_path / "model"), *SHORT, "--backbone", "test_vit_relpos"])
-    net, _, settings = load(tmp_path / "model")
+def test_backbone_of_a_fixed_size_is_made_for_the_images(own_model, tmp_path):
+    train_own.main([str(own_model.parent), "--out", str(tmp_path / "m"), *SHORT, "--backbone", "test_vit_relpos"])
+    net, _, settings = load(tmp_path / "m")
     assert settings["input_size"] == [3, 32, 32]
     assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+@pytest.mark.usefixtures("own_accelerate")
+def test_precision_chunks_and_shuffled_baseline_are_taken_and_noted(own_model, tmp_path, monkeypatch):
+    dtypes, forward = [], APINet.forward
+
+    def noted(self, images, *args, **kwargs):
+        dtypes.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return forward(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(APINet, "forward", noted)
+    AcceleratorState._reset_state()
+    out, flags = tmp_path / "model", ["--amp", "bf16", "--chunk-size", "5", "--baseline", "shuffled"]
+    train_own.main([str(own_model.parent), "--out", str(out), *SHORT, "--device", "cpu", *flags])
+    assert (True, torch.bfloat16) in dtypes
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["settings"] | {"amp": "bf16", "chunk_size": 5, "baseline": "shuffled"} == metrics["settings"]
+    assert json.loads((out / "config.json").read_text())["chunk_size"] == 5
+    assert "none of which comes twice" in " ".join(metrics["data"]["notes"])
+    assert len((out / "predictions.csv").read_text().splitlines()) == 11
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--backbone", "resnet18000"], "timm has no such model"),
+        (["--device", "nowhere"], "nowhere is not available"),
+        (["--backbone", "resnet18000"], "timm has no such model; near"),
+        (["--backbone", "local-dir:/some/where"], "the folder as --weights"),
         (["--n-classes", "4"], "--n-classes 4: the data has 3 classes"),
         (["--out", __file__], "is a file"),
+        (["--weights", "here"], "go without --no-pretrained"),
+        (["--frozen"], "has learned"),
+        (["--prior", "images", "--baseline", "shuffled"], "have that prior already"),
+        (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
+        (["--lr", "nan"], "--lr: must be at least 0, got nan"),
+        (["--image-size", "8"], "--image-size: must be at least 32, got 8"),
+        (["--test-share", "1"], "--test-share must be between 0 and 1"),
     ],
 )
-def test_bad_arguments_are_named(trained, tmp_path, flags, message):
-    with pytest.raises(SystemExit, match=message):
-        train_own.main([str(trained[1]), "--out", str(tmp_path / "model"), *SHORT, *flags])
-
-
-@pytest.mark.parametrize("flags", [["--epochs", "0"], ["--lr", "nan"], ["--image-size", "8"], ["--test-share", "1"]])
-def test_numbers_out_of_range_are_refused(trained, flags, capsys):
+def test_mistakes_end_with_one_line_before_any_image_is_decoded(
+    own_model, tmp_path, monkeypatch, capsys, flags, message
+):
+    monkeypatch.setattr(train_own, "sound", lambda *_: pytest.fail("the images were decoded"))
     with pytest.raises(SystemExit) as ended:
-        train_own.main([str(trained[1]), *flags])
-    assert ended.value.code == 2
-    assert flags[0] in capsys.readouterr().err
+        train_own.main([str(own_model.parent), "--out", str(tmp_path / "model"), *SHORT, *flags])
+    said = capsys.readouterr().err.splitlines()[-1] if ended.value.code == 2 else str(ended.value)
+    assert message in said
+    assert "\n" not in said
+    assert not (tmp_path / "model").exists()
 
 
-def test_test_classes_need_training_images(trained, tmp_path):
-    shutil.copytree(trained[1] / "train", tmp_path / "train")
-    shutil.copytree(trained[1] / "test", tmp_path / "test")
+def test_names_of_the_hub_are_not_looked_up_before():
+    assert train_own.check_backbone("hf-hub:timm/resnet18.a1_in1k") is None
+
+
+def test_test_classes_need_training_images(own_model, tmp_path):
+    for part in ("train", "test"):
+        shutil.copytree(own_model.parent / part, tmp_path / part)
     (tmp_path / "test/red").rename(tmp_path / "test/purple")
     with pytest.raises(SystemExit, match="no training images of the test classes purple"):
         train_own.main([str(tmp_path), "--out", str(tmp_path / "model"), *SHORT])
 
 
-def test_chunks_are_taken(trained, tmp_path):
-    train_own.main([str(trained[1]), "--out", str(tmp_path / "model"), *SHORT, "--chunk-size", "5"])
-    assert json.loads((tmp_path / "model/metrics.json").read_text())["settings"]["chunk_size"] == 5
-    assert json.loads((tmp_path / "model/config.json").read_text())["chunk_size"] == 5
+def test_several_processes_are_refused(own_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does it: each would train the same net into the same folder
+    with pytest.raises(SystemExit, match="for one process"):
+        train_own.main([str(own_model.parent), "--out", str(tmp_path / "model"), *SHORT])
+    assert not (tmp_path / "model").exists()
+
+
+def test_two_trainings_do_not_share_a_folder(own_model, tmp_path):
+    command = [str(own_model.parent), "--out", str(tmp_path / "model"), *SHORT]
+    (tmp_path / "model/run").mkdir(parents=True)
+    code = "import pathlib, sys, time\nfrom workbench.run_folder import lock\n"
+    code += "held = lock(pathlib.Path(sys.argv[1]))\nprint(flush=True)\ntime.sleep(600)"
+    environment = os.environ | {"PYTHONPATH": str(Path(train_own.__file__).parent)}
+    holder = [sys.executable, "-c", code, str(tmp_path / "model/run")]
+    with subprocess.Popen(holder, stdout=subprocess.PIPE, env=environment) as other:
+        try:
+            assert other.stdout.readline()
+            begin = RunFolder(tmp_path / "model/run", {}).begin  # where both have decoded the images meanwhile
+            for start in (lambda: train_own.main(command), begin):
+                with pytest.raises(SystemExit, match=r"another training is writing into \S+run: ") as ended:
+                    start()
+                assert "\n" not in str(ended.value)
+        finally:
+            other.kill()
+    assert {path.name for path in (tmp_path / "model").rglob("*")} == {"run", "lock"}
+    train_own.main(command)  # a lock ends with its process, however that ends
+    assert (tmp_path / "model/classes.json").exists()
+
+
+def test_a_training_that_ended_meanwhile_is_not_overwritten(own_model, tmp_path, monkeypatch):
+    read_data = train_own.read_data
+
+    def read_slowly(options):
+        shutil.copytree(own_model, tmp_path / "model")
+        return read_data(options)
+
+    monkeypatch.setattr(train_own, "read_data", read_slowly)
+    with pytest.raises(SystemExit, match="holds a model"):
+        train_own.main([str(own_model.parent), "--out", str(tmp_path / "model"), *SHORT])
+
+
+def test_ctrl_c_during_the_imports_ends_it_with_a_line(tmp_path):
+    command = [sys.executable, train_own.__file__, str(tmp_path)]
+    loading = (tmp_path / "torch").with_suffix(".py")
+    loading.write_text("print('loading', flush=True)\nimport time\ntime.sleep(600)")  # in place of torch
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout.readline() == "loading\n"
+        started.send_signal(signal.SIGINT)
+        assert started.communicate(timeout=60)[1] == "\ninterrupted\n"
+    assert started.returncode == 130

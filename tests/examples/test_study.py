@@ -73,7 +73,7 @@ def test_tables_and_plot_are_written_from_the_runs_alone(finished):
     (folder / "study.md").unlink()
     study.main(["--out", str(folder)])
     text = (folder / "study.md").read_text()
-    assert "| colours | test_resnet | API-Net |" in text
+    assert "| colours | test_resnet, 32 px, frozen | API-Net |" in text
     assert f"torch {torch.__version__}" in text
     assert (folder / "study.png").stat().st_size > 1000
     assert len((folder / "study.csv").read_text().splitlines()) == 1 + len(rows_of(folder))

@@ -1,8 +1,13 @@
-"""A folder of plain colours in three classes, and flags of train_own.py for a tiny net on them."""
+"""A folder of plain colours in three classes, flags of train_own.py for a tiny net on them, and what a model says."""
 
+import json
 import random
 
+import torch
 from PIL import Image
+from timm.data import create_transform
+
+from apinet_head import APINet
 
 COLOURS = {"blue": (20, 20, 200), "green": (20, 200, 20), "red": (200, 20, 20)}
 FLAGS = ["--backbone", "test_resnet", "--image-size", "32", "--workers", "0"]
@@ -20,3 +25,14 @@ def write_colours(root):
                 Image.new("RGB", (40, 40), shade).save(root / part / name / f"{index}.png")
     Image.new("RGB", (40, 40), COLOURS["red"]).save(root / "test/green/wrong.png")
     return root
+
+
+def prepared(model, path):
+    """The image of a path by the transform that a model folder of train_own.py names."""
+    return create_transform(**json.loads((model / "classes.json").read_text())["transform"])(Image.open(path))
+
+
+def probabilities(model, image):
+    """Of a prepared image, by the net of a model folder."""
+    with torch.inference_mode():
+        return APINet.from_pretrained(model).eval()(image[None])[0].softmax(0)

@@ -86,6 +86,6 @@ def ending_at_bad_images() -> Iterator[None]:
         # From a worker of a DataLoader, the message has the worker's traceback before it.
         message = str(error).strip().rpartition(f"{BadImageError.__name__}: ")[2]
         raise SystemExit(
-            f"\nbad image: {message}.\ncheck.py finds all bad images before training; with its list, --skip-bad leaves "
-            "them out."
+            f"\nbad image: {message}.\ncheck_images.py finds all bad images before training; with its list, --skip-bad "
+            "leaves them out."
         ) from None

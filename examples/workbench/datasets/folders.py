@@ -16,6 +16,7 @@ import PIL.Image
 
 from workbench.datasets.bad_images import shown
 from workbench.datasets.decode import find_bad
+from workbench.datasets.lists import Image, ImageSet, counted
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 TRAIN_NAMES = ("train", "training")
@@ -35,6 +36,13 @@ class Split(NamedTuple):
     train: list[Item]
     test: list[Item]
     notes: list[str]
+
+    def as_image_set(self, name: str) -> ImageSet:
+        """With numbers for labels, in the order of the classes' names; each class has training images."""
+        classes = list(by_class(self.train))
+        rows = {label: row for row, label in enumerate(classes)}
+        train, test = ([Image(item.path, rows[item.label], str(item.path)) for item in part] for part in self[:2])
+        return ImageSet(name, classes, train, test)
 
 
 def read(source: Path, test_share: float = 0.25, seed: int = 0) -> Split:
@@ -171,9 +179,9 @@ def sound(split: Split, workers: int, skip_bad: bool) -> Split:
     for path, reason in bad.items():
         print(shown(f"bad image: {path} {reason}"))
     if bad and not skip_bad:
-        raise SystemExit(f"{len(bad)} bad images: replace these files, or leave them out with --skip-bad")
+        raise SystemExit(f"{counted(len(bad), 'bad image')}: to be replaced, or left out with --skip-bad")
     train, test = ([item for item in part if item.path not in bad] for part in (split.train, split.test))
-    return Split(train, test, [*split.notes, *([f"{len(bad)} bad images are left out"] if bad else [])])
+    return Split(train, test, [*split.notes, *([f"left out: {counted(len(bad), 'bad image')}"] if bad else [])])
 
 
 def warnings(train: list[Item], test: list[Item]) -> list[str]:
@@ -229,13 +237,15 @@ def _same_files(train: list[Item], test: list[Item]) -> list[str]:
     leaks = [item.path for item in test if digests.get(item.path) in seen]
     found = [f"{path} of the test images is the training image {seen[digests[path]]}" for path in leaks[:NAMED]]
     if len(leaks) > NAMED:
-        found.append(f"and so are {len(leaks) - NAMED} more test images: the accuracy will be too good")
+        found.append(
+            f"the same holds for {counted(len(leaks) - NAMED, 'more test image')}: the accuracy will be too good"
+        )
     labels = defaultdict(set)
     for item in train + test:
         labels[digests.get(item.path, str(item.path))].add(item.label)
     torn = [sorted(names) for names in labels.values() if len(names) > 1]
     if torn:
-        found.append(f"{len(torn)} images are there under two labels or more, as under {' and '.join(torn[0])}")
+        found.append(f"under two labels or more, as under {' and '.join(torn[0])}: {counted(len(torn), 'image')}")
     return found
 
 
@@ -269,7 +279,8 @@ def _other_files(folder: Path) -> list[str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.suffix.lower() not in SUFFIXES and not _hidden(path.relative_to(folder))
     ]
-    return [f"{folder}: {len(names)} files are left aside, not named as images: {_some(names)}"] if names else []
+    left = f"{folder}: {counted(len(names), 'file')} left aside, not named as images: {_some(names)}"
+    return [left] if names else []
 
 
 def _some(names: list[str]) -> str:

@@ -225,8 +225,14 @@ def check_trained(split: Path, trained: Iterable[Any], names: Path, classes: Ite
         raise ValueError(f"{lacking}; each class of {names} needs at least one")
 
 
+def counted(number: int, what: str) -> str:
+    """ "1 image", "2 images", "3 classes"."""
+    ending = "es" if what.endswith(("s", "ch")) else "s"
+    return f"{number} {what}{'' if number == 1 else ending}"
+
+
 def some(what: str, items: Iterable[Any], shown: int = 5) -> str:
     """The count and the first few: "7 images (1, 2, 3, 4, 5, ...)"."""
     items = sorted(items)
     first = [*map(str, items[:shown]), *["..."] * (len(items) > shown)]
-    return f"{len(items)} {what}{'s' * (len(items) != 1)} ({', '.join(first)})"
+    return f"{counted(len(items), what)} ({', '.join(first)})"
