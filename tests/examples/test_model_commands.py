@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from colours import COLOURS, SHORT, write_colours
+from colours import COLOURS, SHORT, prepared, probabilities
 from cub_models import save_untrained
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -20,34 +20,20 @@ import compare
 import export_onnx
 import predict
 import train_own
-from apinet_head import APINet
+from workbench.model_card import make_card
 
 COMMANDS = {"predict": predict.main, "export_onnx": export_onnx.main, "app": app.main}
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
+@pytest.fixture
+def own(own_model):
     """A model of train_own.py, and the folder of its images."""
-    images = write_colours(tmp_path_factory.mktemp("own") / "colours")
-    train_own.main(
-        [str(images), "--out", str(images.parent / "model"), *SHORT, "--lr", "3e-4", "--backbone-lr", "3e-5"]
-    )
-    return images.parent / "model", images
+    return own_model, own_model.parent
 
 
 @pytest.fixture(scope="module")
 def cub_model(birds, tmp_path_factory):
     return save_untrained(birds, tmp_path_factory.mktemp("cub") / "last")
-
-
-def probabilities(model, image):
-    """By hand, from what the folder's files say."""
-    with torch.inference_mode():
-        return APINet.from_pretrained(model).eval()(image[None])[0].softmax(0)
-
-
-def own_image(model, path):
-    return create_transform(**json.loads((model / "classes.json").read_text())["transform"])(Image.open(path))
 
 
 def cub_image(path):
@@ -60,7 +46,7 @@ def test_predictions_are_those_of_the_net(own, cub_model, birds, capsys):
     path = own[1] / "test/blue/0.png"
     bird = min(birds.glob("images/*/*.jpg"))
     for model, file, expected in (
-        (own[0], path, probabilities(own[0], own_image(own[0], path))),
+        (own[0], path, probabilities(own[0], prepared(own[0], path))),
         (cub_model, bird, probabilities(cub_model, cub_image(bird))),
     ):
         classes = json.loads((model / "classes.json").read_text())["classes"]
@@ -90,7 +76,7 @@ def test_folders_are_predicted_in_batches_and_written_as_csv(own, tmp_path, caps
     paths = sorted((tmp_path / "images").rglob("[!.]*.png"))
     assert [row["path"] for row in rows] == [str(path) for path in [*paths, one] if path.name != "bad.png"]
     for row in rows:
-        likely = probabilities(model, own_image(model, row["path"]))
+        likely = probabilities(model, prepared(model, row["path"]))
         first, second = likely.argsort(descending=True)[:2].tolist()
         assert [row["predicted"], row["predicted_2"]] == [sorted(COLOURS)[first], sorted(COLOURS)[second]]
         assert float(row["probability"]) == pytest.approx(float(likely[first]), abs=1e-3)
@@ -145,7 +131,7 @@ def test_page_gives_the_probabilities(own):
     pytest.importorskip("gradio")
     path = own[1] / "test/blue/0.png"
     page = app.make_page(own[0])
-    by_hand = dict(zip(sorted(COLOURS), probabilities(own[0], own_image(own[0], path)).tolist(), strict=True))
+    by_hand = dict(zip(sorted(COLOURS), probabilities(own[0], prepared(own[0], path)).tolist(), strict=True))
     assert page.fn(str(path)) == pytest.approx(by_hand, abs=1e-4)
     assert page.fn(None) == {}
 
@@ -168,12 +154,12 @@ def test_model_card_has_the_results(own):
     (green,) = (row for row in metrics["by_class"] if row["class"] == "green")
     assert f"| green | 9 | 4 | {100 * green['accuracy']:.1f} % |" in card.text
     assert "27 training and 10 test images" in card.text
-    assert "- `epochs`: 1\n" in card.text
+    assert "- `epochs`: 20\n" in card.text
+    settings = metrics["settings"] | {"backbone_lr": 3e-4 / 10}
+    assert "- `backbone_lr`: 3e-05\n" in make_card(metrics | {"settings": settings}).text
 
 
 def test_cards_have_no_placeholders_and_numbers_as_one_writes_them(own, cub_model):
-    text = (own[0] / "README.md").read_text()
-    assert "- `backbone_lr`: 3e-05\n" in text
     for model in (own[0], cub_model):
         text = (model / "README.md").read_text()
         assert "More Information Needed" not in text
@@ -187,7 +173,7 @@ def test_card_says_how_to_load_the_model(own, capsys):
     path = images / "test/blue/0.png"
     exec(code.replace("THIS_FOLDER", str(model)).replace("IMAGE", str(path)), {})
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == sorted(COLOURS)[int(probabilities(model, own_image(model, path)).argmax())]
+    assert said == sorted(COLOURS)[int(probabilities(model, prepared(model, path)).argmax())]
 
 
 def test_comparison_trains_all_methods_and_nothing_twice(own, tmp_path, monkeypatch):
@@ -198,17 +184,8 @@ def test_comparison_trains_all_methods_and_nothing_twice(own, tmp_path, monkeypa
         train_own.main(command[2:])
 
     monkeypatch.setattr(compare.subprocess, "run", run_here)
-    command = [
-        str(own[1]),
-        "--out",
-        str(tmp_path / "runs"),
-        "--seeds",
-        "1",
-        "--against",
-        "shuffled",
-        "balanced",
-        *SHORT,
-    ]
+    command = [str(own[1]), "--out", str(tmp_path / "runs"), "--seeds", "1", "--against", "shuffled", "balanced"]
+    command += SHORT
     for _ in range(2):
         compare.main(command)
     methods = ["shuffled", "balanced", "api"]
