@@ -9,15 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from workbench import model_folder
-from workbench.datasets import open_data
+from workbench.compared import load_tests, open_run
 from workbench.datasets.bad_images import ending_at_bad_images
 from workbench.distributed import first_process_first, join_processes
 from workbench.guard import check_device
-from workbench.images import eval_loader
 from workbench.run_folder import write_text
 from workbench.scores import confusion, predict, report, scores
-from workbench.settings import Settings
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -31,16 +28,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     processes = join_processes(options.device)
     with first_process_first():
         device = check_device(options.device) if processes.num_processes == 1 else processes.device
-        model = model_folder.load(options.model)
-        settings = Settings(**model_folder.load_run(options.model)["settings"])
-        data = open_data(settings, options.data)
-        if data.classes != model.classes:
-            raise SystemExit(f"{data.name} has other classes than {options.model} was trained on: give its --data")
-    loader = eval_loader(
-        data.test, model.transform, settings.eval_batch, settings.workers, settings.loader_timeout
-    )  # fmt: skip
+        model, settings, data = open_run(options.model, options.data)
     with ending_at_bad_images():
-        logits, labels = predict(model.net.to(device), loader, device)
+        logits, labels = predict(model.net.to(device), load_tests(model, settings, data), device)
     found = {**scores(logits, labels), **confusion(logits, labels, data.classes, data.families)}
     if processes.is_main_process:
         print(report(found))

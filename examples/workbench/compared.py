@@ -1,11 +1,11 @@
 """A trained net before its test images: features, predictions, and for each image the one to compare it with."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
 from birds import Species, differing_parts, read_places, read_species
 from workbench import model_folder
@@ -15,6 +15,7 @@ from workbench.datasets.lists import Image, ImageSet
 from workbench.image_files import load_image
 from workbench.images import eval_loader
 from workbench.model_folder import Model
+from workbench.scores import predict
 from workbench.settings import Settings
 
 Place = tuple[float, float]
@@ -31,27 +32,33 @@ class Outcome(NamedTuple):
     labels: Tensor  # [N]
 
 
-@torch.no_grad()
-def run_tests(folder: Path, root: str | None, device: torch.device) -> Outcome:
-    """A model in eval mode, on the device, and what it makes of its test images (of the data at `root`, if given).
+def open_run(folder: Path, root: str | None) -> tuple[Model, Settings, ImageSet]:
+    """A model of train_cub.py, the settings of its run, and its data, or that at `root`, if given.
 
     Raises:
         SystemExit: the folder has no model of train_cub.py, or the data has other classes.
     """
     model = model_folder.load(folder)
     settings = Settings(**model_folder.load_run(folder)["settings"])
-    net = model.net.to(device)
     data = open_data(settings, root)
     if data.classes != model.classes:
         raise SystemExit(f"{data.name} has other classes than {folder} was trained on: give its --data")
-    features, labels = [], []
-    loader = eval_loader(data.test, model.transform, settings.eval_batch, settings.workers, settings.loader_timeout)
+    return model, settings, data
+
+
+def load_tests(model: Model, settings: Settings, data: ImageSet) -> DataLoader[Any]:
+    """This process's share of the test images, as the model wants them."""
+    return eval_loader(data.test, model.transform, settings.eval_batch, settings.workers, settings.loader_timeout)
+
+
+@torch.no_grad()
+def run_tests(folder: Path, root: str | None, device: torch.device) -> Outcome:
+    """A model in eval mode, on the device, and what it makes of its test images; folder and data as for `open_run`."""
+    model, settings, data = open_run(folder, root)
+    net = model.net.to(device)
     with ending_at_bad_images():
-        for images, targets, _ in tqdm(loader, desc="features", leave=False):
-            features.append(net.backbone(images.to(device)).float())
-            labels.append(targets)
-    every = torch.cat(features)
-    return Outcome(model, settings, data, every.cpu(), net.head(every).float().cpu(), torch.cat(labels))
+        features, labels = predict(net.backbone, load_tests(model, settings, data), device)
+    return Outcome(model, settings, data, features, net.head(features.to(device)).float().cpu(), labels)
 
 
 def nearest(features: Tensor, queries: Tensor, allowed: Tensor) -> Tensor:

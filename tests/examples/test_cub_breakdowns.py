@@ -147,7 +147,7 @@ def test_other_settings_and_data_may_follow_where_nothing_was_trained(birds, tmp
         out_of_memory(patch, 1)
         with pytest.raises(SystemExit):
             run(birds, tmp_path / "run", "--seed", "5")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"settings.json", "tensorboard"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json", "tensorboard"}
     run(birds, tmp_path / "run", "--seed", "6", "--epochs", "1")
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["seed"] == 6
     assert len(list((tmp_path / "run" / "tensorboard").rglob("events*"))) == 1

@@ -28,9 +28,7 @@ def finished(birds, tmp_path_factory):
 def test_a_run_leaves_everything(birds, tmp_path, method):
     result = run(birds, tmp_path / "run", "--method", method, "--epochs", "2")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {
-        "settings.json", "log.csv", "result.json", "best", "last", "state", "tensorboard",
-    }  # fmt: skip
+    assert names == {"settings.json", "log.csv", "result.json", "best", "last", "state", "tensorboard", "lock"}
     with (tmp_path / "run" / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
