@@ -14,6 +14,7 @@ from torchvision.transforms.functional import center_crop, resize, to_tensor
 
 import explain
 import pointing_game
+import score
 from birds.dataset import write_birds
 from explain import readable
 from workbench import model_folder
@@ -130,6 +131,13 @@ def test_mistakes_are_one_line(model, command):
         with pytest.raises(SystemExit, match=message) as ended:
             command.main(arguments)
         assert "\n" not in str(ended.value)
+
+
+@pytest.mark.parametrize("command", [explain, pointing_game, score])
+def test_data_of_other_classes_are_refused(model, tmp_path, command):
+    others = write_birds(tmp_path / "birds", species=4, images_per_species=2, size=40, workers=0, progress=False)
+    with pytest.raises(SystemExit, match="CUB-200-2011 has other classes than .* give its --data"):
+        command.main([str(model), "--data", str(others), "--device", "cpu"])
 
 
 def made_up(probabilities, labels, features):

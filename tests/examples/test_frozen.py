@@ -9,7 +9,6 @@ from colours import FLAGS, write_colours
 from cub_runs import run
 
 import train_own
-from birds.dataset import write_birds
 from workbench import frozen
 from workbench.model_folder import load
 
@@ -84,14 +83,14 @@ def test_without_frozen_the_backbone_is_trained_from_the_file(source, file):
 
 def test_weights_of_another_backbone_and_of_no_file_are_refused(source, tmp_path):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "other.pth")
-    for file, message in (("other.pth", "is it a file for this --backbone"), ("none.pth", "no such file of weights")):
-        with pytest.raises(SystemExit, match=message):
-            train(source, "--weights", tmp_path / file)
+    with pytest.raises(SystemExit, match="is it a file for this --backbone"):
+        train(source, "--weights", tmp_path / "other.pth")
     assert not (source / "model").exists()
+    with pytest.raises(SystemExit, match="no such file of weights"):  # before images are looked for
+        train(source / "none", "--weights", tmp_path / "none.pth")
 
 
-def test_a_run_of_train_cub_starts_from_the_file_and_goes_on_with_it(file, tmp_path, capsys):
-    birds = write_birds(tmp_path / "birds", species=4, images_per_species=6, size=40, workers=1, progress=False)
+def test_a_run_of_train_cub_starts_from_the_file_and_goes_on_with_it(birds, file, tmp_path, capsys):
     flags = ["--weights", str(file), "--lr", "0"]
     run(birds, tmp_path / "run", *flags)
     assert "all 75 tensors" in capsys.readouterr().out

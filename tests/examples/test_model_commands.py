@@ -154,6 +154,9 @@ def test_model_card_has_the_results(own):
     (green,) = (row for row in metrics["by_class"] if row["class"] == "green")
     assert f"| green | 9 | 4 | {100 * green['accuracy']:.1f} % |" in card.text
     assert "27 training and 10 test images" in card.text
+    low, high = (f"{100 * bound:.1f} %" for bound in metrics["accuracy_interval"])
+    assert f"90.0 % of the 10 test images are right\n(95 % interval {low} to {high})" in card.text
+    assert f"{100 * metrics['mean_class_accuracy']:.1f} % as the mean over the classes" in card.text
     assert "- `epochs`: 20\n" in card.text
     settings = metrics["settings"] | {"backbone_lr": 3e-4 / 10}
     assert "- `backbone_lr`: 3e-05\n" in make_card(metrics | {"settings": settings}).text

