@@ -136,7 +136,7 @@ def test_mistakes_are_one_line(model, command):
 @pytest.mark.parametrize("command", [explain, pointing_game, score])
 def test_data_of_other_classes_are_refused(model, tmp_path, command):
     others = write_birds(tmp_path / "birds", species=4, images_per_species=2, size=40, workers=0, progress=False)
-    with pytest.raises(SystemExit, match="CUB-200-2011 has other classes than .* give its --data"):
+    with pytest.raises(SystemExit, match=r"CUB-200-2011 has other classes than .* give its --data"):
         command.main([str(model), "--data", str(others), "--device", "cpu"])
 
 

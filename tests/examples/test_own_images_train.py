@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -225,11 +226,11 @@ def test_a_training_that_ended_meanwhile_is_not_overwritten(own_model, tmp_path,
 def test_ctrl_c_during_the_imports_ends_it_with_a_line(tmp_path):
     command = [sys.executable, train_own.__file__, str(tmp_path)]
     loading = (tmp_path / "torch").with_suffix(".py")
-    loading.write_text("print('loading', flush=True)\nimport time\ntime.sleep(600)")  # in place of torch
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as started:
+    loading.write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)")  # in place of torch
+    settings = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A shell's background jobs, of which the tests may be one, ignore it.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, text=True, preexec_fn=listen, **settings) as started:
         assert started.stdout.readline() == "loading\n"
         started.send_signal(signal.SIGINT)
         assert started.communicate(timeout=60)[1] == "\ninterrupted\n"
