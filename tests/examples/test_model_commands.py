@@ -19,10 +19,11 @@ import app
 import compare
 import export_onnx
 import predict
+import score
 import train_own
 from workbench.model_card import make_card
 
-COMMANDS = {"predict": predict.main, "export_onnx": export_onnx.main, "app": app.main}
+COMMANDS = {"predict": predict.main, "export_onnx": export_onnx.main, "app": app.main, "score": score.main}
 
 
 @pytest.fixture
@@ -91,6 +92,7 @@ def test_folders_are_predicted_in_batches_and_written_as_csv(own, tmp_path, caps
         (["predict", "{damaged}", "{image}"], "the model cannot be read"),
         (["predict", "{model}", "{image}", "--device", "cuda:77"], "--device cuda:77 is not available"),
         (["predict", "{model}", "{image}", "--csv", "{empty}/no/found.csv"], "--csv .* cannot be written"),
+        (["score", "{model}"], "no model folder of train_cub.py"),
         (["export_onnx", "{empty}"], "not a model folder"),
         (["export_onnx", "{model}", "--output", "{empty}/no/model.onnx"], "model.onnx cannot be written"),
     ],

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from colours import SHORT
 from PIL import Image
 from scipy.stats import binomtest
 
+import train_own
 from compare import table
 from solar_cells import write_folders
 from workbench.datasets import folders
@@ -83,6 +85,22 @@ def test_a_split_needs_one_folder_of_training_images(tmp_path, parts):
     message = f"one folder of training images is needed, train/; it has {', '.join(parts[:2])}"
     with pytest.raises(SystemExit, match=message):
         folders.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat/1.png", "cat/2.png"], "two classes or more are needed, got cat$"),
+        (["cat/1.png", "dog/1.png"], "no class has two images, one to train with and one to test$"),
+        (["train/cat/1.png", "train/dog/1.png", "test/cow/1.png"], "no training images of the test classes cow$"),
+        (["1.png"], r"no images in folders of classes, as in \S+image.jpg$"),
+        ([], "no such folder or CSV file$"),
+    ],
+)
+def test_a_training_without_enough_images_is_refused(tmp_path, names, message):
+    write(tmp_path / "images", *names)
+    with pytest.raises(SystemExit, match=message):
+        train_own.main([str(tmp_path / "images"), "--out", str(tmp_path / "model"), *SHORT])
 
 
 def test_what_tools_leave_behind_is_no_image(folder):
@@ -165,6 +183,7 @@ def test_warnings(folder):
     assert "12" in found[2]
     assert str(red[0].path) in found[3]
     assert folders.warnings(red[2:] + blue[:6], red[:2] + blue[6:]) == []
+    assert folders.warnings(red, red[:6])[-1] == "the same holds for 1 more test image: the accuracy will be too good"
 
 
 def test_one_image_under_two_labels(folder):

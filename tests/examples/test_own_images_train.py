@@ -1,6 +1,7 @@
 """Training on a folder of colours, from the command line to the model folder."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -22,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 import train_own
 from apinet_head import APINet
+from workbench import run_folder
 from workbench.model_folder import load
-from workbench.run_folder import RunFolder
 
 
 def test_learns_and_tells_right_from_wrong(own_model):
@@ -59,6 +60,11 @@ def test_damaged_model_is_named(own_model, tmp_path):
         (tmp_path / name / name).write_bytes((own_model / name).read_bytes()[:20])
         with pytest.raises(SystemExit, match="the model cannot be read"):
             load(tmp_path / name)
+    shutil.copytree(own_model, tmp_path / "model")
+    about = json.loads((own_model / "classes.json").read_text())
+    (tmp_path / "model/classes.json").write_text(json.dumps(about | {"classes": ["blue", "green"]}))
+    with pytest.raises(SystemExit, match=r"the net has 3 classes, classes\.json 2"):
+        load(tmp_path / "model")
 
 
 def test_a_model_is_not_overwritten_unless_asked(own_model, tmp_path):
@@ -164,14 +170,6 @@ def test_names_of_the_hub_are_not_looked_up_before():
     assert train_own.check_backbone("hf-hub:timm/resnet18.a1_in1k") is None
 
 
-def test_test_classes_need_training_images(own_model, tmp_path):
-    for part in ("train", "test"):
-        shutil.copytree(own_model.parent / part, tmp_path / part)
-    (tmp_path / "test/red").rename(tmp_path / "test/purple")
-    with pytest.raises(SystemExit, match="no training images of the test classes purple"):
-        train_own.main([str(tmp_path), "--out", str(tmp_path / "model"), *SHORT])
-
-
 def test_several_processes_are_refused(own_model, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does it: each would train the same net into the same folder
     with pytest.raises(SystemExit, match="for one process"):
@@ -197,7 +195,9 @@ def test_two_trainings_do_not_share_a_folder(own_model, tmp_path):
     with subprocess.Popen(holder, stdout=subprocess.PIPE, env=environment, start_new_session=True) as other:
         try:
             assert other.stdout.readline()
-            begin = RunFolder(tmp_path / "model/run", {}).begin  # where both have decoded the images meanwhile
+            begin = run_folder.RunFolder(
+                tmp_path / "model/run", {}
+            ).begin  # where both have decoded the images meanwhile
             for start in (lambda: train_own.main(command), begin):
                 with pytest.raises(SystemExit, match=r"another training is writing into \S+run: ") as ended:
                     start()
@@ -209,6 +209,15 @@ def test_two_trainings_do_not_share_a_folder(own_model, tmp_path):
             assert (tmp_path / "model/classes.json").exists()
         finally:
             os.killpg(other.pid, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
+    run_folder.RunFolder(tmp_path / "run", {}).begin()
+    assert (tmp_path / "run/settings.json").exists()
 
 
 def test_a_training_that_ended_meanwhile_is_not_overwritten(own_model, tmp_path, monkeypatch):
