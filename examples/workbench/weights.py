@@ -93,12 +93,12 @@ def _converted(found: Mapping[str, Tensor], backbone: nn.Module) -> Mapping[str,
 
 
 def _in_order(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors by the backbone's names, if they are of the same kinds and shapes in the same order."""
+    """The tensors by the backbone's names, if they are of the same kinds in the same order."""
     rows = [(name, value) for name, value in found.items() if COUNTER not in name]
     if not 0 <= len(rows) - len(wanted) <= CLASSIFIER:
         return {}
     pairs = list(zip(wanted.items(), rows[: len(wanted)], strict=True))
-    if any(_kind(name) != _kind(other) or value.shape != new.shape for (name, value), (other, new) in pairs):
+    if any(_kind(name) != _kind(other) for (name, _), (other, _) in pairs):
         return {}
     return {name: value for (name, _), (_, value) in pairs}
 

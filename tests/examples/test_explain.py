@@ -10,15 +10,16 @@ import pytest
 import torch
 from cub_models import save_untrained
 from PIL import Image as Picture
-from torchvision.transforms.functional import center_crop, resize, to_tensor
+from torchvision.transforms.functional import center_crop, normalize, resize, to_tensor
 
 import explain
 import pointing_game
 import score
+from apinet_head import APINet
 from birds.dataset import write_birds
 from explain import readable
 from workbench import model_folder
-from workbench.compared import BirdMarks, Outcome, nearest
+from workbench.compared import BirdMarks, Outcome, nearest, run_tests
 from workbench.datasets.bird_lists import read_cub
 from workbench.datasets.lists import Image, ImageSet
 
@@ -111,6 +112,17 @@ def test_images_are_shown_as_they_are_whatever_the_normalisation(birds, model):
     for path, pixels in zip(paths, shown.pixels, strict=True):
         raw = center_crop(resize(Picture.open(path), [40, 40]), [32, 32])
         torch.testing.assert_close(pixels, to_tensor(raw), atol=1e-5, rtol=0)
+
+
+def test_an_outcome_is_what_the_net_makes_of_each_test_image(birds, model):
+    outcome, net = run_tests(model, None, torch.device("cpu")), APINet.from_pretrained(model).eval()
+    for image, features, logits, label in zip(read_cub(birds).test, *outcome[3:], strict=True):
+        raw = to_tensor(center_crop(resize(Picture.open(image.path), [40, 40]), [32, 32]))
+        with torch.no_grad():
+            expected = net.backbone(normalize(raw, [0.5, 0.4, 0.3], [0.3, 0.2, 0.1])[None])
+            torch.testing.assert_close(features[None], expected, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(logits[None], net.head(expected), atol=1e-4, rtol=1e-3)
+        assert label == image.label
 
 
 @pytest.mark.parametrize("command", [explain, pointing_game])

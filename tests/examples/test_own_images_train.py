@@ -195,9 +195,8 @@ def test_two_trainings_do_not_share_a_folder(own_model, tmp_path):
     with subprocess.Popen(holder, stdout=subprocess.PIPE, env=environment, start_new_session=True) as other:
         try:
             assert other.stdout.readline()
-            begin = run_folder.RunFolder(
-                tmp_path / "model/run", {}
-            ).begin  # where both have decoded the images meanwhile
+            # At once, and where both have decoded the images before either had the lock.
+            begin = run_folder.RunFolder(tmp_path / "model/run", {}).begin
             for start in (lambda: train_own.main(command), begin):
                 with pytest.raises(SystemExit, match=r"another training is writing into \S+run: ") as ended:
                     start()
