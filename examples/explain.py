@@ -126,7 +126,12 @@ def make_pair(
 
 def draw(pair: Pair) -> plt.Figure:
     """Each image beside two rows of heat maps over it: the channels picked by the gates, and below those without."""
-    k = pair.seen.channels.shape[1]
+    seen, k = pair.seen, pair.seen.channels.shape[1]
+    gates, activations = seen.gates.gather(1, seen.channels), pair.activations
+    rows = (
+        ("by the gates", GATED, seen.channels, seen.plain_channels, seen.heatmaps, "gate {:.3f}", gates),
+        ("without gates", PLAIN, seen.plain_channels, seen.channels, seen.plain_heatmaps, "act. {:.2f}", activations),
+    )
     figure = plt.figure(figsize=(2.9 + 1.35 * k, 6.6), facecolor="white")
     place = {"left": 0.01, "right": 0.99, "top": 0.88, "bottom": 0.02, "wspace": 0.1, "hspace": 0.3}
     halves: Any = figure.subfigures(2, 1, hspace=0.02)
@@ -136,31 +141,18 @@ def draw(pair: Pair) -> plt.Figure:
         caption = f"{side.true or 'class unknown'}\ntaken for {side.predicted} ({100 * side.probability:.0f} %)"
         colour = "#15803d" if side.true == side.predicted else "#b91c1c"
         _tile(half.add_subplot(grid[:, 0]), overlay(pair.pixels[index], None), side.marks, caption, colour)
-        for row, gated in enumerate((True, False)):
-            for column in range(k):
+        for row, (name, colour, channels, others, heats, form, values) in enumerate(rows):
+            for column, channel in enumerate(channels[index].tolist()):
                 axes = half.add_subplot(grid[row, column + 2])
-                _channel(axes, pair, index, column, gated=gated)
+                both = "*" if channel in others[index].tolist() else ""
+                title = f"ch {channel}{both}\n{form.format(float(values[index, column]))}"
+                _tile(axes, overlay(pair.pixels[index], heats[index, column]), side.marks, title, colour)
                 if column == 0:
                     axes.text(
-                        -0.05, 0.5, "by the gates" if gated else "without gates", transform=axes.transAxes, rotation=90,
-                        ha="right", va="center", fontsize=8.5, color=GATED if gated else PLAIN,
+                        -0.05, 0.5, name, transform=axes.transAxes, rotation=90, ha="right", va="center", fontsize=8.5,
+                        color=colour,
                     )  # fmt: skip
     return figure
-
-
-def _channel(axes: Any, pair: Pair, index: int, column: int, *, gated: bool) -> None:
-    seen = pair.seen
-    channels, others = (seen.channels, seen.plain_channels) if gated else (seen.plain_channels, seen.channels)
-    channel = int(channels[index, column])
-    value = (
-        f"gate {float(seen.gates[index, channel]):.3f}"
-        if gated
-        else f"act. {float(pair.activations[index, column]):.2f}"
-    )
-    both = "*" if channel in others[index].tolist() else ""
-    heat = (seen.heatmaps if gated else seen.plain_heatmaps)[index, column]
-    tile = overlay(pair.pixels[index], heat)
-    _tile(axes, tile, pair.sides[index].marks, f"ch {channel}{both}\n{value}", GATED if gated else PLAIN)
 
 
 def _tile(axes: Any, image: Any, marks: list[Place], title: str, colour: str) -> None:
