@@ -47,6 +47,7 @@ from workbench.frozen import FeatureBatches, features_of
 from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
 from workbench.images import ImageDataset, eval_loader, eval_transform, to_device, train_loader
 from workbench.model_card import make_card
+from workbench.model_folder import Model
 from workbench.run_folder import RunFolder, describe, lock
 from workbench.scores import predict
 from workbench.settings import number
@@ -236,17 +237,15 @@ def main(arguments: list[str] | None = None) -> None:
             net.head.classifier.bias.data += share.log().to(device)
         likely = predict(model, test_loader, device)[0].softmax(1)
     found = measure(data, notes, settings, likely, progress.history, str(device))
-    net = net.cpu().eval()
+    trained = Model(net.cpu().eval(), data.classes, transform)
     with folder.writing():
-        model_folder.save(options.out, model_folder.Model(net, data.classes, transform))
+        model_folder.save(options.out, trained)
         (options.out / "metrics.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
         write_predictions(options.out / "predictions.csv", data, likely)
         # save_pretrained writes a card that knows nothing of this model, and only where there is none.
         make_card(found).save(options.out / "README.md")
         plain = ImageDataset(data.train, eval_transform(transform))
-        pairs = report.show_pairs(
-            net, plain, test, data.classes, likely, transform, baseline=bool(options.baseline)
-        )  # fmt: skip
+        pairs = report.show_pairs(trained, plain, test, likely, baseline=bool(options.baseline))
         report.write(options.out / "report.html", found, pairs)
     shutil.rmtree(folder.path)  # the model is whole: nothing goes on from here
     low, high = found["accuracy_interval"]

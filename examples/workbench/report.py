@@ -24,6 +24,7 @@ from apinet_head import APINet, explain_pair
 from workbench.heat import about_map, map_size, overlay
 from workbench.images import ImageDataset, unnormalized
 from workbench.metrics import confusions, ranked_pairs
+from workbench.model_folder import Model
 
 THEMES = {"light": "default", "dark": "dark_background"}
 METHODS = {
@@ -177,25 +178,17 @@ def _themed(draw: Callable[[Any, str], None], size: tuple[float, float]) -> dict
 
 
 def show_pairs(
-    net: APINet,
-    train: ImageDataset,
-    test: ImageDataset,
-    classes: list[str],
-    likely: Tensor,
-    transform: dict[str, Any],
-    *,
-    baseline: bool,
+    model: Model, train: ImageDataset, test: ImageDataset, likely: Tensor, *, baseline: bool
 ) -> ConfusedPairs:
     """The most confused pairs of classes, each with a wrong image, and what the net looks at when it compares it.
 
     Args:
-        net: on the CPU.
+        model: on the CPU.
         train, test: both prepared for testing.
-        classes: names by label.
         likely: [N,C], the probabilities of the test images.
-        transform: how the images are prepared, as in classes.json.
         baseline: the net's gates were not trained, so that its most active channels are shown.
     """
+    net, classes, transform = model
     labels, predicted = torch.tensor(test.labels), likely.argmax(1)
     example = test[0][0][None]
     try:
@@ -213,13 +206,9 @@ def show_pairs(
             images = torch.stack([image, *(train[index][0] for index in alike)])
             heats = _heats(net, images, baseline) if heated else [None] * 3
             files = [test.images[row].path.name, *(train.images[index].path.name for index in alike)]
-            captions = [
-                f"{classes[a]}, taken for {classes[b]} ({likely[row, b]:.0%})",
-                f"{classes[b]}, in training",
-                f"{classes[a]}, in training",
-            ]
-            found_pictures = zip(unnormalized(images, transform), heats, files, captions, strict=True)
-            pictures = [Picture(*each) for each in found_pictures]
+            captions = [f"{classes[a]}, taken for {classes[b]} ({likely[row, b]:.0%})"]
+            captions += [f"{classes[label]}, in training" for label in (b, a)]
+            pictures = list(map(Picture, unnormalized(images, transform), heats, files, captions))
         found.append(Confused(classes[a], classes[b], there, back, pictures))
     return ConfusedPairs(found, note)
 

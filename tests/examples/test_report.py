@@ -15,6 +15,7 @@ from workbench import report
 from workbench.datasets.lists import Image
 from workbench.images import ImageDataset, eval_transform
 from workbench.metrics import by_class, summary
+from workbench.model_folder import Model
 from workbench.report import Confused, ConfusedPairs, Picture, picture, show_pairs
 
 ODD = "<b>&\"'$\\no{$ | 猫\n</td><script>alert(1)</script>"
@@ -116,6 +117,11 @@ CLASSES = ["a", "b", "c"]
 
 
 @pytest.fixture
+def model():
+    return Model(APINet("test_resnet", 3).eval(), CLASSES, TRANSFORM)
+
+
+@pytest.fixture
 def images(tmp_path):
     """Training and test images of three classes, of noise on which nothing was learned."""
     torch.manual_seed(0)
@@ -147,10 +153,9 @@ def scaled(maps):
     return (mean - mean.min()) / (mean.max() - mean.min())
 
 
-def test_pairs_are_ranked_and_shown_with_their_training_images(images):
-    train, test = images
-    net = APINet("test_resnet", 3).eval()
-    shown = show_pairs(net, train, test, CLASSES, likely(), TRANSFORM, baseline=False)
+def test_pairs_are_ranked_and_shown_with_their_training_images(model, images):
+    (train, test), net = images, model.net
+    shown = show_pairs(model, train, test, likely(), baseline=False)
     assert [(pair.true, pair.predicted, pair.there, pair.back) for pair in shown.pairs] == [
         ("b", "c", 2, 1),
         ("a", "b", 1, 0),
@@ -174,10 +179,9 @@ def test_pairs_are_ranked_and_shown_with_their_training_images(images):
     torch.testing.assert_close(wrong.pixels.double(), raw, atol=1e-5, rtol=0)
 
 
-def test_baseline_is_shown_without_gates(images):
-    train, test = images
-    net = APINet("test_resnet", 3).eval()
-    shown = show_pairs(net, train, test, CLASSES, likely(), TRANSFORM, baseline=True)
+def test_baseline_is_shown_without_gates(model, images):
+    (train, test), net = images, model.net
+    shown = show_pairs(model, train, test, likely(), baseline=True)
     wrong, other, _ = shown.pairs[0].pictures
     row = next(row for row, item in enumerate(train.images) if item.path.name == other.file)
     seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
@@ -185,8 +189,8 @@ def test_baseline_is_shown_without_gates(images):
     assert "no trained gates" in shown.note
 
 
-def test_note_says_how_fine_the_heat_maps_are(images):
-    note = show_pairs(APINet("test_resnet", 3).eval(), *images, CLASSES, likely(), TRANSFORM, baseline=False).note
+def test_note_says_how_fine_the_heat_maps_are(model, images):
+    note = show_pairs(model, *images, likely(), baseline=False).note
     assert "a feature map of 4 x 4: each of its values stands for about 32 x 32 pixels" in note
 
 
@@ -200,12 +204,12 @@ def test_note_says_how_fine_the_heat_maps_are(images):
 def test_no_heat_maps_of_coarse_maps_or_mixed_channels(images, backbone, side, note):
     for part in images:
         part.transform = eval_transform({**TRANSFORM, "input_size": [3, side, side]})
-    shown = show_pairs(APINet(backbone, 3).eval(), *images, CLASSES, likely(), TRANSFORM, baseline=False)
+    shown = show_pairs(Model(APINet(backbone, 3).eval(), CLASSES, TRANSFORM), *images, likely(), baseline=False)
     assert re.match(f"There are no heat maps: .*{note}", shown.note)
     assert [each.heat for each in shown.pairs[0].pictures] == [None] * 3
 
 
-def test_only_the_first_pairs_have_pictures(images, monkeypatch):
+def test_only_the_first_pairs_have_pictures(model, images, monkeypatch):
     monkeypatch.setattr(report, "PAIRS", 1)
-    shown = show_pairs(APINet("test_resnet", 3).eval(), *images, CLASSES, likely(), TRANSFORM, baseline=False)
+    shown = show_pairs(model, *images, likely(), baseline=False)
     assert [len(pair.pictures) for pair in shown.pairs] == [3, 0]
