@@ -285,7 +285,7 @@ def make_sampler(options: argparse.Namespace, data: ImageSet) -> tuple[BalancedB
     if len(set(Counter(labels).values())) > 1:
         note += ". So the net learns to expect classes equally often: where they are not, it names rare ones too often"
     if options.n_samples == 1 and not options.baseline:
-        note += ". warning: with --n-samples 1, no image has another of its class to be paired with: take 2 or more"
+        note += ". Take --n-samples 2 or more: with 1, no image has another of its class to be paired with"
     return sampler, note
 
 

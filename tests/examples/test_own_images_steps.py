@@ -172,5 +172,5 @@ def test_images_without_partners_are_warned_of_where_pairs_are_made(images, recw
     flags = [*FLAGS, "--n-samples", "1", *(["--baseline", baseline] if baseline else [])]
     options = train_own.make_parser().parse_args(["DIR", *flags])
     note = train_own.make_sampler(options, folders.read(images).as_image_set("shades"))[1]
-    assert ("take 2 or more" in note) == warned
+    assert ("Take --n-samples 2 or more" in note) == warned
     assert not recwarn  # whose advice is an argument of the head, which no flag sets
