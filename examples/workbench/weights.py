@@ -8,9 +8,10 @@ from pathlib import Path
 import timm.models
 from torch import Tensor, nn
 
+from workbench.datasets.lists import listed
+
 COUNTER = "num_batches_tracked"  # not in files of torch 0.4 and before; no weight
 CLASSIFIER = 2  # tensors that may follow those of the backbone
-NAMED = 3  # tensors in a message
 
 
 def named(file: Path) -> str:
@@ -52,7 +53,7 @@ def load_weights(backbone: nn.Module, file: Path) -> str:
         if name in found and found[name].shape != value.shape
     ]
     fit, faults = len(wanted) - len(missing) - len(reshaped), {"missing": missing, "of another shape": reshaped}
-    about = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
+    about = "; ".join(f"{fault}: {listed(names, 3)}" for fault, names in faults.items() if names)
     raise SystemExit(
         f"{file} fits {fit} of the backbone's {len(wanted)} tensors by name, nor do they match in order; "
         f"{about}; is it a file for this --backbone?"
@@ -105,7 +106,3 @@ def _in_order(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Mapp
 
 def _kind(name: str) -> str:
     return name.rpartition(".")[2]  # weight, bias, running_mean, ...
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

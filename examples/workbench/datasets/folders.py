@@ -16,13 +16,13 @@ import PIL.Image
 
 from workbench.datasets.bad_images import shown
 from workbench.datasets.decode import find_bad
-from workbench.datasets.lists import Image, ImageSet, counted
+from workbench.datasets.lists import Image, ImageSet, counted, listed
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # in this order, in any case
 UNEVEN = 10  # times as many images in the largest class as in the smallest
-NAMED = 5  # of many classes or files in a message
+NAMED = 5  # of many files in a message
 
 
 class Item(NamedTuple):
@@ -188,7 +188,7 @@ def warnings(train: list[Item], test: list[Item]) -> list[str]:
     """What is wrong with the data, but no reason to stop."""
     sizes = {name: len(members) for name, members in by_class(train).items()}
     found = [
-        f"{_some(names)}: {what}"
+        f"{listed(names)}: {what}"
         for names, what in (
             ([name for name in sizes if sizes[name] < 2], "one training image, nobody of its class to pair it with"),
             (sorted(set(sizes) - set(by_class(test))), "no test image, so that nothing is known of how it is told"),
@@ -279,10 +279,5 @@ def _other_files(folder: Path) -> list[str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.suffix.lower() not in SUFFIXES and not _hidden(path.relative_to(folder))
     ]
-    left = f"{folder}: {counted(len(names), 'file')} left aside, not named as images: {_some(names)}"
+    left = f"{folder}: {counted(len(names), 'file')} left aside, not named as images: {listed(names)}"
     return [left] if names else []
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

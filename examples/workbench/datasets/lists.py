@@ -236,3 +236,9 @@ def some(what: str, items: Iterable[Any], shown: int = 5) -> str:
     items = sorted(items)
     first = [*map(str, items[:shown]), *["..."] * (len(items) > shown)]
     return f"{counted(len(items), what)} ({', '.join(first)})"
+
+
+def listed(names: Sequence[str], shown: int = 5) -> str:
+    """The first few in words: "a, b, c, d, e and 2 more"."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
