@@ -162,7 +162,9 @@ def test_pairs_are_ranked_and_shown_with_their_training_images(model, images):
     ]
     wrong, other, own = shown.pairs[0].pictures
     assert wrong.file == "test-b1.png"
-    assert wrong.caption == "b, taken for c (90%)"
+    captions = [picture.caption for picture in shown.pairs[0].pictures]
+    assert captions == ["b, taken for c (90%)", "c, in training", "b, in training"]
+    assert "a feature map of 4 x 4: each of its values stands for about 32 x 32 pixels" in shown.note
 
     # By hand: the most alike training images, and the maps of the gates.
     with torch.no_grad():
@@ -187,11 +189,6 @@ def test_baseline_is_shown_without_gates(model, images):
     seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
     torch.testing.assert_close(wrong.heat, scaled(seen.plain_heatmaps[0]))
     assert "no trained gates" in shown.note
-
-
-def test_note_says_how_fine_the_heat_maps_are(model, images):
-    note = show_pairs(model, *images, likely(), baseline=False).note
-    assert "a feature map of 4 x 4: each of its values stands for about 32 x 32 pixels" in note
 
 
 @pytest.mark.parametrize(
