@@ -1,10 +1,11 @@
-"""Runs functions on several processes at once, joined by torch.distributed with gloo."""
+"""Runs the cases of a test file on several processes at once, joined by torch.distributed with gloo."""
 
 import gc
+import multiprocessing
 import os
+import runpy
 import socket
 import traceback
-from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,31 +18,45 @@ import torch.multiprocessing as mp
 # Seen after training, where the last reference to DistributedDataParallel goes.
 under_torchrun = pytest.mark.skipif(torch.__version__ < "2.6", reason="gloo of torch 2.5 can hang where a process ends")
 
+SLOW_IMPORTS = ["pytest", "timm", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.testing"]
 
-def on_ranks(world: int, cases: Mapping[str, Callable[[], Any]], folder: Path) -> list[dict[str, Any]]:
-    """What each case returns, by its name, on every one of `world` ranks; its traceback if it raised.
 
-    The cases must be importable, for each rank is a new process. All run in the same processes, because importing torch
-    takes longer than most of them.
-    """
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_run, (world, port, dict(cases), folder), nprocs=world, start_method="spawn")
+        return int(probe.getsockname()[1])
+
+
+def on_ranks(world: int, file: str, folder: Path) -> list[dict[str, str]]:
+    """Of every one of `world` ranks, the tracebacks of what failed there of that file's `CASES[world]`, by name.
+
+    The cases are functions that compare what the ranks found; all run in the same processes, because these take longer
+    to begin than most of the cases.
+    """
+    # Ranks are forks of one process that has imported what takes long, and has started no thread.
+    multiprocessing.set_forkserver_preload(SLOW_IMPORTS)
+    mp.start_processes(_run, (world, free_port(), file, folder), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def _run(rank: int, world: int, port: int, cases: dict[str, Callable[[], Any]], folder: Path) -> None:
+def from_all(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The values of all ranks of the group, on each of them."""
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group)
+    return found
+
+
+def _run(rank: int, world: int, port: int, file: str, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    found = {}
-    for name, case in cases.items():
+    failed = {}
+    for name, case in runpy.run_path(file)["CASES"][world].items():
         try:
-            found[name] = case()
-        except Exception:
-            found[name] = traceback.format_exc()
-    torch.save(found, folder / f"{rank}.pt")
+            case()
+        except BaseException:  # as of pytest.fail, too
+            failed[name] = traceback.format_exc()
+    torch.save(failed, folder / f"{rank}.pt")
     # What holds on to the group (DistributedDataParallel's reducers, in reference cycles) goes before it, and no rank
     # closes its connections while another still uses them: either could abort a process at its end.
     gc.collect()

@@ -1,8 +1,10 @@
 """API-Net once more, from the formulas, slowly and in float64: what the tests compare the package with."""
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def squared_distances(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -70,20 +72,20 @@ def check_partners(
 
 
 def head(
+    module: nn.Module,
     x: Tensor,
     labels: Tensor,
     partners: list[Tensor],
-    weights: dict[str, Tensor],
     margin: float = 0.05,
     valid: Tensor | None = None,
-) -> dict:
-    """Logits and loss of the published head without dropout, pair by pair. `partners`: one [B] per kind of pair.
+) -> dict[str, Tensor]:
+    """Logits and loss of the published head with the weights of a module, without dropout, pair by pair.
 
-    Pairs that are not `valid` [P] are left out.
+    `partners` has one [B] per kind of pair. Pairs that are not `valid` [P] are left out.
     """
 
-    def linear(name: str, value: Tensor) -> Tensor:
-        return weights[f"{name}_weight"] @ value + weights[f"{name}_bias"]
+    def linear(layer: nn.Module, value: Tensor) -> Tensor:
+        return layer.weight @ value + layer.bias
 
     rows: list[tuple[int, Tensor, Tensor]] = []
     seconds: list[tuple[int, Tensor, Tensor]] = []
@@ -91,13 +93,13 @@ def head(
         for a, b in enumerate(partner.tolist()):
             if valid is not None and not valid[kind * len(x) + a]:
                 continue
-            mutual = linear("map2", linear("map1", torch.cat([x[a], x[b]])))
+            mutual = linear(module.mutual.fc2, linear(module.mutual.fc1, torch.cat([x[a], x[b]])))
             gate_a, gate_b = torch.sigmoid(mutual * x[a]), torch.sigmoid(mutual * x[b])
             rows.append((int(labels[a]), x[a] + x[a] * gate_a, x[a] + x[a] * gate_b))
             seconds.append((int(labels[b]), x[b] + x[b] * gate_b, x[b] + x[b] * gate_a))
     rows += seconds
-    own = torch.stack([linear("fc", features) for _, features, _ in rows])
-    other = torch.stack([linear("fc", features) for _, _, features in rows])
+    own = torch.stack([linear(module.classifier, features) for _, features, _ in rows])
+    other = torch.stack([linear(module.classifier, features) for _, _, features in rows])
     cross_entropy, ranking = x.new_zeros(()), x.new_zeros(())
     for (label, _, _), row_own, row_other in zip(rows, own, other, strict=True):
         p_own, p_other = (row.exp()[label] / row.exp().sum() for row in (row_own, row_other))
@@ -105,3 +107,10 @@ def head(
         ranking = ranking + torch.clamp(p_other - p_own + margin, min=0) / len(rows)
     return {"own": own, "other": other, "cross_entropy": cross_entropy, "ranking": ranking,
             "loss": cross_entropy + ranking}  # fmt: skip
+
+
+def with_past(features: Tensor, labels: Tensor, past: list[tuple[Tensor, Tensor]], size: int) -> dict[str, Any]:
+    """The keys of a head with a memory: the batch, then the last `size` rows of the batches of the past."""
+    old, old_labels = (torch.cat(rows)[-size:] for rows in zip((features[:0], labels[:0]), *past, strict=True))
+    keys = torch.cat([features, old.detach()])
+    return {"keys": keys, "key_labels": torch.cat([labels, old_labels]), "key_offset": 0}

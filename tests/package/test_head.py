@@ -19,11 +19,6 @@ def make_case(seed=0, size=12, dim=10, classes=4, **head_args):
     return APIHead(dim, classes, **head_args), torch.randn(size, dim, dtype=torch.float64), torch.arange(size) % classes
 
 
-def weights_of(head):
-    layers = {"map1": head.mutual.fc1, "map2": head.mutual.fc2, "fc": head.classifier}
-    return {f"{name}_{part}": getattr(layer, part) for name, layer in layers.items() for part in ("weight", "bias")}
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 14), st.integers(1, 12), st.integers(1, 4), st.floats(0, 0.3))
 def test_logits_loss_and_gradients_follow_the_formulas(seed, size, dim, classes, margin):
@@ -34,7 +29,7 @@ def test_logits_loss_and_gradients_follow_the_formulas(seed, size, dim, classes,
     pairs = mine_pairs(features, labels)
     if not pairs.valid.all():
         return  # the published method knows no such pair; test_invalid_pairs_are_masked_out has them
-    expected = reference.head(features, labels, list(pairs.partner.view(2, -1)), weights_of(head), margin)
+    expected = reference.head(head, features, labels, list(pairs.partner.view(2, -1)), margin)
     torch.testing.assert_close(output.logits_self, expected["own"])
     torch.testing.assert_close(output.logits_other, expected["other"])
     for name in ("cross_entropy", "ranking"):

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from memory_on_ranks import CLASSES, DIM, with_past
+from reference import with_past
 
 from apinet_head import APIHead, APINet, FeatureMemory, api_loss, random_pairs
 
-N = 10
+N, DIM, CLASSES = 10, 8, 5
 
 
 def make_head(memory=N, **head_args):

@@ -34,10 +34,8 @@ def make_head():
 
 def loss_pair_by_pair(head, pairs):
     """The reference's loss of a list of (anchor, partner), on images set side by side for it."""
-    layers = {"map1": head.mutual.fc1, "map2": head.mutual.fc2, "fc": head.classifier}
-    weights = {f"{name}_{part}": getattr(layer, part) for name, layer in layers.items() for part in ("weight", "bias")}
     rows = [anchor for anchor, _ in pairs] + [partner for _, partner in pairs]
-    return reference.head(X[rows], Y[rows], [torch.arange(len(pairs)) + len(pairs)], weights)
+    return reference.head(head, X[rows], Y[rows], [torch.arange(len(pairs)) + len(pairs)])
 
 
 @pytest.mark.parametrize("miner", MINERS, ids=lambda miner: type(miner).__name__)
