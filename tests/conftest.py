@@ -14,8 +14,8 @@ from cub_folder import write_cub
 
 from birds import write_birds
 
-# --doctest-modules would import them all, and what they register; the latter runs in a process of its own.
-collect_ignore = ["helpers", "package/mining/interpreted.py"]
+# --doctest-modules would import them all, and what they register.
+collect_ignore = ["helpers"]
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from torch import Tensor
 from apinet_head import Pairs, mine_pairs
 
 HOWS = ("similar", "dissimilar", "random")
-LABELS = torch.arange(120) // 4
 
 
 def check(features: Tensor, labels: Tensor, *, intra: str = "similar", inter: str = "similar", **keys) -> Pairs:

@@ -1,5 +1,10 @@
-"""`mine_pairs` and `random_pairs` against brute force."""
+"""`mine_pairs` and `random_pairs` against brute force.
 
+Triton settles at import whether it interprets. In a process with TRITON_INTERPRET=1, which test_triton.py starts, the
+tests of each backend are those of "triton" on a CPU, on fewer rows, as each takes 10 ms there.
+"""
+
+import os
 import subprocess
 import sys
 from functools import partial
@@ -9,14 +14,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mined import HOWS, LABELS, brute_force, check
+from mined import HOWS, brute_force, check
 from reference import candidates
 from strategies import DENORMAL, DTYPES, KINDS, batches, make_batch
+from torch.nn.functional import normalize
 
 from apinet_head import mine_pairs, mining, random_pairs
 from apinet_head.mining import BACKENDS, TILED_FROM, Query, Search, choose, plain, rows
 from apinet_head.mining.draw import draw
 from apinet_head.mining.query import finite_rows
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SIZE, DIM = (40, 64) if INTERPRETED else (120, 256)
+LABELS = torch.arange(SIZE) // 4
 
 
 def unseen(mine, small=plain.SMALL):
@@ -25,105 +35,274 @@ def unseen(mine, small=plain.SMALL):
     return mock.patch.object(plain, "SMALL", small)(mock.patch.object(plain, "is_eager_cpu", never)(mine))
 
 
-# Tiles so small that the tests' batches have many, whole ones and parts.
-BACKENDS["tiled by 16"] = partial(plain.mine_tiled, tile=16)
-BACKENDS["dense, unseen"] = unseen(plain.mine_dense)
-BACKENDS["tiled by 16, unseen"] = unseen(partial(plain.mine_tiled, tile=16))
-BACKENDS["dense, unseen, large"] = unseen(plain.mine_dense, small=0)
-BACKENDS["tiled by 16, unseen, large"] = unseen(partial(plain.mine_tiled, tile=16), small=0)
-# "triton" has tests of its own, because it needs a GPU, or a process of its own.
-each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("triton")])
+if INTERPRETED:
+    from apinet_head.mining import triton
+
+    # Whatever the size, on tensor cores; small searches are done by subtraction alone.
+    BACKENDS["triton, large"] = mock.patch.object(triton, "DIRECT", 0)(triton.mine)
+else:
+    # Tiles so small that the tests' batches have many, whole ones and parts.
+    BACKENDS["tiled by 16"] = partial(plain.mine_tiled, tile=16)
+    BACKENDS["dense, unseen"] = unseen(plain.mine_dense)
+    BACKENDS["tiled by 16, unseen"] = unseen(partial(plain.mine_tiled, tile=16))
+    BACKENDS["dense, unseen, large"] = unseen(plain.mine_dense, small=0)
+    BACKENDS["tiled by 16, unseen, large"] = unseen(partial(plain.mine_tiled, tile=16), small=0)
+each_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if ("triton" in name) == INTERPRETED])
+of_triton = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+QUICK = ("normal", "non-finite", "outliers", "unlabelled")  # of the kinds of batch, in the interpreter
+
+
+def slow_in_the_interpreter(value):
+    return pytest.param(value, marks=pytest.mark.slow if INTERPRETED else ())
+
+
+def among(features, labels, backend):
+    """Both ways to search a batch: as it is, and as keys that are the batch."""
+    for keys in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
+        yield mine_pairs(features, labels, **keys, backend=backend)
 
 
 @each_backend
-@settings(max_examples=80, deadline=None)
-@given(batch=batches(), intra=st.sampled_from(HOWS), inter=st.sampled_from(HOWS))
-def test_any_batch(backend, batch, intra, inter):
-    check(*batch, intra=intra, inter=inter, backend=backend)
+@settings(max_examples=6 if INTERPRETED else 60, deadline=None)
+@given(batch=batches(40, 70) if INTERPRETED else batches(), data=st.data())
+def test_any_batch(backend, batch, data):
+    check(*batch, intra=data.draw(st.sampled_from(HOWS)), inter=data.draw(st.sampled_from(HOWS)), backend=backend)
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", [*KINDS, DENORMAL])
+@settings(max_examples=6 if INTERPRETED else 50, deadline=None)
+@given(batch=batches(40 if INTERPRETED else 60, 40), data=st.data())
+def test_keys_elsewhere(backend, batch, data):
+    keys, key_labels = batch
+    size = data.draw(st.integers(1, len(keys)))
+    offset = data.draw(st.none() | st.integers(0, len(keys) - size))
+    own = slice(offset or 0, (offset or 0) + size)
+    check(keys[own], key_labels[own], backend=backend, keys=keys, key_labels=key_labels, key_offset=offset,
+          intra=data.draw(st.sampled_from(HOWS)), inter=data.draw(st.sampled_from(HOWS)))  # fmt: skip
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32] if INTERPRETED else DTYPES)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else slow_in_the_interpreter(kind) for kind in (*KINDS, DENORMAL)]
+)
 def test_adversarial(kind, dtype, backend):
-    features, labels = make_batch(seed=1, size=120, dim=64, classes=30, dtype=dtype, kind=kind)
+    size, dim, classes = (24, 33, 6) if INTERPRETED else (120, 64, 30)
+    features, labels = make_batch(seed=1, size=size, dim=dim, classes=classes, dtype=dtype, kind=kind)
     check(features, labels, backend=backend)
     check(features, labels, intra="dissimilar", inter="dissimilar", backend=backend)
 
 
+def make_features(*size, seed=0, **how):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), **how)
+
+
 @each_backend
-@pytest.mark.parametrize("factor", [6e4, 1e10, 1e30])
-@pytest.mark.parametrize("far", [[5], range(0, 120, 10), range(12)])
+@pytest.mark.parametrize("factor", [6e4, slow_in_the_interpreter(1e10), slow_in_the_interpreter(1e30)])
+@pytest.mark.parametrize("far", [[5], range(0, SIZE, 10), slow_in_the_interpreter(range(SIZE // 10))])
 @pytest.mark.parametrize("offset", [0, 100])
 def test_rows_far_away_change_nobody_elses_partner(backend, factor, far, offset):
-    features = torch.randn(120, 256, generator=torch.Generator().manual_seed(0)) + offset
+    features = make_features(SIZE, DIM) + offset
     features[list(far)] *= factor
-    others = torch.ones(120, dtype=torch.bool)
+    others = torch.ones(SIZE, dtype=torch.bool)
     others[list(far)] = False
     found = mine_pairs(features, LABELS, backend=backend).partner.view(2, -1)
     assert torch.equal(found[:, others], brute_force(features, LABELS)[:, others])
 
 
 @each_backend
-def test_a_key_far_away_changes_nobodys_partner(backend):
-    features = torch.randn(120, 256, generator=torch.Generator().manual_seed(0))
-    expected = brute_force(features, LABELS)
-    keys, key_labels = torch.cat([features, features[7:8] * 1e6]), torch.cat([LABELS, LABELS[7:8]])
-    found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=backend)
-    assert torch.equal(found.partner.view(2, -1), expected)
+@pytest.mark.parametrize("factor", [1e3, 1e20])
+def test_rows_far_away_find_each_other(backend, factor):
+    # They are so far from the others that these have no direction for them.
+    features, labels, far = make_features(SIZE, DIM), LABELS.clone(), torch.arange(0, 40, 7)
+    labels[far] = SIZE + torch.arange(6) // 3
+    features[far] *= factor * torch.arange(1, 7)[:, None]
+    for pairs in among(features, labels, backend):
+        assert torch.equal(pairs.partner[:SIZE], brute_force(features, labels)[0])
 
 
 @each_backend
-@pytest.mark.parametrize("empty", [200, 5000])
+@pytest.mark.parametrize("factor", [1e6, slow_in_the_interpreter(1e30)])
+def test_a_key_far_away_changes_nobodys_partner(backend, factor):
+    features = make_features(SIZE, DIM)
+    keys, key_labels = torch.cat([features, features[7:8] * factor]), torch.cat([LABELS, LABELS[7:8]])
+    found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=backend)
+    assert torch.equal(found.partner.view(2, -1), brute_force(features, LABELS))
+
+
+@each_backend
+@pytest.mark.parametrize("empty", [200, slow_in_the_interpreter(5000)])
 @pytest.mark.parametrize(("offset", "factor"), [(1000, 1), (100, 1e30)])
 def test_keys_without_a_class_do_not_move_the_centre(backend, empty, offset, factor):
     # As in a memory that is not full yet.
-    features = torch.randn(120, 64, generator=torch.Generator().manual_seed(0)) + offset
+    features = make_features(SIZE, 64) + offset
     features[5] *= factor
     keys = torch.cat([features, torch.zeros(empty, 64)])
     key_labels = torch.cat([LABELS, torch.full((empty,), -1)])
     found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=backend)
-    others = torch.arange(120) != 5
+    others = torch.arange(SIZE) != 5
     assert torch.equal(found.partner.view(2, -1)[:, others], brute_force(features, LABELS)[:, others])
 
 
 @each_backend
-@pytest.mark.parametrize("cosine", [0.999, 0.9999, 0.99999, 0.999999])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_near_neighbours_are_told_apart(backend, cosine, dtype):
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.nn.functional.normalize(torch.randn(30, 512, generator=generator, dtype=dtype))[LABELS]
-    noise = torch.nn.functional.normalize(torch.randn(120, 512, generator=generator, dtype=dtype))
-    features = torch.nn.functional.normalize(centres + noise * (1 - cosine) ** 0.5)
-    assert torch.equal(mine_pairs(features, LABELS, backend=backend).partner.view(2, -1), brute_force(features, LABELS))
-
-
-@pytest.mark.parametrize("backend", ["dense", "tiled by 16", "dense, unseen"])
-def test_near_neighbours_are_told_apart_in_large_classes(backend):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(200) // 100
-    centres = torch.nn.functional.normalize(torch.randn(2, 512, generator=generator))[labels]
-    features = torch.nn.functional.normalize(centres + 1e-3 * torch.randn(200, 512, generator=generator) / 512**0.5)
+@pytest.mark.parametrize("cosine", [slow_in_the_interpreter(0.999), slow_in_the_interpreter(0.99999), 0.999999])
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [SIZE // 4] if INTERPRETED else [2, SIZE // 4])
+def test_near_neighbours_are_told_apart(backend, cosine, dtype, classes):
+    if classes == 2 and "large" in backend:
+        pytest.skip("of many near candidates, only the 8 best are compared again")
+    labels = (torch.arange(SIZE) % classes)[torch.randperm(SIZE, generator=torch.Generator().manual_seed(0))]
+    centres = normalize(make_features(classes, 512, dtype=dtype))[labels]
+    features = normalize(centres + normalize(make_features(SIZE, 512, seed=1, dtype=dtype)) * (1 - cosine) ** 0.5)
     assert torch.equal(mine_pairs(features, labels, backend=backend).partner.view(2, -1), brute_force(features, labels))
 
 
 @each_backend
+def test_near_ties_of_float32(backend):
+    # Distances that differ by less than half precision could tell, around two centres far from the mean.
+    generator = torch.Generator().manual_seed(0)
+    centre, *directions = normalize(torch.randn(41, 64, generator=generator).double())
+    steps = torch.stack(directions) * (0.01 + 2.5e-5 * torch.randperm(40, generator=generator)[:, None]).sqrt()
+    half = torch.cat([centre[None], centre + steps])
+    labels = torch.tensor([0] + 40 * [1] + [2] + 40 * [3])
+    check(torch.cat([half, -half]).float(), labels, backend=backend)
+
+
+@each_backend
 def test_images_without_a_class_are_nobodys_partner_and_have_none(backend):
-    features = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(40) % 5
+    features, labels = make_features(40, 16), torch.arange(40) % 5
     labels[::3] = -100
     labels[1::9] = -1
-    for how in ("similar", "dissimilar", "random"):
-        pairs = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
-        labelled = labels >= 0
+    labelled = labels >= 0
+    alone = mine_pairs(features[labelled], labels[labelled], backend=backend)
+    for pairs in among(features, labels, backend):
         assert torch.equal(pairs.valid, labelled.repeat(2))
-        assert labelled[pairs.partner[pairs.valid]].all()
-        alone = mine_pairs(features[labelled], labels[labelled], intra=how, inter=how, backend=backend)
-        if how != "random":
-            assert torch.equal(labelled.nonzero()[:, 0][alone.partner], pairs.partner[pairs.valid])
-    unlabelled = random_pairs(labels, 200)
-    assert torch.equal(unlabelled.valid, (labels[unlabelled.anchor] >= 0) & (labels[unlabelled.partner] >= 0)
-                       & (unlabelled.anchor != unlabelled.partner))  # fmt: skip
+        assert torch.equal(labelled.nonzero()[:, 0][alone.partner], pairs.partner[pairs.valid])
+
+
+@each_backend
+@pytest.mark.parametrize("how", HOWS)
+def test_non_finite_rows_are_never_chosen_but_keep_their_pairs(how, backend):
+    features, labels = make_batch(seed=3, size=40, dim=16, classes=3, dtype=torch.float32, kind="non-finite")
+    pairs = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
+    assert pairs.valid.all()
+    assert features[pairs.partner].isfinite().all()
+    lonely = torch.tensor([[0.0], [torch.nan], [3.0]]), torch.tensor([0, 0, 1])
+    assert mine_pairs(*lonely, backend=backend).valid.tolist() == [False, True, False, True, True, True]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES[:3] if INTERPRETED else DTYPES)
+def test_ties_go_to_the_lowest_index(backend, dtype):
+    # Small integers of mean 0: equal distances are equal in floating point too, and there are many of them.
+    half = torch.randint(-1, 2, (SIZE // 2, 3), generator=torch.Generator().manual_seed(0)).double()
+    features = torch.cat([half, -half])
+    labels = torch.randint(4, (SIZE,), generator=torch.Generator().manual_seed(1))
+    same, itself = labels[:, None] == labels, torch.eye(SIZE).bool()
+    for how, sign in (("similar", 1), ("dissimilar", -1)):
+        pairs = mine_pairs(features.to(dtype), labels, intra=how, inter=how, backend=backend)
+        distance = sign * torch.cdist(features, features).square().round()
+        for allowed, partner in zip((same & ~itself, ~same), pairs.partner.view(2, -1), strict=True):
+            assert partner.tolist() == distance.masked_fill(~allowed, torch.inf).argmin(1).tolist()
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_minus_zero_is_zero(backend, dtype):
+    # For the ones, 2 and 0 are equally far; |k|² - 2qk is 0 for both, and times -1 it is -0 for one. The centre is 0,
+    # and the two meet in one slot, from two tiles.
+    features = torch.tensor([2.0] + 15 * [1.0] + 46 * [0.0], dtype=dtype)[:, None]
+    pairs = mine_pairs(features, torch.tensor(17 * [0] + 45 * [1]), intra="dissimilar", backend=backend)
+    assert pairs.partner[1:16].tolist() == 15 * [0]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("distance", [1e4, slow_in_the_interpreter(1e30)])  # float16 has no 1e30: not finite then
+def test_queries_far_from_the_keys(backend, distance, dtype):
+    keys, key_labels = make_batch(seed=4, size=50, dim=20, classes=5, dtype=dtype, kind="normal")
+    features, labels = make_batch(seed=5, size=20, dim=20, classes=5, dtype=dtype, kind="normal")
+    check(features * distance, labels, keys=keys, key_labels=key_labels, inter="dissimilar", backend=backend)
+    check(features + distance, labels, keys=keys + distance, key_labels=key_labels, backend=backend)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_exact(backend, dtype):
+    features, labels = make_batch(seed=6, size=60, dim=30, classes=6, dtype=torch.float64, kind="normal")
+    mixed = (features * 0.25 + torch.tensor([0.0, 0.5, 1.0, 30.0, -300.0]).repeat(6)).to(dtype)
+    queries, keys = (features * 0.1 + 1).to(dtype), (features.flip(0) * 0.1 + 3).to(dtype)
+    found, expected = mine_pairs(mixed, labels, backend=backend), mine_pairs(mixed.double(), labels)
+    assert all(map(torch.equal, found, expected))
+    found = mine_pairs(queries, labels, keys=keys, key_labels=labels, backend=backend)
+    assert all(map(torch.equal, found, mine_pairs(queries.double(), labels, keys=keys.double(), key_labels=labels)))
+
+
+@each_backend
+def test_autocast_does_not_reach_the_distances(backend):
+    features, labels = make_batch(seed=5, size=SIZE, dim=DIM, classes=10, dtype=torch.float32, kind="normal")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = mine_pairs(features, labels, backend=backend)
+    assert torch.equal(inside.partner, mine_pairs(features, labels).partner)
+
+
+@each_backend
+def test_labels_of_keys_may_have_another_dtype(backend):
+    features, labels = make_batch(seed=6, size=30, dim=8, classes=5, dtype=torch.float32, kind="normal")
+    keys = {"keys": features, "key_labels": labels.int(), "key_offset": 0, "backend": backend}
+    assert torch.equal(mine_pairs(features, labels, **keys).partner, mine_pairs(features, labels).partner)
+    check(features, labels, intra="random", inter="random", **keys)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="takes long there")
+@each_backend
+def test_backends_agree_on_a_larger_batch(backend):
+    features, labels = make_batch(seed=8, size=700, dim=24, classes=90, dtype=torch.float64, kind="normal")
+    for how in ("similar", "dissimilar"):
+        found = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
+        expected = mine_pairs(features, labels, intra=how, inter=how, backend="dense")
+        assert all(map(torch.equal, found, expected))
+
+
+# Triton's kernels.
+
+
+@of_triton
+def test_small_searches_of_triton_are_the_same():
+    features, labels = make_batch(seed=1, size=40, dim=33, classes=10, dtype=torch.float32, kind="normal")
+    for how in ("similar", "dissimilar"):
+        found = (
+            mine_pairs(features, labels, intra=how, inter=how, backend=name) for name in ("triton", "triton, large")
+        )
+        assert all(map(torch.equal, *found))
+
+
+@of_triton
+def test_triton_under_compile_and_export(monkeypatch):
+    monkeypatch.setattr(triton, "DIRECT", 0)
+    features, labels = make_batch(seed=7, size=40, dim=8, classes=6, dtype=torch.float32, kind="normal")
+    expected = mine_pairs(features, labels)
+    mine = partial(mine_pairs, backend="triton")
+    assert all(map(torch.equal, torch.compile(mine, fullgraph=True, backend="aot_eager")(features, labels), expected))
+
+    class Mining(torch.nn.Module):
+        def forward(self, features, labels):
+            return tuple(mine(features, labels))
+
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    shapes = {"features": {0: batch}, "labels": {0: batch}}
+    program = torch.export.export(Mining(), (features[:9], labels[:9]), dynamic_shapes=shapes)
+    assert all(map(torch.equal, program.module()(features, labels), expected))
+
+
+@of_triton
+def test_operator_of_triton_keeps_its_promises():
+    features, labels = make_batch(seed=8, size=20, dim=8, classes=6, dtype=torch.float32, kind="normal")
+    torch.library.opcheck(triton.find_partners, (features, labels, None, labels, 0, 1, -1))
+    torch.library.opcheck(triton.find_partners, (features[:5], labels[:5], features, labels, None, 0, 1))
+
+
+# Precision of products.
 
 
 def rounded_to_tf32(rows):
@@ -149,7 +328,7 @@ def test_products_in_parts_are_exact_enough_for_tf32(cosine):
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @each_backend
 def test_reduced_precision_of_products_does_not_reach_the_distances(backend, precision):
-    features, labels = make_batch(seed=5, size=150, dim=300, classes=10, dtype=torch.float32, kind="clusters")
+    features, labels = make_batch(seed=5, size=SIZE, dim=300, classes=10, dtype=torch.float32, kind="clusters")
     expected = mine_pairs(features, labels)
     try:
         torch.set_float32_matmul_precision(precision)
@@ -192,36 +371,6 @@ def test_products_are_split_where_tf32_is_allowed():
     parts.assert_called_once_with(fake, keys)
 
 
-@each_backend
-@settings(max_examples=60, deadline=None)
-@given(batch=batches(max_size=60, max_dim=40), data=st.data())
-def test_keys_elsewhere(backend, batch, data):
-    keys, key_labels = batch
-    size = data.draw(st.integers(1, len(keys)))
-    offset = data.draw(st.none() | st.integers(0, len(keys) - size))
-    start = offset or 0
-    features, labels = keys[start : start + size], key_labels[start : start + size]
-    check(features, labels, backend=backend, keys=keys, key_labels=key_labels, key_offset=offset,
-          intra=data.draw(st.sampled_from(HOWS)), inter=data.draw(st.sampled_from(HOWS)))  # fmt: skip
-
-
-def test_keys_with_offset_zero_are_the_batch_itself():
-    features, labels = make_batch(seed=2, size=50, dim=16, classes=7, dtype=torch.float32, kind="normal")
-    alone = mine_pairs(features, labels)
-    among = mine_pairs(features, labels, keys=features, key_labels=labels, key_offset=0)
-    for field, other in zip(alone, among, strict=True):
-        assert torch.equal(field, other)
-
-
-@each_backend
-def test_backends_agree_on_a_larger_batch(backend):
-    features, labels = make_batch(seed=8, size=700, dim=24, classes=90, dtype=torch.float64, kind="normal")
-    for how in ("similar", "dissimilar"):
-        found = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
-        expected = mine_pairs(features, labels, intra=how, inter=how, backend="dense")
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
 def test_auto_takes_tiles_for_large_batches_and_never_for_a_graph():
     def chosen(queries, keys):
         features, labels = (
@@ -254,31 +403,6 @@ def test_a_triton_that_cannot_launch_is_left_out_with_a_warning(monkeypatch):
     mining.triton_works.cache_clear()
 
 
-@each_backend
-def test_ties_go_to_the_lowest_index_among_many(backend):
-    # Small integers of mean 0: equal distances are equal in floating point too, and there are many of them.
-    generator = torch.Generator().manual_seed(0)
-    half = torch.randint(-1, 2, (60, 3), generator=generator).double()
-    features, labels = torch.cat([half, -half]), torch.randint(4, (120,), generator=generator)
-    for how in ("similar", "dissimilar"):
-        pairs = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
-        distance = torch.cdist(features, features).square().round() * (1 if how == "similar" else -1)
-        same = labels[:, None] == labels
-        for allowed, partner in zip((same & ~torch.eye(120).bool(), ~same), pairs.partner.view(2, -1), strict=True):
-            assert partner.tolist() == distance.masked_fill(~allowed, torch.inf).argmin(1).tolist()
-
-
-@each_backend
-def test_ties_go_to_the_lowest_index(backend):
-    # The mean is 0 and all numbers are small integers, so that equal distances are equal in floating point too.
-    features = torch.tensor([[0.0], [2.0], [-2.0], [2.0], [-2.0], [0.0]])
-    labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    similar = mine_pairs(features, labels, backend=backend)
-    assert similar.partner.tolist() == [1, 0, 0, 5, 5, 3] + [5, 3, 4, 1, 2, 0]
-    dissimilar = mine_pairs(features, labels, intra="dissimilar", inter="dissimilar", backend=backend)
-    assert dissimilar.partner.tolist() == [1, 2, 1, 4, 3, 3] + [3, 4, 3, 2, 1, 1]
-
-
 def test_leaving_one_kind_out():
     features, labels = make_batch(seed=3, size=20, dim=8, classes=4, dtype=torch.float32, kind="normal")
     both = mine_pairs(features, labels)
@@ -287,56 +411,12 @@ def test_leaving_one_kind_out():
         assert torch.equal(field, torch.cat([first, second]))
 
 
-def test_non_finite_rows_are_never_chosen_but_keep_their_pairs():
-    features = torch.tensor([[0.0], [float("nan")], [3.0], [1.0], [float("inf")], [4.0]])
-    labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    pairs = mine_pairs(features, labels)
-    assert pairs.valid.all()
-    assert not set(pairs.partner.tolist()) & {1, 4}
-    lonely = mine_pairs(torch.tensor([[0.0], [float("nan")], [3.0]]), torch.tensor([0, 0, 1]))
-    assert lonely.valid.tolist() == [False, True, False, True, True, True]
-
-
 def test_distances_are_of_detached_features():
     features, labels = make_batch(seed=4, size=20, dim=8, classes=4, dtype=torch.float32, kind="normal")
     before = features.clone()
     with_gradient = mine_pairs(features.requires_grad_(), labels)
     assert torch.equal(with_gradient.partner, mine_pairs(before, labels).partner)
     assert torch.equal(features.detach(), before), "mining changed its input"
-
-
-@each_backend
-def test_autocast_does_not_reach_the_distances(backend):
-    features, labels = make_batch(seed=5, size=150, dim=300, classes=10, dtype=torch.float32, kind="normal")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = mine_pairs(features, labels, backend=backend)
-    assert torch.equal(inside.partner, mine_pairs(features, labels).partner)
-
-
-@pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
-def test_label_dtypes(label_dtype):
-    features, labels = make_batch(seed=6, size=30, dim=8, classes=5, dtype=torch.float32, kind="normal")
-    pairs = mine_pairs(features, labels.to(label_dtype))
-    assert torch.equal(pairs.partner, mine_pairs(features, labels).partner)
-    assert [field.dtype for field in pairs] == [torch.int64, torch.int64, torch.bool, torch.bool]
-
-
-@each_backend
-def test_labels_of_keys_may_have_another_dtype(backend):
-    features, labels = make_batch(seed=6, size=30, dim=8, classes=5, dtype=torch.float32, kind="normal")
-    keys = {"keys": features, "key_labels": labels.int(), "key_offset": 0, "backend": backend}
-    assert torch.equal(mine_pairs(features, labels, **keys).partner, mine_pairs(features, labels).partner)
-    check(features, labels, intra="random", inter="random", **keys)
-
-
-def test_empty_batch_has_no_pairs():
-    pairs = mine_pairs(torch.empty(0, 4), torch.empty(0, dtype=torch.long))
-    assert [len(field) for field in pairs] == [0] * 4
-
-
-def test_non_contiguous_features():
-    features, labels = make_batch(seed=7, size=30, dim=8, classes=5, dtype=torch.float32, kind="normal")
-    assert torch.equal(mine_pairs(features.T.contiguous().T, labels).partner, mine_pairs(features, labels).partner)
 
 
 def test_random_partners_are_uniform_and_follow_the_generator():
