@@ -332,12 +332,6 @@ def test_other_than_two_images_are_refused(shape):
         explain_pair(make(Tiny), torch.zeros(shape))
 
 
-@pytest.mark.parametrize("top_k", [0, 7])
-def test_top_k_out_of_range_is_refused(top_k):
-    with pytest.raises(ValueError, match=f"from 1 to the 6 channels of the features, got {top_k}"):
-        explain_pair(make(Tiny), two(16, 16), top_k=top_k)
-
-
 def test_the_net_is_left_as_it_was():
     net = make("test_resnet").train().freeze_backbone(batch_norm="eval")
     next(net.backbone.parameters()).requires_grad_(True)

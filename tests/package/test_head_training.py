@@ -162,18 +162,6 @@ def test_given_pairs_with_a_key_without_a_class_are_not_valid():
     assert output.valid.tolist() == [False, True, False, True]
 
 
-def test_nan_of_an_image_without_a_class_is_no_row_of_the_loss():
-    head, features, labels = make_case()
-    labels[2] = -1
-    with torch.no_grad():
-        features[2] = torch.nan
-    loss = api_loss(head(features, labels))
-    assert loss.isfinite()
-    with torch.no_grad():
-        features[3] = torch.nan  # of an image that has one
-    assert api_loss(head(features, labels)).isnan()
-
-
 def test_a_batch_without_any_class_has_a_loss_of_zero():
     head, features, labels = make_case()
     loss = api_loss(head(features, torch.full_like(labels, -100)))

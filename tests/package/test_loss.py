@@ -122,15 +122,6 @@ def test_errors_show_what_came(change, message):
         api_loss(make_output()._replace(**change))
 
 
-def test_rows_of_a_negative_label_are_masked_out():
-    output = make_output()
-    nobody = torch.arange(16) % 3 == 0
-    expected = api_loss_terms(output._replace(valid=~nobody))
-    torch.testing.assert_close(
-        [*api_loss_terms(output._replace(labels=output.labels.masked_fill(nobody, -100)))], [*expected], rtol=0, atol=0
-    )
-
-
 def test_rows_of_classes_of_weight_zero_are_masked_out():
     output = make_output(classes=5)
     terms = api_loss_terms(output, class_weight=torch.zeros(5), rank_weight=0.0)

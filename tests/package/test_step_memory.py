@@ -146,8 +146,8 @@ def test_resnet101_at_448_pixels_whole():
 
 def test_memory_grows_with_chunk_and_batch():
     # With keep_chunks=1 an uneven last chunk has its own peak.
-    by_chunk = [step_memory(small(), 24, 32, chunk_size=size, keep_chunks=0).total for size in range(3, 23)]
-    by_batch = [step_memory(small(), batch, 32, chunk_size=4, keep_chunks=0).total for batch in range(6, 32, 2)]
+    by_chunk = [step_memory(small(), 24, 32, chunk_size=size, keep_chunks=0).total for size in range(3, 23, 3)]
+    by_batch = [step_memory(small(), batch, 32, chunk_size=4, keep_chunks=0).total for batch in range(6, 32, 4)]
     assert by_chunk == sorted(set(by_chunk))
     assert by_batch == sorted(set(by_batch))
     assert by_chunk[-1] < step_memory(small(), 24, 32).total
@@ -165,7 +165,12 @@ def test_norms_and_softmax_take_float32_in_mixed_precision_as_on_cuda(last):
 
 
 @pytest.mark.parametrize(
-    ("batch", "norm"), [(14, nn.BatchNorm2d), (15, nn.BatchNorm2d), (12, group_norm), (18, group_norm)]
+    ("batch", "norm"),
+    [
+        (15, nn.BatchNorm2d),
+        (12, group_norm),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((14, nn.BatchNorm2d), (18, group_norm))),
+    ],
 )
 def test_it_picks_what_brute_force_picks(batch, norm):
     net = small(norm)
