@@ -25,6 +25,10 @@ def head(**arguments):
     return APIHead(8, 3, hidden_dim=4, **arguments)
 
 
+def pairs(**fields):
+    return mine_pairs(X, Y)._replace(**fields)
+
+
 def test_features_that_are_all_nan_give_a_loss_that_is():
     # No pair is left; a loss of 0 would hide gradients that aren't finite.
     assert api_loss(head()(torch.full_like(X, torch.nan), Y)).isnan()
@@ -117,6 +121,13 @@ WRONG_TYPES = [
     (lambda: load_official_checkpoint(3), r"source must be a path or a dict, got int"),
 ]
 WRONG_VALUES = [
+    (lambda: head()(X, Y, pairs=pairs(partner=torch.full((8,), 4))), r"partner must be rows of .*\[4, 8\].* got 4"),
+    (lambda: head()(X, Y, pairs=pairs(anchor=torch.full((8,), -1))), r"anchor must be rows of .*\[4, 8\].* got -1"),
+    (lambda: head()(X, Y, pairs=pairs(valid=torch.ones(3, dtype=torch.bool))), r"bool \[3\]"),
+    (lambda: head()(X, Y, pairs=pairs(valid=torch.ones(8, dtype=torch.long))), "valid must be bool"),
+    (lambda: head()(X, Y, pairs=pairs(partner=torch.zeros(8))), "integer dtype"),
+    (lambda: head()(X, Y, pairs=pairs(partner=torch.zeros(7, dtype=torch.long))), r"int64 \[7\]"),
+    (lambda: api_loss(head()(X, torch.where(Y == 1, 3, 0))), r"\[0, 3\).*got 3"),
     (lambda: BalancedBatchSampler([0, 0, NAN, NAN], 2, 1), r"integer dtype, got float32 \[4\]"),
     (lambda: BalancedBatchSampler(["a", "b"], 2, 1), r"ints, or a tensor or array of them, got \['a'"),
     (lambda: BalancedBatchSampler([], 2, 1), r"n_classes=2 classes: labels have 0"),
