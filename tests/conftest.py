@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from colours import FLAGS, write_colours
-from cub_folder import write_cub
+from dataset_folders import write
 
 from birds import write_birds
 
@@ -21,7 +21,7 @@ collect_ignore = ["helpers"]
 @pytest.fixture
 def cub(tmp_path: Path) -> Path:
     """A folder in CUB's official format, to read or to damage."""
-    return write_cub(tmp_path / "CUB_200_2011")
+    return write("cub", tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,41 +1,32 @@
 """workbench/datasets: each of the paper's data sets is read from its official format, and chosen by --dataset."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import dataset_folders as folders
 import numpy as np
 import pytest
 from cub_runs import TINY
-from dataset_folders import (
-    AIRCRAFT,
-    CARS,
-    DOGS,
-    WRITERS,
-    cells,
-    dog_rows,
-    draw,
-    write,
-    write_annotations,
-    write_dog_list,
-)
+from dataset_folders import dog_rows, write
 from scipy.io import savemat
 
 import score
 import train_cub
 from workbench.datasets import ARCHIVES, READERS, open_data
+from workbench.datasets.bird_lists import family
 from workbench.settings import PRESETS, RECIPES, Settings, parse, run_folder
 
 
 def test_every_data_set_has_a_reader_and_a_writer() -> None:
-    assert WRITERS.keys() == READERS.keys() == ARCHIVES.keys()
+    assert folders.WRITERS.keys() == READERS.keys() == ARCHIVES.keys()
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_all_have_in_common(name: str, tmp_path: Path) -> None:
+def test_what_all_have_in_common(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write(name, tmp_path)
     found = READERS[name](root)
-    assert READERS[name](str(root)) == found
     assert found.name == ARCHIVES[name].name
     assert {image.label for image in found.train} == set(range(len(found.classes)))
     assert {image.label for image in found.test} <= set(range(len(found.classes)))
@@ -44,15 +35,53 @@ def test_what_all_have_in_common(name: str, tmp_path: Path) -> None:
     assert all(image.path.is_file() for image in images)
     assert len({image.path for image in images}) == len({image.image_id for image in images}) == len(images)
 
+    for given in (str(root), *([root.parent] if ARCHIVES[name].folders else [])):
+        assert READERS[name](given) == found
+    settings = parse(["--dataset", name, "--data", str(root)])
+    assert open_data(settings) == found
+    assert run_folder(settings).name == f"{root.name}-api-resnet101-seed0"
+    monkeypatch.chdir(root)
+    assert [root / image.path for image in READERS[name](Path(".")).train] == [image.path for image in found.train]
 
-@pytest.mark.parametrize("inside", ["", "data", ".."])
+
+def test_cub(cub: Path) -> None:
+    found = READERS["cub"](cub)
+    assert found.classes == ["003.Sooty_Albatross", "020.Great_Auk"]
+    assert found.families == ["Albatross", "Auk"]
+    images = cub / "images"
+    assert found.train == [(images / "020.Great_Auk/Auk 2.jpg", 1, 7), (images / "003.Sooty_Albatross/b.jpg", 0, 30)]
+    assert found.test == [(images / "003.Sooty_Albatross/a.jpg", 0, 2), (images / "020.Great_Auk/Auk_1.jpg", 1, 4)]
+    assert [family(name) for name in ("105.Whip_poor_Will", "091.Mockingbird", "Sparrow")] == [
+        "Will", "Mockingbird", "Sparrow",
+    ]  # fmt: skip
+
+
+def test_lists_from_other_systems(cub: Path) -> None:
+    expected = READERS["cub"](cub)
+    for name in folders.CUB:  # byte order mark, Windows' line ends, blank lines at the end, spaces around
+        text = folders.CUB[name].replace("\n", " \n") + "\n\n"
+        (cub / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert READERS["cub"](cub) == expected
+
+
+def test_file_name_that_is_not_utf8(cub: Path) -> None:
+    name = os.fsdecode(b"003.Sooty_Albatross/\xe9.jpg")
+    try:
+        (cub / "images/003.Sooty_Albatross/a.jpg").rename(cub / "images" / name)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    (cub / "images.txt").write_bytes(folders.CUB["images.txt"].encode().replace(b"s/a.jpg", b"s/\xe9.jpg"))
+    assert READERS["cub"](cub).test[0].path == cub / "images" / name
+
+
+@pytest.mark.parametrize("inside", ["", "data"])
 def test_aircraft(tmp_path: Path, inside: str) -> None:
     root = write("aircraft", tmp_path)
-    found = READERS["aircraft"]((root / inside).resolve())
-    assert found.classes == list(AIRCRAFT)
-    assert found.families == list(AIRCRAFT.values())
+    found = READERS["aircraft"](root / inside)
+    assert found.classes == list(folders.AIRCRAFT)
+    assert found.families == list(folders.AIRCRAFT.values())
     assert [image.label for image in found.train] == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert found.train[1] == (root.resolve() / "data/images/0034310.jpg", 1, "0034310")
+    assert found.train[1] == (root / "data/images/0034310.jpg", 1, "0034310")
     assert [image.image_id for image in found.test] == ["0034317", "0034318", "0034319", "0034320"]
 
 
@@ -60,14 +89,13 @@ def test_aircraft(tmp_path: Path, inside: str) -> None:
 def test_cars(tmp_path: Path, labels_in: str) -> None:
     root = write("cars", tmp_path)
     (root / "cars_test_annos_withlabels.mat").rename(root / labels_in / "cars_test_annos_withlabels.mat")
-    for given in (root, root.parent):
-        found = READERS["cars"](given)
-        assert found.classes == CARS
-        assert found.families == ["AM", "Acura", "Acura"]
-        assert found.train[0] == (root / "cars_train/00001.jpg", 2, "cars_train/00001.jpg")
-        assert [image.label for image in found.train] == [2, 0, 1, 0]
-        assert [image.path.name for image in found.test] == ["00001.jpg", "00002.jpg"]
-        assert [image.label for image in found.test] == [1, 1]
+    found = READERS["cars"](root)
+    assert found.classes == folders.CARS
+    assert found.families == ["AM", "Acura", "Acura"]
+    assert found.train[0] == (root / "cars_train/00001.jpg", 2, "cars_train/00001.jpg")
+    assert [image.label for image in found.train] == [2, 0, 1, 0]
+    assert [image.path.name for image in found.test] == ["00001.jpg", "00002.jpg"]
+    assert [image.label for image in found.test] == [1, 1]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float64])
@@ -75,9 +103,9 @@ def test_dogs(tmp_path: Path, dtype: Any) -> None:
     root = write("dogs", tmp_path)
     (root / "lists").mkdir()
     (root / "train_list.mat").unlink()
-    write_dog_list(root / "lists/train_list.mat", dog_rows([5927, 16])[::-1], dtype)
+    folders.write_dog_list(root / "lists/train_list.mat", dog_rows([5927, 16])[::-1], dtype)
     found = READERS["dogs"](root)
-    assert found.classes == DOGS
+    assert found.classes == folders.DOGS
     assert found.families == []
     name = "n02113799-standard_poodle/n02113799_16.jpg"
     assert found.train[0] == (root / "Images" / name, 2, name)
@@ -87,27 +115,26 @@ def test_dogs(tmp_path: Path, dtype: Any) -> None:
 
 def test_nabirds(tmp_path: Path) -> None:
     root = write("nabirds", tmp_path)
-    for given in (root, root.parent):
-        found = READERS["nabirds"](given)
-        assert found.classes == ["Oldsquaw (Breeding male)", "Mallard (Female/Eclipse male)", "Oldsquaw (Female)"]
-        assert found.families == ["Oldsquaw", "Mallard", "Oldsquaw"]
-        assert [image.label for image in found.train] == [1, 0, 2] == [image.label for image in found.test]
-        path = root / "images/0295/0000000221dc4d0cbfe14cae3c85c829.jpg"
-        assert found.train[1] == (path, 0, "00000002-21dc-4d0c-bfe1-4cae3c85c829")
+    found = READERS["nabirds"](root)
+    assert found.classes == ["Oldsquaw (Breeding male)", "Mallard (Female/Eclipse male)", "Oldsquaw (Female)"]
+    assert found.families == ["Oldsquaw", "Mallard", "Oldsquaw"]
+    assert [image.label for image in found.train] == [1, 0, 2] == [image.label for image in found.test]
+    path = root / "images/0295/0000000221dc4d0cbfe14cae3c85c829.jpg"
+    assert found.train[1] == (path, 0, "00000002-21dc-4d0c-bfe1-4cae3c85c829")
 
 
 def test_one_row_is_a_list_too(tmp_path: Path) -> None:
     """SciPy, told to squeeze, hands out a list of one as its element."""
     (tmp_path / "devkit").mkdir()
-    savemat(tmp_path / "devkit/cars_meta.mat", {"class_names": cells(CARS[:1])})
+    savemat(tmp_path / "devkit/cars_meta.mat", {"class_names": folders.cells(folders.CARS[:1])})
     for file, folder in (("devkit/cars_train_annos.mat", "train"), ("cars_test_annos_withlabels.mat", "test")):
-        write_annotations(tmp_path / file, [1])
-        draw(tmp_path / f"cars_{folder}/00001.jpg")
+        folders.write_annotations(tmp_path / file, [1])
+        folders.draw(tmp_path / f"cars_{folder}/00001.jpg")
     assert [image.label for image in READERS["cars"](tmp_path).train] == [0]
     for file, number in (("train_list.mat", 1), ("test_list.mat", 2)):
-        write_dog_list(tmp_path / file, dog_rows([number])[:1])
-        draw(tmp_path / "Images" / dog_rows([number])[0][0])
-    assert READERS["dogs"](tmp_path).classes == DOGS[:1]
+        folders.write_dog_list(tmp_path / file, dog_rows([number])[:1])
+        folders.draw(tmp_path / "Images" / dog_rows([number])[0][0])
+    assert READERS["dogs"](tmp_path).classes == folders.DOGS[:1]
 
 
 def test_recipes() -> None:
@@ -134,21 +161,13 @@ def test_only_birds_are_embedded(name: str, capsys: pytest.CaptureFixture[str]) 
     assert f"--dataset {name} needs --data, {archive.expected}. {archive.source}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_open_data_takes_the_reader(name: str, tmp_path: Path) -> None:
-    root = write(name, tmp_path)
-    settings = parse(["--dataset", name, "--data", str(root)])
-    assert open_data(settings) == READERS[name](root)
-    assert run_folder(settings).name == f"{root.name}-api-resnet101-seed0"
-
-
 def test_training_and_evaluating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write("aircraft", Path("."))
     result = train_cub.main([*TINY, "--dataset", "aircraft", "--data", "fgvc-aircraft-2013b", "--epochs", "1"])
     run = tmp_path / "runs/fgvc-aircraft-2013b-api-test_resnet-seed0"
     assert json.loads((run / "settings.json").read_text())["dataset"] == "aircraft"
-    assert json.loads((run / "last/classes.json").read_text())["classes"] == list(AIRCRAFT)
+    assert json.loads((run / "last/classes.json").read_text())["classes"] == list(folders.AIRCRAFT)
     assert result["images"] == 4
     found = score.main([str(run / "last"), "--device", "cpu"])
     assert found["test_top1"] == pytest.approx(result["test_top1"])

@@ -8,16 +8,14 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from bad_files import PIXELS
-from dataset_folders import dog_rows, write, write_dog_list
-from scipy.io import loadmat
+from dataset_folders import dog_rows, write
 
 import check_images
 from workbench.datasets import READERS
 from workbench.datasets.bird_lists import read_cub
-from workbench.image_files import load_image
 
 PHOTOS = {
-    "cub": ("images/001.Sooty_Albatross/a.jpg", "images.txt, line 1, '1 001.Sooty_Albatross/a.jpg'"),
+    "cub": ("images/020.Great_Auk/Auk 2.jpg", "images.txt, line 3, '7 020.Great_Auk/Auk 2.jpg'"),
     "cars": ("cars_train/00003.jpg", "devkit/cars_train_annos.mat, row 3, ('00003.jpg', 2)"),
     "aircraft": ("data/images/0034310.jpg", "data/images_variant_trainval.txt, line 2, '0034310 F/A-18'"),
     "dogs": (f"Images/{dog_rows([16])[1][0]}", f"train_list.mat, row 5, ('{dog_rows([16])[1][0]}', 2)"),
@@ -80,15 +78,6 @@ def test_links_that_stay_inside_are_followed(name: str, tmp_path: Path) -> None:
         assert [image.image_id for image in found.train] == [image.image_id for image in before.train]
 
 
-@pytest.mark.parametrize("text", ["../a.jpg", "/a.jpg", "001.Sooty_Albatross/../../../a.jpg", "", ".", "a\0.jpg"])
-def test_paths_that_leave_by_their_text(text: str, tmp_path: Path) -> None:
-    root = write("dogs", tmp_path)
-    write_dog_list(root / "train_list.mat", [*dog_rows([5927]), (text, 1)])
-    stored = loadmat(root / "train_list.mat", squeeze_me=True)["file_list"][3]
-    with pytest.raises(ValueError, match=rf"train_list\.mat, row 4, {re.escape(repr((stored, 1))[:4])}"):
-        READERS["dogs"](root)
-
-
 def test_circles_of_folders(cub: Path, tmp_path: Path) -> None:
     """A walk that follows links would go through 2 to the power of 40 folders here."""
     for name in ("one", "two"):
@@ -102,12 +91,3 @@ def test_circles_of_folders(cub: Path, tmp_path: Path) -> None:
     bad = check_images.main([str(cub), "--workers", "0", "--output", str(tmp_path / "list")])
     assert [path.name for path, _ in bad] == ["b.jpg", "a.jpg"]
     assert all("Too many levels of symbolic links" in reason for _, reason in bad)
-
-
-def test_circle_of_files(cub: Path) -> None:
-    images = read_cub(cub).train
-    images[0].path.unlink()
-    images[0].path.symlink_to("round.jpg")
-    (images[0].path.parent / "round.jpg").symlink_to(images[0].path.name)
-    with pytest.raises(ValueError, match=rf"{images[0].path} cannot be read: Too many levels of symbolic links"):
-        load_image(read_cub(cub).train[0].path)

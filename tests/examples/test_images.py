@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from cub_folder import noise
+from dataset_folders import noise
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 

@@ -1,6 +1,7 @@
 """Writes tiny folders in the official format of each of the paper's data sets."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,16 @@ from scipy.io import savemat
 CARS = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012"]
 DOGS = ["n02085620-Chihuahua", "n02086079-Pekinese", "n02113799-standard_poodle"]
 AIRCRAFT = {"707-320": "Boeing 707", "F/A-18": "F/A-18", "Falcon 2000": "Falcon 2000", "737-200": "Boeing 737"}
+# Ids neither contiguous nor sorted; class ids sort as numbers (3 < 20), not as text; a file name has a space.
+CUB = {
+    "images.txt": "30 003.Sooty_Albatross/b.jpg\n2 003.Sooty_Albatross/a.jpg\n7 020.Great_Auk/Auk 2.jpg\n"
+    "4 020.Great_Auk/Auk_1.jpg\n",
+    "image_class_labels.txt": "2 3\n7 20\n4 20\n30 3\n",
+    "train_test_split.txt": "30 1\n4 0\n2 0\n7 1\n",
+    "classes.txt": "20 020.Great_Auk\n3 003.Sooty_Albatross\n",
+}
 # Ids and folders in the style of NABirds: a child is in a folder of its class id.
-BIRDS = {
+NABIRDS = {
     "images.txt": "".join(
         f"{i:08x}-21dc-4d0c-bfe1-4cae3c85c829 {folder:04}/{i:08x}21dc4d0cbfe14cae3c85c829.jpg\n"
         for i, folder in enumerate((817, 817, 295, 295, 900, 900))
@@ -27,10 +36,13 @@ BIRDS = {
 }
 
 
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
 def draw(path: Path, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), np.uint8)
-    PIL.Image.fromarray(pixels).save(path)
+    PIL.Image.fromarray(noise(40, 48, 3, seed=seed)).save(path)
 
 
 def cells(values: Sequence[Any]) -> np.ndarray:
@@ -101,29 +113,20 @@ def write_aircraft(root: Path) -> None:
         draw(root / f"data/images/{image_id}.jpg", seed)
 
 
-def write_birds(root: Path) -> None:
+def write_birds(lists: dict[str, str], root: Path) -> None:
     root.mkdir()
-    for name, text in BIRDS.items():
+    for name, text in lists.items():
         (root / name).write_text(text)
-    for line in BIRDS["images.txt"].splitlines():
-        draw(root / "images" / line.split()[1])
-
-
-def write_cub(root: Path) -> None:
-    root.mkdir()
-    (root / "classes.txt").write_text("1 001.Sooty_Albatross\n")
-    (root / "images.txt").write_text("1 001.Sooty_Albatross/a.jpg\n")
-    (root / "image_class_labels.txt").write_text("1 1\n")
-    (root / "train_test_split.txt").write_text("1 1\n")
-    draw(root / "images/001.Sooty_Albatross/a.jpg")
+    for seed, line in enumerate(lists["images.txt"].splitlines()):
+        draw(root / "images" / line.split(maxsplit=1)[1], seed)
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "cub": ("CUB_200_2011", write_cub),
+    "cub": ("CUB_200_2011", partial(write_birds, CUB)),
     "cars": ("stanford_cars", write_cars),
     "aircraft": ("fgvc-aircraft-2013b", write_aircraft),
     "dogs": ("dogs", write_dogs),
-    "nabirds": ("nabirds", write_birds),
+    "nabirds": ("nabirds", partial(write_birds, NABIRDS)),
 }
 
 
