@@ -3,8 +3,6 @@
 import csv
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from bad_files import BAD, GOOD, PIXELS, bomb
+from commands import ROOT, finish
 from cub_runs import TINY
 
 import check_images
@@ -116,27 +115,23 @@ def test_training_takes_the_odd_ones(folder: Path, capsys) -> None:
     assert "0 bad images left out" in capsys.readouterr().out
 
 
-def test_bad_image_in_a_worker_and_in_testing(folder: Path) -> None:
+def test_bad_image_in_testing(folder: Path) -> None:
     run(folder)
     bad = READERS["cub"](folder).test[7].path
     bad.write_bytes(b"")
     with pytest.raises(SystemExit, match=rf"^\nbad image: {bad} \(0 bytes\) is no image .*; replace the file\.\ncheck"):
         score.main([str(folder.parent / "run/last"), "--device", "cpu"])
-    shutil.rmtree(folder.parent / "run")
-    READERS["cub"](folder).train[3].path.write_bytes(b"")
-    with pytest.raises(SystemExit, match=rf"^\nbad image: {READERS['cub'](folder).train[3].path} \(0 bytes\) is no im"):
-        run(folder, "--workers", "1")
 
 
 def test_process_with_workers_ends_at_a_bad_image(folder: Path, tmp_path: Path) -> None:
     """Its workers, which ignore SIGTERM, must not keep it from ending."""
-    READERS["cub"](folder).train[3].path.write_bytes(b"")
-    script = Path(__file__).parents[2] / "examples/train_cub.py"
-    flags = [*FLAGS, "--data", str(folder), "--output", str(tmp_path / "run"), "--workers", "2"]
-    found = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, timeout=120)
-    assert found.returncode == 1
-    assert "bad image: " in found.stderr
-    assert "Traceback" not in found.stderr
+    bad = READERS["cub"](folder).train[3].path
+    bad.write_bytes(b"")
+    flags = [*FLAGS, "--data", folder, "--output", tmp_path / "run", "--workers", "2"]
+    code, _, err = finish(ROOT / "examples/train_cub.py", *flags)
+    assert code == 1
+    assert f"\nbad image: {bad} (0 bytes) is no image" in err
+    assert "Traceback" not in err
 
 
 def test_names_that_are_not_utf8(folder: Path, tmp_path: Path, capsys) -> None:
@@ -165,33 +160,30 @@ def test_names_that_are_not_utf8(folder: Path, tmp_path: Path, capsys) -> None:
     assert found["images"] == 18
 
 
-@pytest.mark.parametrize("start", [["examples/check_images.py"]])
-def test_check_as_a_command(start: list[str], folder: Path, tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
+def test_check_as_a_command(folder: Path, tmp_path: Path) -> None:
+    def command(workers: int) -> tuple[int, str, str]:
+        script = ROOT / "examples/check_images.py"
+        return finish(script, folder, "--workers", workers, "--output", tmp_path / "list")
 
-    def command(workers: int) -> subprocess.CompletedProcess:
-        flags = [str(folder), "--workers", str(workers), "--output", str(tmp_path / "list")]
-        return subprocess.run([sys.executable, *start, *flags], cwd=root, capture_output=True, text=True)
-
-    fine = command(0)
-    assert fine.returncode == 0, fine.stderr
-    assert "36 images of CUB-200-2011, 0 bad" in fine.stdout
+    code, out, err = command(0)
+    assert code == 0, err
+    assert "36 images of CUB-200-2011, 0 bad" in out
     assert (tmp_path / "list").read_text() == ""
     data = READERS["cub"](folder)
     bad = [data.test[2].path, data.train[5].path, data.train[1].path]
     bad[0].write_bytes(b"")
     bad[1].write_text("no image")
     bad[2].unlink()
-    found = command(2)
-    assert found.returncode == 1
-    assert [line.split(": ")[0] for line in found.stdout.splitlines()[:-1]] == [str(path) for path in bad[::-1]]
-    assert "36/36" in found.stderr  # the bar
+    code, out, err = command(2)
+    assert code == 1
+    assert [line.split(": ")[0] for line in out.splitlines()[:-1]] == [str(path) for path in bad[::-1]]
+    assert "36/36" in err  # the bar
     assert set(read_list(tmp_path / "list", folder)) == {str(path) for path in bad}
     (folder / "classes.txt").unlink()
-    broken = command(2)
-    assert broken.returncode == 1
-    assert "has no classes.txt" in broken.stderr
-    assert "Traceback" not in broken.stderr
+    code, _, err = command(2)
+    assert code == 1
+    assert "has no classes.txt" in err
+    assert "Traceback" not in err
 
 
 def kill(path: Path) -> str | None:

@@ -4,21 +4,18 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-from cub_runs import TINY, run
+from commands import finish
+from cub_runs import TINY, at_call, run
 from torch.utils.data import get_worker_info
 
 import train_cub
 from workbench.images import ImageDataset, end_workers_with_the_parent
 from workbench.run_folder import RunFolder
 
-ROOT = Path(__file__).parents[2]
 WORKERS = ["--workers", "2", "--checkpoint-minutes", "1e-9"]
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9.00 GiB"
 
@@ -80,13 +77,9 @@ train_cub.main(sys.argv[1:])
 def test_workers_that_hang_end_the_run_after_the_timeout(birds, tmp_path):
     """A process of its own, for its end must not wait for the workers."""
     flags = [*TINY, "--data", str(birds), "--output", str(tmp_path / "run"), *WORKERS, "--loader-timeout", "2.5"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
-    found = subprocess.run(
-        [sys.executable, "-c", HANGS, *flags], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert found.returncode == 1, found.stderr
-    assert "DataLoader timed out after 2.5 seconds" in found.stderr
+    code, _, said = finish("-c", HANGS, *flags)
+    assert code == 1, said
+    assert "DataLoader timed out after 2.5 seconds" in said
 
 
 def test_errors_of_the_images_are_not_taken_for_a_broken_loader(birds, tmp_path, monkeypatch):
@@ -98,17 +91,9 @@ def test_errors_of_the_images_are_not_taken_for_a_broken_loader(birds, tmp_path,
         run(birds, tmp_path / "run", *WORKERS)
 
 
-def out_of_memory(patch, step):
-    """As CUDA raises it, in that step."""
-    compute_loss, calls = train_cub.compute_loss, []
-
-    def full(*args):
-        calls.append(0)
-        if len(calls) == step:
-            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
-        return compute_loss(*args)
-
-    patch.setattr(train_cub, "compute_loss", full)
+def out_of_memory():
+    """As CUDA raises it."""
+    raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
 
 @pytest.mark.parametrize(
@@ -116,22 +101,20 @@ def out_of_memory(patch, step):
 )
 def test_a_full_gpu_ends_the_run_with_a_smaller_chunk_size(birds, tmp_path, monkeypatch, flags, chunks, less):
     with monkeypatch.context() as patch:
-        out_of_memory(patch, 1)
+        at_call(patch, 1, train_cub, "compute_loss", out_of_memory)
         with pytest.raises(SystemExit) as ended:
             run(birds, tmp_path / "run", *flags)
     said = str(ended.value)
     assert said.startswith(f"\n{OUT_OF_MEMORY}\nThe step was one of 6 images of 32 x 32 pixels")
     assert f"through the backbone {chunks}: --chunk-size {less} takes less memory" in said
-    run(
-        birds, tmp_path / "run", "--chunk-size", str(less), "--epochs", "1"
-    )  # nothing was trained: nothing is in the way
+    run(birds, tmp_path / "run", "--chunk-size", str(less), "--epochs", "1")  # no training is in the way
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["chunk_size"] == less
 
 
 def test_memory_that_the_test_takes_is_no_matter_of_chunks(birds, tmp_path, monkeypatch):
     def full(net, loader, device):
         net.eval()
-        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+        out_of_memory()
 
     monkeypatch.setattr(train_cub, "predict", full)
     with pytest.raises(SystemExit, match="That was the test, not a training step: take fewer images at a time"):
@@ -144,7 +127,7 @@ def tree(folder):
 
 def test_other_settings_and_data_may_follow_where_nothing_was_trained(birds, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        out_of_memory(patch, 1)
+        at_call(patch, 1, train_cub, "compute_loss", out_of_memory)
         with pytest.raises(SystemExit):
             run(birds, tmp_path / "run", "--seed", "5")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json", "tensorboard"}

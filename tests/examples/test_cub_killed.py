@@ -1,30 +1,17 @@
-"""Runs of train.py as processes of their own, ended by real signals and started again; a soak is slow."""
+"""Runs of train_cub.py as processes of their own, ended by real signals and started again; a soak is slow."""
 
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from commands import ROOT, TORCHRUN, start
 from cub_runs import FULL, TINY, assert_ends_alike, run
 from ranks import under_torchrun
 
-ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "examples" / "train_cub.py"
 LONG = ["--epochs", "16", "--eval-every", "8", "--checkpoint-minutes", "0.001"]
-
-
-def started(birds, output, *flags, launcher=()):
-    """The process, in a group of its own."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, *launcher, str(TRAIN), *TINY, "--data", str(birds), "--output", str(output), *flags]
-    return subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
 
 
 def wait_for_checkpoints(process, output, count):
@@ -39,7 +26,8 @@ def wait_for_checkpoints(process, output, count):
 
 def killed(birds, output, number, delay, *flags, launcher=()):
     """Start the run, and end its whole group after its next checkpoints and a delay; (exit code, what it said)."""
-    process = started(birds, output, *flags, launcher=launcher)
+    arguments = [*launcher, TRAIN, *TINY, "--data", birds, "--output", output, *flags]
+    process = start(*arguments, start_new_session=True)
     try:
         wait_for_checkpoints(process, output, 2)
         time.sleep(delay)
@@ -64,9 +52,8 @@ def test_sigkill_then_sigterm_to_a_whole_group_with_workers(birds, tmp_path):
 @under_torchrun
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_to_two_ranks_stop_them_at_the_same_step(birds, tmp_path, number):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = [*FULL, "--n-classes", "4", "--epochs", "400", "--eval-every", "400"]
-    code, said = killed(birds, tmp_path / "run", number, 0.3, *flags, launcher=launcher)
+    code, said = killed(birds, tmp_path / "run", number, 0.3, *flags, launcher=TORCHRUN)
     assert code not in (0, -signal.SIGKILL), said
     assert said.count("the same command goes on from there") == 1, said
     newest = max(path for path in (tmp_path / "run" / "state").glob("epoch-*"))

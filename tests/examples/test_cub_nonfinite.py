@@ -1,12 +1,11 @@
 """Steps of train_cub.py that are not finite: they end the run with the images' paths, or are left out."""
 
-import csv
 import json
 import math
 
 import pytest
 import torch
-from cub_runs import FULL, TINY, run, same, weights
+from cub_runs import FULL, TINY, rows, run, same, weights
 
 import train_cub
 from workbench.datasets import open_data
@@ -60,11 +59,10 @@ def test_steps_are_left_out_up_to_the_limit(birds, tmp_path, broken_image, monke
     assert captured.out.count("is left out") == 2
     assert "(epoch 3, batch " in captured.err
     run(birds, tmp_path / "run", *flags, "--skip-nonfinite", "3")
-    with (tmp_path / "run" / "log.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["skipped"] for row in rows] == ["1", "2", "3"]
-    assert [row["step"] for row in rows] == ["3", "6", "9"]
-    assert all(math.isfinite(float(row["loss"])) for row in rows)
+    log = rows(tmp_path / "run")
+    assert [row["skipped"] for row in log] == ["1", "2", "3"]
+    assert [row["step"] for row in log] == ["3", "6", "9"]
+    assert all(math.isfinite(float(row["loss"])) for row in log)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped"] == 3
     assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "last").values())
 

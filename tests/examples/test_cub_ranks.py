@@ -1,15 +1,12 @@
 """The CUB example on two ranks, started by torchrun as on two GPUs: what one process does, done once, by both."""
 
-import csv
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, TORCHRUN, finish
+from cub_runs import rows, same
 from ranks import under_torchrun
 
 import score
@@ -19,7 +16,6 @@ from workbench.images import eval_transform
 
 pytestmark = under_torchrun
 
-ROOT = Path(__file__).parents[2]
 # 5 species: 25 test images, which two ranks cannot share equally.
 TINY = [
     "--preset", "demo", "--species", "5", "--images-per-species", "10", "--image-size", "40", "--resize", "40",
@@ -43,38 +39,13 @@ RUNS = {
 }
 
 
-def torchrun(script, *arguments):
-    """The finished process; every rank ends with it, also when it takes too long."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=120)
-        except BaseException:
-            process.terminate()  # torchrun takes its ranks with it
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
 def on_two_ranks(*runs):
-    return torchrun(str(ROOT / "tests" / "helpers" / "cub_on_ranks.py"), json.dumps(runs))
+    return finish(*TORCHRUN, ROOT / "tests" / "helpers" / "cub_on_ranks.py", json.dumps(runs))
 
 
 def told(output):
     """What each rank had at the end of a run."""
     return [torch.load(f"{output}-rank{rank}.pt", map_location="cpu", weights_only=True) for rank in range(2)]
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def rows(output):
-    with (output / "log.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -88,28 +59,32 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(cache, tmp_path_factory):
-    """The folders of all runs, and what they printed."""
+    """The folder of all runs, and what was said; after them, a rank was killed in one more, "killed"."""
     folder = tmp_path_factory.mktemp("runs")
-    found = on_two_ranks(
-        *[{"flags": [*flags, "--output", str(folder / name)], "plain": name != "api"} for name, flags in RUNS.items()]
-    )
-    assert found.returncode == 0, found.stderr
-    return folder, found
+    runs = [{"flags": [*flags, "--output", str(folder / name)], "plain": name != "api"} for name, flags in RUNS.items()]
+    code, out, err = on_two_ranks(*runs, {"flags": resumable(folder), "kill_in_epoch": 3})
+    assert all((folder / f"{name}-scores.json").exists() for name in RUNS), err
+    assert code != 0
+    return folder, out, err
+
+
+def resumable(folder):
+    return [*API, "--output", str(folder / "killed"), "--checkpoint-minutes", "1e-9"]
 
 
 def test_birds_are_drawn_by_one_rank_and_all_is_said_once(finished, cache):
-    folder, found = finished
-    assert found.stdout.count("drawing the embedded birds") == 1
+    folder, out, err = finished
+    assert out.count("drawing the embedded birds") == 1
     assert [path.name.startswith("birds-") for path in (cache / "apinet-head").iterdir()] == [True]
-    for name in RUNS:
-        assert found.stdout.count(f"writing to {folder / name}\n") == 1
-    assert len(re.findall(r"after 3 epochs: top-1", found.stdout)) == len(RUNS)
-    assert found.stderr.count("epoch 1/3:   0%") == len(RUNS)
-    assert found.stdout.count("--chunk-size auto: 0 (the whole batch for a batch of 4: ") == 1
+    for name in (*RUNS, "killed"):
+        assert out.count(f"writing to {folder / name}\n") == 1
+    assert len(re.findall(r"after 3 epochs: top-1", out)) == len(RUNS)
+    assert err.count("epoch 1/3:   0%") == len(RUNS) + 1
+    assert out.count("--chunk-size auto: 0 (the whole batch for a batch of 4: ") == 1
 
 
 def test_ranks_end_with_the_same_net_and_differ_in_chance(finished):
-    folder, _ = finished
+    folder, *_ = finished
     for name in RUNS:
         first, second = told(folder / name)
         assert same(first["weights"], second["weights"])
@@ -129,7 +104,7 @@ def test_there_is_one_log_and_one_state_of_both(finished):
 
 
 def test_every_test_image_is_scored_once(finished):
-    folder, _ = finished
+    folder, *_ = finished
     alone = score.main([str(folder / "api" / "last"), "--device", "cpu"])
     assert alone["images"] == 25
     assert json.loads((folder / "api-scores.json").read_text()) == alone
@@ -139,7 +114,7 @@ def test_every_test_image_is_scored_once(finished):
 
 @pytest.mark.parametrize("name", ["api-exact", "baseline-exact", "memory-exact"])
 def test_two_ranks_train_as_one_process_with_the_whole_batch(finished, cache, tmp_path, monkeypatch, name):
-    folder, _ = finished
+    folder, *_ = finished
     monkeypatch.setattr(train_cub, "train_transform", eval_transform)
     train_cub.main([*RUNS[name], "--output", str(tmp_path / "run")])
     here, there = (output / "last" for output in (tmp_path / "run", folder / name))
@@ -147,46 +122,37 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(finished, cache, tm
     for key in here:
         torch.testing.assert_close(there[key], here[key], atol=1e-5, rtol=1e-4)
     for one, other in zip(rows(tmp_path / "run"), rows(folder / name), strict=True):
-        figures = [{k: float(v or 0) for k, v in row.items() if k != "seconds"} for row in (one, other)]
+        figures = [{k: float(v or 0) for k, v in row.items()} for row in (one, other)]
         assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
 def test_killed_rank_ends_the_run_and_resuming_ends_as_if_never_interrupted(finished, tmp_path):
-    flags = [*API, "--output", str(tmp_path / "run"), "--checkpoint-minutes", "1e-9"]
-    killed = on_two_ranks({"flags": flags, "kill_in_epoch": 3})
-    assert killed.returncode != 0
-    assert re.search(r"Root Cause.*rank\s*: 1 .*exitcode\s*: -9 .*SIGKILL", killed.stderr, flags=re.DOTALL)
-    saved = max(path.name for path in (tmp_path / "run" / "state").iterdir() if not path.suffix)
+    """In the same processes, a run follows whose classes the ranks cannot share: that is said once."""
+    folder, _, err = finished
+    assert re.search(r"Root Cause.*rank\s*: 1 .*exitcode\s*: -9 .*SIGKILL", err, flags=re.DOTALL)
+    saved = max(path.name for path in (folder / "killed" / "state").iterdir() if not path.suffix)
     assert saved == "epoch-0002-batch-00001"
-
     with pytest.raises(SystemExit, match=r"holds a run of 2 process.* here are 1: .*--nproc_per_node=2"):
-        train_cub.main(flags)
+        train_cub.main(resumable(folder))
 
-    resumed = on_two_ranks({"flags": flags})
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("going on after epoch 2 of 3 and 1 of 3 batches") == 1
-    for one, other in zip(told(tmp_path / "run"), told(finished[0] / "api"), strict=True):
+    refused = [*API, "--n-classes", "5", "--output", str(tmp_path / "run")]
+    code, out, err = on_two_ranks({"flags": resumable(folder)}, {"flags": refused})
+    assert out.count("going on after epoch 2 of 3 and 1 of 3 batches") == 1, err
+    for one, other in zip(told(folder / "killed"), told(folder / "api"), strict=True):
         assert same(one["weights"], other["weights"])
         assert torch.equal(one["random"], other["random"])
-        timing = {"seconds"}
-        assert {k: v for k, v in one["result"].items() if k not in timing} == {
-            k: v for k, v in other["result"].items() if k not in timing
-        }
+        assert one["result"] | {"seconds": 0} == other["result"] | {"seconds": 0}
 
-
-def test_classes_that_ranks_cannot_share_are_named_once(finished, cache, tmp_path):
-    train_py = str(ROOT / "examples" / "train_cub.py")
-    found = torchrun(train_py, *API, "--n-classes", "5", "--output", str(tmp_path / "run"))
-    assert found.returncode != 0
-    assert found.stderr.count("n_classes=5 must be divisible by world_size=2") == 1
-    assert "[rank1]" not in found.stderr
+    assert code != 0
+    assert err.count("n_classes=5 must be divisible by world_size=2") == 1
+    assert "[rank1]" not in err
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_end_with_the_same_net(cache, tmp_path):
     flags = [*API, "--device", "cuda", "--amp", "bf16", "--output", str(tmp_path / "run")]
-    found = on_two_ranks({"flags": flags})
-    assert found.returncode == 0, found.stderr
+    code, _, err = on_two_ranks({"flags": flags})
+    assert code == 0, err
     first, second = told(tmp_path / "run")
     assert same(first["weights"], second["weights"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cub_runs import FULL, TINY, assert_ends_alike, run
+from cub_runs import FULL, TINY, KilledError, assert_ends_alike, at_call, killed, run
 
 import train_cub
 from workbench import checkpoint, run_folder
@@ -18,12 +18,6 @@ from workbench.datasets import open_data
 from workbench.images import ImageDataset, train_loader, train_transform
 from workbench.run_folder import RunFolder
 from workbench.settings import parse
-
-ROOT = Path(__file__).parents[2]
-
-
-class KilledError(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +52,10 @@ class Kill:
     def is_now(self, name):
         self.passed.append(name)
         return len(self.passed) - 1 == self.moment
+
+    def after(self, moments):
+        """Set the moment: so many after the next one."""
+        self.moment = len(self.passed) + 1 + moments
 
     def _before(self, name, function):
         def killed_before(*args, **kwargs):
@@ -100,15 +98,7 @@ def test_killed_while_a_checkpoint_is_written(birds, tmp_path, whole, monkeypatc
     """Each moment between the third step and the fourth."""
     with monkeypatch.context() as patch:
         kill = Kill(patch)
-        step, calls = train_cub.compute_loss, []
-
-        def fourth(*args):
-            calls.append(0)
-            if len(calls) == 4:
-                kill.moment = len(kill.passed) + 1 + moment
-            return step(*args)
-
-        patch.setattr(train_cub, "compute_loss", fourth)
+        at_call(patch, 4, train_cub, "compute_loss", lambda: kill.after(moment))
         with pytest.raises(KilledError):
             run(birds, tmp_path / "run", *FULL)
     run(birds, tmp_path / "run", *FULL)
@@ -117,15 +107,7 @@ def test_killed_while_a_checkpoint_is_written(birds, tmp_path, whole, monkeypatc
 
 def test_workers_change_nothing_also_when_the_run_goes_on(birds, tmp_path, whole, monkeypatch):
     with monkeypatch.context() as patch:
-        step, calls = train_cub.compute_loss, []
-
-        def fifth(*args):
-            calls.append(0)
-            if len(calls) == 5:
-                raise KilledError
-            return step(*args)
-
-        patch.setattr(train_cub, "compute_loss", fifth)
+        at_call(patch, 5, train_cub, "compute_loss", killed)
         with pytest.raises(KilledError):
             run(birds, tmp_path / "run", *FULL, "--workers", "2")
     run(birds, tmp_path / "run", *FULL, "--workers", "2")
@@ -229,15 +211,7 @@ def in_the_foreground():
 def test_signals_save_and_stop(birds, tmp_path, whole, monkeypatch, capsys, number, owner, name, call, saved):
     flags = [*FULL, "--checkpoint-minutes", "0"]
     with monkeypatch.context() as patch:
-        function, calls = getattr(owner, name), []
-
-        def signalled(*args):
-            calls.append(0)
-            if len(calls) == call:
-                os.kill(os.getpid(), number)
-            return function(*args)
-
-        patch.setattr(owner, name, signalled)
+        at_call(patch, call, owner, name, lambda: os.kill(os.getpid(), number))
         before = signal.getsignal(number)
         with pytest.raises(SystemExit) as stopped:
             run(birds, tmp_path / "run", *flags)
@@ -247,13 +221,6 @@ def test_signals_save_and_stop(birds, tmp_path, whole, monkeypatch, capsys, numb
     assert f"saved as {tmp_path / 'run' / 'state' / saved}; the same command goes on" in capsys.readouterr().err
     run(birds, tmp_path / "run", *flags)
     assert_ends_alike(tmp_path / "run", whole)
-
-
-def test_a_start_that_fails_leaves_nothing_behind(birds, tmp_path):
-    with pytest.raises(SystemExit, match="--n-classes 7: CUB-200-2011 has 6 classes"):
-        run(birds, tmp_path / "run", "--n-classes", "7")
-    assert not (tmp_path / "run").exists()
-    run(birds, tmp_path / "run", "--epochs", "1")
 
 
 def test_other_data_of_the_same_name_is_refused(birds, tmp_path):

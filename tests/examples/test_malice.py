@@ -35,9 +35,16 @@ def test_it_would_run(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
+@pytest.fixture(scope="module")
+def trained(birds, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run(birds, folder, "--epochs", "1")
+    return folder
+
+
 @pytest.mark.parametrize("name", ["state.pt", "process-0.pt"])
-def test_a_checkpoint_of_a_run(birds, tmp_path, evil, name):
-    run(birds, tmp_path / "run", "--epochs", "1")
+def test_a_checkpoint_of_a_run(birds, trained, tmp_path, evil, name):
+    shutil.copytree(trained, tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "state").iterdir()
     torch.save({"processes": 1, "net": evil, "random": evil}, checkpoint / name)
     with pytest.raises(SystemExit, match=r"no checkpoint in .* can be loaded"):
@@ -45,11 +52,9 @@ def test_a_checkpoint_of_a_run(birds, tmp_path, evil, name):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_model_folder(birds, tmp_path, evil, name):
+def test_a_model_folder(trained, tmp_path, evil, name):
     """`pytorch_model.bin` is what the Hub's older models have: a pickle, which is not looked for."""
-    run(birds, tmp_path / "run", "--epochs", "1")
-    folder = tmp_path / "best"
-    shutil.copytree(tmp_path / "run" / "best", folder)
+    folder = shutil.copytree(trained / "best", tmp_path / "best")
     (folder / "model.safetensors").unlink()
     torch.save(evil, folder / name)
     for load in (APINet.from_pretrained, lambda path: score.main([str(path), "--device", "cpu"])):

@@ -87,11 +87,18 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "pipe": (lambda path: become(path, os.mkfifo), "is no regular file"),
     "unreadable": (lambda path: path.chmod(0), "cannot be read: Permission denied"),
 }
+GREY8 = PIL.Image.fromarray(PIXELS[..., 0])
 GREY16 = (PIXELS[..., 0].astype(np.uint16)) * 257
 PALETTE = photo().convert("P", palette=PIL.Image.Palette.ADAPTIVE)
 # {kind: (what makes a file of it, the picture that is to come out)}
 GOOD: dict[str, tuple[Callable[[Path], None], np.ndarray]] = {
     "PNG named .jpg": (lambda path: save(path, photo(), "PNG"), PIXELS),
+    "8-bit grey": (lambda path: save(path, GREY8, "PNG"), PIXELS[..., [0, 0, 0]]),
+    "grey and transparent": (lambda path: save(path, GREY8.convert("LA"), "PNG"), PIXELS[..., [0, 0, 0]]),
+    "black and white": (
+        lambda path: save(path, GREY8.point(lambda grey: 255 * (grey > 99), "1"), "PNG"),
+        np.uint8(255) * (PIXELS[..., [0, 0, 0]] > 99),
+    ),
     "16-bit grey PNG": (lambda path: save(path, PIL.Image.fromarray(GREY16), "PNG"), PIXELS[..., [0, 0, 0]]),
     "16-bit grey TIFF": (lambda path: save(path, PIL.Image.fromarray(GREY16), "TIFF"), PIXELS[..., [0, 0, 0]]),
     "palette with a transparent colour": (

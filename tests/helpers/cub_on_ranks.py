@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 import score
 import train_cub
-from workbench.images import eval_transform
+from workbench.images import eval_transform, train_transform
 
 RANK = int(os.environ.get("RANK", "0"))
 compute_loss, make_net, make_sampler = train_cub.compute_loss, train_cub.make_net, train_cub.make_sampler
@@ -39,8 +39,7 @@ def run(flags, kill_in_epoch=0, plain=False):
 
     train_cub.make_net, train_cub.make_sampler = keep("net", make_net), keep("sampler", make_sampler)
     train_cub.compute_loss = die_in_the_second_step
-    if plain:
-        train_cub.train_transform = eval_transform
+    train_cub.train_transform = eval_transform if plain else train_transform
     result = train_cub.main(flags)
     output = flags[flags.index("--output") + 1]
     told = {"weights": made["net"].state_dict(), "random": torch.get_rng_state(), "result": result}
