@@ -30,14 +30,7 @@ from workbench.checkpoint import RunState
 from workbench.chunk_size import with_chunk_size
 from workbench.datasets import ImageSet, open_data
 from workbench.datasets.bad_images import ending_at_bad_images
-from workbench.distributed import (
-    average_gradients,
-    end_all,
-    first_process_first,
-    highest,
-    join_processes,
-    share_buffers,
-)
+from workbench.distributed import average_gradients, end_all, first_process_first, join_processes, share_buffers
 from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
 from workbench.images import ImageDataset, eval_loader, train_loader, train_transform
 from workbench.model_folder import Model
@@ -155,7 +148,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     state = RunState(accelerator, net, optimizer, scheduler, sampler)
     folder.go_on(state, settings.epochs)
     accelerator.init_trackers("tensorboard")
-    progress, saved = state.progress, time.monotonic()
+    progress = state.progress
     batch_size = settings.n_classes * settings.n_samples // processes.num_processes
     with (
         Shutdown() as shutdown,
@@ -187,9 +180,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 wrong = nonfinite(figures, [] if accelerator.scaler else net.parameters())
                 if not wrong:
                     optimizer.step()
-                    for name, value in figures.items():
-                        state.sums[name] = state.sums.get(name, 0) + value.detach()
-                    progress.counted += 1
+                    state.count(figures)
                 else:
                     place = f"step {progress.step + 1} (epoch {epoch + 1}, batch {progress.batch + 1})"
                     if progress.skipped >= settings.skip_nonfinite:
@@ -205,14 +196,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 if progress.batch % 10 == 0 and progress.batch < sampler.n_batches:  # reading waits for the device
                     so_far = means(accelerator, state)
                     bar.set_postfix({name: f"{value:.3g}" for name, value in so_far.items()}, refresh=False)
-                due = 0 < 60 * settings.checkpoint_minutes < time.monotonic() - saved
-                due = due and progress.batch < sampler.n_batches
-                stop, due = highest([shutdown.signal, due])  # what one process wants, all do
-                if stop or due:
-                    folder.save(state)
-                    saved = time.monotonic()
-                if stop:
-                    folder.end_stopped(state, int(stop))
+                folder.after_step(state, shutdown.signal, settings.checkpoint_minutes)
 
             # Test, log and save.
             row = {"lr": optimizer.param_groups[-1]["lr"], **means(accelerator, state)}
@@ -226,10 +210,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             row["seconds"] = progress.seconds + time.perf_counter() - start
             record(folder, state, row, plain, settings)
             progress.batch, progress.counted, progress.seconds, state.sums = 0, 0, 0.0, {}
-            folder.save(state)
-            saved = time.monotonic()
-            if stop := highest([shutdown.signal])[0]:  # it came during the test
-                folder.end_stopped(state, int(stop))
+            folder.after_epoch(state, shutdown.signal)
 
         # The result: the net as it is after the last epoch, and what it confuses.
         logits, labels = predict(net, test_loader, device)

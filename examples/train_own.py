@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     state = RunState(accelerator, net, optimizer, scheduler, sampler)
     check_free(options.out, options.overwrite)  # once more: another training may have ended meanwhile
     folder.go_on(state, options.epochs)
-    progress, saved = state.progress, time.monotonic()
+    progress = state.progress
     every, batch = -(-options.epochs // TESTS), options.n_classes * options.n_samples
     with (
         Shutdown() as shutdown,
@@ -199,24 +199,14 @@ def main(arguments: list[str] | None = None) -> None:
                 optimizer.step()
 
                 # Log and save.
-                for name, value in figures.items():
-                    state.sums[name] = state.sums.get(name, 0) + value.detach()
-                progress.step, progress.batch, progress.counted = (
-                    progress.step + 1,
-                    progress.batch + 1,
-                    progress.batch + 1,
-                )
+                state.count(figures)
+                progress.step, progress.batch = progress.step + 1, progress.batch + 1
                 progress.seconds = time.perf_counter() - start
                 bar.update()
-                due = options.checkpoint_minutes and time.monotonic() - saved > 60 * options.checkpoint_minutes
-                if shutdown.signal or (due and progress.batch < sampler.n_batches):
-                    folder.save(state)
-                    saved = time.monotonic()
-                if shutdown.signal:
-                    folder.end_stopped(state, shutdown.signal)
+                folder.after_step(state, shutdown.signal, options.checkpoint_minutes)
 
             # Test, log and save.
-            row = {name: float(value) / progress.batch for name, value in state.sums.items()}
+            row = {name: float(value) / progress.counted for name, value in state.sums.items()}
             progress.epoch += 1
             row["epoch"] = progress.epoch
             if progress.epoch % every == 0 or progress.epoch == options.epochs:
@@ -225,11 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
             bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "epoch"}, refresh=False)
             row["seconds"] = progress.seconds
             progress.history.append(row)
-            progress.batch, progress.seconds, state.sums = 0, 0.0, {}
-            folder.save(state)
-            saved = time.monotonic()
-            if shutdown.signal:  # it came during the test
-                folder.end_stopped(state, shutdown.signal)
+            progress.batch, progress.counted, progress.seconds, state.sums = 0, 0, 0.0, {}
+            folder.after_epoch(state, shutdown.signal)
 
         # The result: the net as it is after the last epoch.
         if options.prior == "images":

@@ -55,6 +55,12 @@ class RunState:
     progress: Progress = field(default_factory=Progress)
     sums: dict[str, Tensor] = field(default_factory=dict)
 
+    def count(self, figures: dict[str, Tensor]) -> None:
+        """Add those of a step to the epoch's."""
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.progress.counted += 1
+
     def files(self) -> dict[str, Any]:
         """This process's files of a checkpoint: what is its own, and from the first one, what is the same on all."""
         process = PartialState()
@@ -112,7 +118,7 @@ class Checkpoints:
         """From the oldest to the newest, without those that were set aside."""
         return sorted(path.name for path in self.folder.glob("epoch-*") if not path.suffix)
 
-    def save(self, state: RunState) -> Path:
+    def save(self, state: RunState) -> None:
         """Write a checkpoint, by all processes; it has its name only when all of it is on the disk.
 
         Raises:
@@ -141,7 +147,6 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)  # on a full disk, there is no use for half of it
             raise
         process.wait_for_everyone()
-        return target
 
     def newest(self) -> Path | None:
         """The newest that loads, None if there is none at all; one that doesn't is told of and set aside.

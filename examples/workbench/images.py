@@ -149,10 +149,8 @@ class AugmentedImages(Dataset[Any]):
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
         index, seed = place
-        before = (
-            random.getstate(),
-            np.random.get_state(),
-        )  # timm's transforms draw from these, torchvision's from torch's
+        # timm's transforms draw from these, torchvision's from torch's.
+        before = random.getstate(), np.random.get_state()
         try:
             with torch.random.fork_rng(devices=[]):
                 random.seed(seed)

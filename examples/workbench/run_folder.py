@@ -13,17 +13,18 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError
 
 from workbench.checkpoint import Checkpoints, RunState, write_bytes
 from workbench.datasets import ImageSet
-from workbench.distributed import end_all, first_process_first
+from workbench.distributed import end_all, first_process_first, highest
 from workbench.settings import differences
 
 UNTRAINED = {"settings.json", "tensorboard", "state", "lock"}  # left by a run that ended before a checkpoint
@@ -42,7 +43,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], harmless: Collection[str] = (), keep: int = 2) -> None:
-        self.path, self.settings = path, settings
+        self.path, self.settings, self._saved = path, settings, time.monotonic()
         self.checkpoints = Checkpoints(path / "state", keep)
         if is_untrained(path):
             return
@@ -92,10 +93,32 @@ class RunFolder:
             way_on = "with this mended, the same command goes on from there"
             raise SystemExit(f"cannot write to {self.path}: {error}\n{good}; {way_on}") from error
 
-    def save(self, state: RunState) -> Path:
-        """Store all that the rest of the run depends on; all processes take part."""
+    def after_step(self, state: RunState, signal: int, minutes: float) -> None:
+        """Save what the rest of the run depends on if the last time was so many minutes ago; save and end at a signal.
+
+        What one process wants, all do.
+        """
+        due = 0 < 60 * minutes < time.monotonic() - self._saved
+        stop, due = highest([signal, due and state.progress.batch < state.sampler.n_batches])
+        if stop or due:
+            self._save(state)
+        self._end_if(stop, state)
+
+    def after_epoch(self, state: RunState, signal: int) -> None:
+        """Save; end at a signal, which came during the test."""
+        self._save(state)
+        self._end_if(highest([signal])[0], state)
+
+    def _save(self, state: RunState) -> None:
         with self.writing():
-            return self.checkpoints.save(state)
+            self.checkpoints.save(state)
+        self._saved = time.monotonic()
+
+    def _end_if(self, stop: float, state: RunState) -> None:
+        if stop:
+            where = self.checkpoints.folder / state.progress.name
+            said = f"stopped by signal {stop:.0f}, saved as {where}; the same command goes on from there"
+            end_all(said, 128 + int(stop))
 
     @contextmanager
     def replaced(self, name: str) -> Iterator[Path]:
@@ -107,11 +130,6 @@ class RunFolder:
         yield partial
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
-
-    def end_stopped(self, state: RunState, signal: int) -> NoReturn:
-        """End all processes after a signal, when the state is saved."""
-        where = self.checkpoints.folder / state.progress.name
-        end_all(f"stopped by signal {signal}, saved as {where}; the same command goes on from there", 128 + signal)
 
     def write_log(self, history: list[dict[str, float]], columns: list[str]) -> None:
         partial = self.path / "log.csv.partial"

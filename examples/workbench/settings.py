@@ -26,17 +26,13 @@ def setting(default: Any, help: str, choices: Any = None, group: str = "", least
 class Settings:
     """One run. The defaults are the paper's setup on CUB-200-2011 (section 4, "Implementation Details")."""
 
-    dataset: str = setting(
-        "cub", "which data set the folder --data has, in its official format", tuple(ARCHIVES), group="data"
-    )
-    data: str = setting("", "folder of the data set; without it, the embedded set is drawn into a cache folder")
+    dataset: str = setting("cub", "which data set the folder --data has", tuple(ARCHIVES), group="data")
+    data: str = setting("", "its official folder; without it, the embedded set is drawn into a cache folder")
     species: int = setting(200, "embedded set: number of species", least=2)
     images_per_species: int = setting(60, "embedded set: images of each, half of them for training", least=2)
     image_size: int = setting(512, "embedded set: pixels a side", least=32)
     resize: int = setting(512, "images are resized to a square of this side ...", least=1)
-    crop: int = setting(
-        448, "... and cropped to this: at random and flipped in training, the centre in testing", least=1
-    )
+    crop: int = setting(448, "... and cropped to this: at random and flipped to train, the centre to test", least=1)
     skip_bad: str = setting("", f"leave out the images in this list of check_images.py; without a name, in {LIST}")
     cache_images: bool = setting(False, "keep the resized images in memory; for small sets")
     workers: int = setting(4, "processes that load images; 0: none but this one")
@@ -46,17 +42,13 @@ class Settings:
     backbone_args: str = setting("{}", "further arguments of timm.create_model, as JSON")
     pretrained: bool = setting(True, "start from timm's weights for the backbone (ImageNet)")
     weights: str = setting("", "a file of weights for the backbone instead; a run keeps its name, not its path")
-    chunk_size: int | str = setting(
-        0, "images that go through the backbone at a time, to save memory; 0: the whole batch; auto: as many as fit"
-    )
+    chunk_size: int | str = setting(0, "images in the backbone at a time, to save memory; 0: all; auto: what fits")
     keep_chunks: int = setting(1, "of these chunks, how many are not recomputed; auto chooses this, too")
     hidden_dim: int = setting(512, "width of the mutual vector's MLP", least=1)
     dropout: float = setting(0.5, "in that MLP and before the classifier", most=1)
     mutual: str = setting("mlp", "the mutual vector", MUTUALS)
     gate: str = setting("pair", "a gate for each image of a pair, or one for both", ("pair", "single"))
-    pairs: str = setting(
-        "mined", "mined by distance, or drawn at random without regard to class", ("mined", "random"), group="pairs"
-    )
+    pairs: str = setting("mined", "by distance, or at random whatever the class", ("mined", "random"), group="pairs")
     intra: str = setting("similar", "the partner of the same class, if mined", SEARCHES)
     inter: str = setting("similar", "the partner of another class, if mined", SEARCHES)
     memory: int = setting(0, "past features that mined partners are also searched in, besides the batch; 0: none")
@@ -65,17 +57,13 @@ class Settings:
     label_smoothing: float = setting(0.0, "of the cross-entropy", most=1)
     n_classes: int = setting(30, "classes in a batch", group="optimisation", least=2)
     n_samples: int = setting(4, "images of each", least=1)
-    epochs: int = setting(
-        100, "epochs of (training images) // (batch) batches, in which all classes come equally often", least=1
-    )
+    epochs: int = setting(100, "each of (training images) // (batch) batches, all classes equally often", least=1)
     lr: float = setting(0.01, "learning rate, to zero by a cosine stepped every iteration")
     backbone_lr: float = setting(0.0, "learning rate of the backbone; 0: the same")
     momentum: float = setting(0.9, "of SGD, without Nesterov")
     weight_decay: float = setting(5e-4, "of all parameters")
     frozen_epochs: int = setting(8, "epochs at the start in which the backbone's weights stay fixed")
-    frozen_batch_norm: str = setting(
-        "train", "BatchNorm of the backbone meanwhile, as published: train", ("train", "eval")
-    )
+    frozen_batch_norm: str = setting("train", "the backbone's BatchNorm in these; published: train", ("train", "eval"))
     seed: int = setting(0, "of weights, batches, augmentation", group="run")
     device: str = setting("auto", "where to run: auto, cpu, cuda, mps")
     amp: str = setting("no", "mixed precision", ("no", "fp16", "bf16"))
