@@ -9,11 +9,10 @@ from dataclasses import asdict
 import pytest
 import torch
 from commands import finish
-from cub_runs import TINY, at_call, run
-from torch.utils.data import get_worker_info
+from cub_runs import TINY, at_call, in_a_worker, run
 
 import train_cub
-from workbench.images import ImageDataset, end_workers_with_the_parent
+from workbench.images import end_workers_with_the_parent
 from workbench.run_folder import RunFolder
 
 WORKERS = ["--workers", "2", "--checkpoint-minutes", "1e-9"]
@@ -31,18 +30,6 @@ def clean_up():
     signal.signal(signal.SIGCHLD, handler)
 
 
-def in_a_worker(patch, image, action):
-    """Have the first worker that loads this image do something else first."""
-    get = ImageDataset.__getitem__
-
-    def acting(self, index):
-        if index == image and get_worker_info() is not None:
-            action()
-        return get(self, index)
-
-    patch.setattr(ImageDataset, "__getitem__", acting)
-
-
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -57,19 +44,8 @@ def test_a_worker_killed_ends_the_run_which_then_goes_on(birds, tmp_path, monkey
 
 
 HANGS = """
-import sys, time
-import train_cub
-from workbench.images import ImageDataset
-from torch.utils.data import get_worker_info
-
-get = ImageDataset.__getitem__
-
-def hanging(self, index):
-    if index == 7 and get_worker_info() is not None:
-        time.sleep(600)
-    return get(self, index)
-
-ImageDataset.__getitem__ = hanging
+import sys, time, pytest, cub_runs, train_cub
+cub_runs.in_a_worker(pytest.MonkeyPatch(), 7, lambda: time.sleep(600))
 train_cub.main(sys.argv[1:])
 """
 

@@ -1,4 +1,4 @@
-"""Python processes that import what is in this folder, and what they say."""
+"""Python processes that import what the tests do, and what they say."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 def start(*arguments, **how):
     """A process of Python with these arguments; what it says is kept."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    folders = [ROOT, ROOT / "examples", ROOT / "tests" / "helpers", os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
