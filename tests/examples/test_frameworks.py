@@ -2,10 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning
 import lightning_module
@@ -13,6 +9,7 @@ import plain
 import pytest
 import timm_finetune
 import torch
+from commands import ROOT, TORCHRUN, finish
 from frameworks_on_ranks import watch
 from ranks import under_torchrun
 from torch.utils.data import DataLoader
@@ -20,8 +17,6 @@ from toy import CLASSES, Shapes
 
 from apinet_head import APINet, BalancedBatchSampler
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "examples" / "frameworks"
 TARGETS = Shapes(train=True).targets
 SHORT = ["--epochs", "12"]
 
@@ -138,16 +133,10 @@ def test_lightning_resumes_with_the_next_epochs_batches(tmp_path):
 def on_two_ranks(example, folder, *flags, launcher):
     """What each rank was given, and its accuracy."""
     script = ROOT / "tests" / "helpers" / "frameworks_on_ranks.py"
-    path = os.pathsep.join([str(ROOT), str(FOLDER), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(script), example, str(folder), *flags]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count("test accuracy") == 1
+    code, out, err = finish(*launcher, script, example, folder, *flags)
+    assert code == 0, err
+    assert out.count("test accuracy") == 1
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @under_torchrun

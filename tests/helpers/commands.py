@@ -11,8 +11,9 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 def start(*arguments, **how):
     """A process of Python with these arguments; what it says is kept."""
-    folders = [ROOT, ROOT / "examples", ROOT / "tests" / "helpers", os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
+    folders = [ROOT, *(ROOT / name for name in ("examples", "examples/frameworks", "tests/helpers"))]
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
@@ -21,7 +22,7 @@ def finish(*arguments):
     """(exit code, output, errors) of such a process once it has ended; torchrun takes its ranks with it."""
     with start(*arguments) as process:
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=240)
         except BaseException:
             process.terminate()
             raise
