@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.checkpoint import checkpoint
 
 from apinet_head._checks import (
     check_device,
@@ -18,6 +17,7 @@ from apinet_head._checks import (
     check_number,
     describe,
 )
+from apinet_head._gating import gated_features, gates_of, take
 from apinet_head._modules import classify_groups, is_plain_linear
 from apinet_head.distributed import gather_checked, group_name, mean_over_ranks, world_size
 from apinet_head.feature_memory import FeatureMemory
@@ -214,14 +214,14 @@ class APIHead(nn.Module):
                 self._has_checked_pairs = _warn_if_few(features, labels, pairs)
         partner = None if table.is_batch(features) else table.take(pairs.partner)
         # Rows without a class are masked out, whatever they hold; in gradients, 0 * NaN would be NaN.
-        known = features.where((labels >= 0)[:, None], features.nan_to_num(0.0, 0.0, 0.0))
+        known = features.masked_fill((labels < 0)[:, None], 0)
         images = _images(known, pairs, partner)
         row_labels = torch.cat([labels.index_select(0, pairs.anchor), table.labels.index_select(0, pairs.partner)])
         if memory is not None:
             self._remember(memory, features, labels, table)
 
         # The mutual vector of each pair, and the images under its gates.
-        gated = self._gated(images, self._mutual_vector(images))
+        gated = gated_features(images.table, images.rows, self._mutual_vector(images), self.gate == "single")
         valid = _valid(pairs, row_labels, gated[0])
         num_rows = mean_over_ranks(valid.sum(), self._group) if self._across_ranks() else None
 
@@ -245,7 +245,7 @@ class APIHead(nn.Module):
             check_device(keys, "keys", features, "features")
         check_pairs(pairs, features, features if keys is None else keys)
         images = _images(features, pairs, None if keys is None else keys.index_select(0, pairs.partner))
-        anchor, partner = self._gates(images.take(), self._mutual_vector(images))
+        anchor, partner = gates_of(images.take(), self._mutual_vector(images), self.gate == "single")
         return anchor, partner
 
     def _across_ranks(self) -> bool:
@@ -275,29 +275,6 @@ class APIHead(nn.Module):
         if not isinstance(mutual, Tensor) or mutual.shape != anchor.shape:
             raise ValueError(f"mutual must map two [P, D] to [P, D], got {describe(mutual)} for {describe(anchor)}")
         return mutual
-
-    def _gates(self, images: Tensor, mutual: Tensor) -> Tensor:
-        """Gates of images [2,P,D]."""
-        return torch.sigmoid(mutual.expand_as(images) if self.gate == "single" else mutual * images)
-
-    def _gated(self, images: "_Images", mutual: Tensor) -> Tensor:
-        """Gated features [G,2P,D] of all images: under their own gates and, with gate="pair", under each other's."""
-
-        def gated(table: Tensor, rows: Tensor, mutual: Tensor) -> Tensor:
-            images = _Images(table, rows).take()
-            gates = self._gates(images, mutual)
-            # flip(0) swaps the gates of anchors and partners.
-            of_each = [gates, gates.flip(0)] if self.gate == "pair" else [gates]
-            # x + x * g, without broadcasting, whose backward pass would need a sum.
-            return torch.stack([torch.addcmul(images, images, gate).flatten(0, 1) for gate in of_each])
-
-        if torch._C._are_functorch_transforms_active():  # torch.func does not support the hooks of checkpoint
-            return gated(images.table, images.rows, mutual)
-        # Recomputed in the backward pass: cheap to compute, and several times the memory of the features to store.
-        recomputed: Tensor = checkpoint(
-            gated, images.table, images.rows, mutual, use_reentrant=False, preserve_rng_state=False
-        )  # fmt: skip
-        return recomputed
 
     def _check_features(self, features: Tensor) -> None:
         """Raise unless these are features that the head's first layer takes, if that is a plain Linear."""
@@ -332,8 +309,8 @@ class _Images(NamedTuple):
     shared: bool = False  # whether rows of the table are typically in several pairs
 
     def take(self) -> Tensor:
-        """[2,P,D]; index_select has a faster backward pass than indexing."""
-        return self.table.index_select(0, self.rows.flatten()).view(*self.rows.shape, self.table.shape[1])
+        """[2,P,D]."""
+        return take(self.table, self.rows)
 
 
 def _images(features: Tensor, pairs: Pairs, partner: Tensor | None) -> _Images:

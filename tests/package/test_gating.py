@@ -1,0 +1,90 @@
+"""Gated features and their backward pass, which is written by hand, against autograd of the formulas."""
+
+import pytest
+import torch
+from footprint import saved_bytes
+from torch.autograd import forward_ad
+
+from apinet_head._gating import gated_features
+
+SINGLE = pytest.mark.parametrize("single", [False, True])
+
+
+def make_case(dtype=torch.float64, mutual_dtype=None, images=5, pairs=7, dim=3):
+    torch.manual_seed(0)
+    table = torch.randn(images, dim, dtype=dtype, requires_grad=True)
+    mutual = torch.randn(pairs, dim, dtype=mutual_dtype or dtype, requires_grad=True)
+    return table, torch.randint(images, (2, pairs)), mutual  # rows of the table are in several pairs
+
+
+def by_formula(table, rows, mutual, single):
+    """Equations 2 and 3, a pair at a time: own gates of anchors and partners, then other gates."""
+    own, other = ([], []), ([], [])
+    for (a, b), m in zip(rows.T.tolist(), mutual, strict=True):
+        x = table[a], table[b]
+        g = [torch.sigmoid(m if single else m * one) for one in x]
+        for side in (0, 1):
+            own[side].append(x[side] + x[side] * g[side])
+            other[side].append(x[side] + x[side] * g[1 - side])
+    groups = [own] if single else [own, other]
+    return torch.stack([torch.stack([*anchors, *partners]) for anchors, partners in groups])
+
+
+@SINGLE
+def test_values_and_gradients_are_those_of_the_formulas(single):
+    table, rows, mutual = make_case()
+    found, expected = gated_features(table, rows, mutual, single), by_formula(table, rows, mutual, single)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(found).transpose(1, 2).contiguous().transpose(1, 2)  # as a gradient may come: strided
+    for one, other in zip(
+        torch.autograd.grad((found * weight).sum(), (table, mutual)),
+        torch.autograd.grad((expected * weight).sum(), (table, mutual)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@SINGLE
+def test_second_derivatives_are_those_of_finite_differences(single):
+    table, rows, mutual = make_case()
+    function = lambda table, mutual: gated_features(table, rows, mutual, single)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (table, mutual))
+    assert torch.autograd.gradgradcheck(function, (table, mutual))
+
+
+@SINGLE
+def test_forward_mode(single):
+    table, rows, mutual = make_case()
+    tangents = torch.randn_like(table), torch.randn_like(mutual)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*one) for one in zip((table, mutual), tangents, strict=True)]
+        found = forward_ad.unpack_dual(gated_features(duals[0], rows, duals[1], single)).tangent
+    _, expected = torch.func.jvp(lambda *x: by_formula(x[0], rows, x[1], single), (table, mutual), tangents)
+    torch.testing.assert_close(found, expected)
+
+
+@SINGLE
+@pytest.mark.parametrize("mutual_dtype", [torch.float32, torch.bfloat16])
+def test_gradients_have_the_dtypes_of_what_came(single, mutual_dtype):
+    # Under autocast the features are float32 where the backbone ends in one, and the MLP returns bfloat16.
+    table, rows, mutual = make_case(torch.float32, mutual_dtype)
+    gated = gated_features(table, rows, mutual, single)
+    gated.square().sum().backward()
+    assert (table.grad.dtype, mutual.grad.dtype) == (torch.float32, mutual_dtype)
+    exact = [value.detach().double().requires_grad_() for value in (table, mutual)]
+    by_formula(exact[0], rows, exact[1], single).square().sum().backward()
+    for value, reference in zip((table, mutual), exact, strict=True):
+        torch.testing.assert_close(value.grad.double(), reference.grad, rtol=2e-2, atol=2e-2)
+
+
+@SINGLE
+def test_the_arguments_are_all_that_is_kept(single):
+    table, rows, mutual = make_case(images=20, pairs=40, dim=256)
+    found, _ = saved_bytes(lambda: gated_features(table, rows, mutual, single).sum(), [table])
+    assert found == mutual.nbytes + rows.nbytes
+
+
+def test_a_mutual_vector_without_gradient():
+    table, rows, mutual = make_case()
+    found, expected = (make(table, rows, mutual.detach(), False).sum() for make in (gated_features, by_formula))
+    torch.testing.assert_close(torch.autograd.grad(found, table), torch.autograd.grad(expected, table))
