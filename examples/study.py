@@ -49,7 +49,8 @@ from workbench.weights import load_weights
 METHODS = ("api", "balanced", "shuffled", "supcon", "api-embedding", "balanced-embedding")
 EMBEDDING = 512  # channels
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FIRST = slice(2, 5)  # of these are tried first, and more while the best is at an end
+# Of these are tried first, and more while the best is at an end: fewer of trainings that take a minute.
+FIRST_FROZEN, FIRST_TUNED = slice(2, 7), slice(2, 5)
 CHOOSING = (1000, 1001, 1002)  # seeds on which learning rates are chosen, none of which is tested
 SPECIES, DRAWN = 20, 120  # of the birds; half of the images are test images
 BATCH = 32
@@ -226,7 +227,7 @@ class Study:
     def choose_rate(self, run: Run, pool: Pool, backbone: Any) -> Run:
         """The run with the learning rate of the best accuracy on validation images, over several seeds."""
         found: dict[float, float] = {}
-        rates = list(RATES[FIRST])
+        rates = list(RATES[FIRST_TUNED if run.tuned else FIRST_FROZEN])
         while rates:
             for lr in rates:
                 runs = [replace(run, part="validation", seed=seed, lr=lr) for seed in CHOOSING]

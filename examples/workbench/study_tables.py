@@ -69,6 +69,7 @@ def _bits(row: Row) -> "np.ndarray[Any, np.dtype[np.float64]]":
 
 def write(folder: Path, rows: Sequence[Row]) -> None:
     """study.md, study.csv and study.png."""
+    rows = sorted(rows, key=_order)
     tested, varied = ([row for row in rows if row["part"] == part] for part in ("test", "validation"))
     parts = [_origin(rows), "## Methods", methods(tested), "## Differences", differences(tested)]
     parts += ["## The prior", priors(tested), "## What users vary", variations(varied)]
@@ -180,19 +181,23 @@ def plot(file: Path, rows: Sequence[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pairs = list(compared(rows))[::-1]
-    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.2 * len(pairs)), layout="constrained")
+    places = _groups(rows, ("data", "backbone", "tuned"))[::-1]
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.45 * len(places)), layout="constrained")
     shown = set()
-    for place, (first, second) in enumerate(pairs):
-        names, gap = (first[0]["method"], second[0]["method"]), difference(first, second, "accuracy")
-        label = None if names in shown else f"{TITLES[names[0]]} less {TITLES[names[1]]}"
-        shown.add(names)
-        axes.errorbar(100 * gap.mean, place, xerr=100 * (gap.images or 0), color=COMPARED[names], lw=1, fmt="none")
-        axes.errorbar(100 * gap.mean, place, xerr=100 * gap.seeds, color=COMPARED[names], lw=3, fmt="o", label=label)
+    for place, group in enumerate(places):
+        for first, second in compared(group):
+            names, gap = (first[0]["method"], second[0]["method"]), difference(first, second, "accuracy")
+            height = place + 0.3 - 0.12 * list(COMPARED).index(names)  # beside each other
+            label = None if names in shown else f"{TITLES[names[0]]} less {TITLES[names[1]]}"
+            shown.add(names)
+            bar = {"x": 100 * gap.mean, "y": height, "color": COMPARED[names]}
+            axes.errorbar(**bar, xerr=100 * (gap.images or 0), lw=1, fmt="none")
+            axes.errorbar(**bar, xerr=100 * gap.seeds, lw=3, fmt="o", ms=4, label=label)
     axes.axvline(0, color="0.5", lw=1)
-    axes.set_yticks(range(len(pairs)), [_place(first[0]).replace(" |", ",") for first, _ in pairs], fontsize=8)
+    axes.set_yticks(range(len(places)), [_place(group[0]).replace(" |", ",") for group in places], fontsize=8)
+    axes.set_ylim(-0.7, len(places) - 0.3)
     axes.set_xlabel("difference of accuracy, in points")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(fontsize=8, loc="outside upper center", ncols=2)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
@@ -203,6 +208,12 @@ def _groups(rows: Sequence[Row], names: Sequence[str]) -> list[list[Row]]:
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)
     return list(found.values())
+
+
+def _order(row: Row) -> tuple[object, ...]:
+    """Data sets by name and number of images, then frozen backbones before trained ones; methods stay as they were."""
+    name, _, images = row["data"].partition(":")
+    return name, int(images or 0), row["tuned"], row["backbone"]
 
 
 def _place(row: Row) -> str:
