@@ -20,8 +20,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -54,6 +54,7 @@ FIRST_FROZEN, FIRST_TUNED = slice(2, 7), slice(2, 5)
 CHOOSING = (1000, 1001, 1002)  # seeds on which learning rates are chosen, none of which is tested
 SPECIES, DRAWN = 20, 120  # of the birds; half of the images are test images
 BATCH = 32
+VARIED = ("steps", "dropout", "n_samples", "margin", "rank_weight", "mutual", "weighted", "frozen_steps")
 BINS = 15  # of the calibration error
 
 
@@ -77,6 +78,7 @@ class Run:
     dropout: float = 0.5
     mutual: str = "mlp"
     weighted: bool = False  # loss: by the class's number of images, for shuffled batches by its inverse
+    frozen_steps: int = 0  # of a backbone that is trained: steps at first in which the head learns alone
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def train(
     )
     start = time.process_time()
     head.train(), body.train()
-    for rows in batches(run, labels):
+    for step, rows in enumerate(batches(run, labels)):
+        body.requires_grad_(step >= run.frozen_steps)
         taken = inputs[rows] if backbone is None else augmented(inputs[rows])
         features, targets = embed(body(taken)), labels[rows]
         if method == "api":
@@ -207,7 +210,10 @@ class Study:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # stopped in the midst of a line
             self.file.write_text(whole, encoding="utf-8")
-        self.rows = [json.loads(line) for line in whole.splitlines()]
+        newer = {
+            name: field.default for name, field in Run.__dataclass_fields__.items() if field.default is not MISSING
+        }
+        self.rows = [newer | json.loads(line) for line in whole.splitlines()]
         self.done = {self._key(row): row for row in self.rows}
 
     def get(self, run: Run, pool: Pool, backbone: Any) -> dict[str, Any]:
@@ -238,8 +244,8 @@ class Study:
         return replace(run, lr=best)
 
 
-def variants(run: Run) -> list[Run]:
-    """What users vary, one at a time."""
+def variants(run: Run, names: Collection[str]) -> list[Run]:
+    """What users vary, one at a time; of all that, what is named, if anything is."""
     batch = run.n_classes * run.n_samples
     several = [replace(run, n_samples=n, n_classes=batch // n) for n in (2, 4, 8)]
     shared = [replace(run, steps=run.steps // 4), replace(run, steps=4 * run.steps), replace(run, dropout=0.0)]
@@ -250,7 +256,9 @@ def variants(run: Run) -> list[Run]:
         shared += [replace(run, mutual=mutual) for mutual in ("sum", "product")]
     if run.method != "supcon":
         shared.append(replace(run, weighted=True))
-    return shared
+    if run.tuned:
+        shared += [replace(run, frozen_steps=run.steps // part) for part in (10, 2)]
+    return [each for each in shared if not names or any(getattr(each, name) != getattr(run, name) for name in names)]
 
 
 def read_source(source: str, size: int) -> tuple[str, list[Image], list[Image], list[str], int]:
@@ -298,8 +306,8 @@ def study_one(study: Study, source: str, name: str, weights: Path | None, option
         title, name, size, options.fine_tune, "api", "test", 0, 0.0, options.steps, n_classes, BATCH // n_classes
     )
     chosen = [study.choose_rate(replace(base, method=method), pool, backbone) for method in options.methods]
-    if options.vary:
-        varied = [each for run in chosen for each in variants(run) if each.n_classes <= len(classes)]
+    if options.vary is not None:
+        varied = [each for run in chosen for each in variants(run, options.vary) if each.n_classes <= len(classes)]
         for run in varied:
             for seed in CHOOSING:
                 study.get(replace(run, part="validation", seed=seed), pool, backbone)
@@ -321,7 +329,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
     add("--seeds", type=number(int, 2), default=20, help="runs of each method on test images (default: %(default)s)")
     add("--steps", type=number(int, 20), default=400, help="of each run (default: %(default)s)")
-    add("--vary", action="store_true", help="vary the settings instead, on validation images")
+    add(
+        "--vary", nargs="*", choices=VARIED, metavar="SETTING",
+        help=f"vary settings instead, on validation images: all, or some of {', '.join(VARIED)}",
+    )  # fmt: skip
     add("--fine-tune", action="store_true", help="train the backbone too, which takes far longer")
     add("--image-size", type=number(int, 32), help="pixels a side (default: the backbone's own)")
     add("--workers", type=number(int, 0), default=0, help="processes that load images")

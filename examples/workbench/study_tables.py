@@ -29,7 +29,7 @@ COMPARED = {
 }  # the first less the second; colours of the plot
 SETTINGS = (
     "data", "backbone", "image_size", "tuned", "method", "part", "lr", "steps", "n_classes", "n_samples", "margin",
-    "rank_weight", "dropout", "mutual", "weighted",
+    "rank_weight", "dropout", "mutual", "weighted", "frozen_steps",
 )  # fmt: skip
 FIGURES = ("accuracy", "mean_class_accuracy", "calibration_error")
 

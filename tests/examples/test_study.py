@@ -88,6 +88,29 @@ def test_varied_settings_never_see_a_test_image(finished, monkeypatch):
     assert {row["rank_weight"] for row in new} == {0.0, 1.0, 3.0}
 
 
+def test_settings_can_be_varied_by_name():
+    run = study.Run("d", "b", 0, True, "api", "test", 0, 0.01, 200, 2, 16)
+    assert [each.frozen_steps for each in study.variants(run, ["frozen_steps"])] == [20, 100]
+    assert {each.margin for each in study.variants(run, ["margin"])} == {0.0, 0.2, 0.5}
+    for name in study.VARIED:
+        assert all(getattr(each, name) != getattr(run, name) for each in study.variants(run, [name]))
+        assert study.variants(run, [name])
+    assert len(study.variants(run, [])) == sum(len(study.variants(run, [name])) for name in study.VARIED)
+
+
+def test_a_backbone_learns_after_the_steps_in_which_it_is_frozen():
+    labels, images = torch.arange(8) % 2, torch.randn(8, 3, 32, 32)
+    run = study.Run("d", "b", 32, True, "api", "test", 0, 0.01, 20, 2, 4)
+    weights = []
+    for frozen in (0, 5, 20):
+        torch.manual_seed(0)
+        net = timm.create_model("test_resnet", num_classes=0)
+        before = next(net.parameters()).clone()
+        study.train(study.replace(run, frozen_steps=frozen), images, labels, 2, net)
+        weights.append(torch.dist(before, next(net.parameters())).item())
+    assert weights[0] > weights[1] > weights[2] == 0
+
+
 def test_the_backbone_can_be_tuned(finished):
     folder, command = finished
     before = len(rows_of(folder))
