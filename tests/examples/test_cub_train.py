@@ -41,6 +41,21 @@ def test_a_run_leaves_everything(birds, tmp_path, method):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
+def test_the_log_has_the_mean_of_an_epochs_steps(birds, tmp_path, monkeypatch):
+    compute_loss, steps = train_cub.compute_loss, []
+
+    def noted(*args):
+        steps.append(compute_loss(*args))
+        return steps[-1]
+
+    monkeypatch.setattr(train_cub, "compute_loss", noted)
+    run(birds, tmp_path / "run", "--epochs", "1")
+    (row,) = rows(tmp_path / "run")
+    assert len(steps) == 3
+    for name in ("loss", "cross_entropy", "ranking", "train_top1"):
+        assert float(row[name]) == pytest.approx(sum(step[name].item() for step in steps) / 3)
+
+
 def test_both_methods_start_from_the_same_weights_and_batches(birds):
     nets, batches = [], []
     for method in ("api", "baseline"):
