@@ -6,7 +6,7 @@ from typing import TypeGuard, TypeVar
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from apinet_head._checks import describe
 
@@ -20,7 +20,17 @@ def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
         and "forward" not in module.__dict__
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and not _has_global_hooks()
+    )
+
+
+def _has_global_hooks() -> bool:
+    """Whether there are hooks of all modules; torch has no function for this before 2.6."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )
 
 
