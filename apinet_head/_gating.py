@@ -56,7 +56,7 @@ class _Gated(torch.autograd.Function):
         images = take(table, rows)
         gates = gates_of(images, mutual, ctx.single)
         # x + x * g: to x goes the gradient times 1 + g, to g the gradient times x.
-        own, *others = gradient.reshape(-1, *images.shape).unbind()
+        own, *others = gradient.reshape(1 if ctx.single else 2, *images.shape).unbind()
         of_images, of_gates = torch.addcmul(own, own, gates), own * images
         for other in others:  # flip(0): the image of a gate is the pair's other one
             of_images = torch.addcmul(of_images + other, other, gates.flip(0))

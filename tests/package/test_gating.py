@@ -31,8 +31,9 @@ def by_formula(table, rows, mutual, single):
 
 
 @SINGLE
-def test_values_and_gradients_are_those_of_the_formulas(single):
-    table, rows, mutual = make_case()
+@pytest.mark.parametrize("pairs", [1, 7])
+def test_values_and_gradients_are_those_of_the_formulas(single, pairs):
+    table, rows, mutual = make_case(pairs=pairs)
     found, expected = gated_features(table, rows, mutual, single), by_formula(table, rows, mutual, single)
     torch.testing.assert_close(found, expected)
     weight = torch.randn_like(found).transpose(1, 2).contiguous().transpose(1, 2)  # as a gradient may come: strided
@@ -82,6 +83,14 @@ def test_the_arguments_are_all_that_is_kept(single):
     table, rows, mutual = make_case(images=20, pairs=40, dim=256)
     found, _ = saved_bytes(lambda: gated_features(table, rows, mutual, single).sum(), [table])
     assert found == mutual.nbytes + rows.nbytes
+
+
+@SINGLE
+def test_no_pairs_have_gradients_of_zero(single):
+    table, rows, mutual = make_case(pairs=0)
+    gated_features(table, rows, mutual, single).sum().backward()
+    assert not table.grad.any()
+    assert mutual.grad.shape == (0, 3)
 
 
 def test_a_mutual_vector_without_gradient():
