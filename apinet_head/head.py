@@ -280,9 +280,10 @@ class APIHead(nn.Module):
         """Raise unless these are features that the head's first layer takes, if that is a plain Linear."""
         check_features(features, dim=self.dim)
         first = self.mutual.fc1 if isinstance(self.mutual, MutualMLP) else None
-        weight = next((layer.weight for layer in (first, self.classifier) if is_plain_linear(layer)), None)
-        if weight is None:
+        plain = [layer for layer in (first, self.classifier) if is_plain_linear(layer)]
+        if not plain:
             return
+        weight = plain[0].weight
         check_device(features, "features", weight, "the head's weights")
         if features.dtype == weight.dtype:
             return

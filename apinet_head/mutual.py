@@ -94,7 +94,7 @@ class MutualBilinear(nn.Module):
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        generator, device = torch.Generator("cpu").manual_seed(0), device or torch.get_default_device()
+        generator, device = torch.Generator("cpu").manual_seed(0), device or torch.empty(0).device
         slots = torch.randint(dim, (2, dim), generator=generator, device="cpu")
         signs = torch.randint(2, (2, dim), generator=generator, device="cpu") * 2 - 1
         self.register_buffer("slots", slots.to(device))

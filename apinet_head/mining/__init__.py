@@ -48,7 +48,7 @@ def find(backend: str, query: Query, generator: torch.Generator | None) -> Found
     if measured:
         found = BACKENDS[backend](query._replace(searches=measured))
         results = {measured[0]: (found.partner[0], found.valid[0])}
-    usable = finite_rows(query.rows) & (query.key_labels >= 0)
+    usable = finite_rows(query.rows()) & (query.key_labels >= 0)
     for search in query.searches:
         if search.how == "random":
             results[search] = draw(query, usable, search.same_class, generator)
@@ -63,7 +63,7 @@ def choose(query: Query) -> str:
     # Under compile or export sizes may be symbolic, and tiles are counted in Python.
     if torch.compiler.is_compiling():
         return "dense"
-    queries, keys = query.shape
+    queries, keys = query.shape()
     rows = TILED_FROM.get(query.features.device.type, TILED_FROM_ELSEWHERE)
     return "tiled" if queries * keys >= rows**2 else "dense"
 

@@ -24,9 +24,9 @@ def slack(query: Query, best: Tensor, squares: Tensor, cancelled: float = CANCEL
 
 def settle(query: Query, partner: Tensor, search: Tensor, row: Tensor, key: Tensor) -> None:
     """Write the best of the candidates `key` of queries `row` in searches `search`, all [N], to partner [S,B]."""
-    step = max(1, AT_ONCE // query.rows.shape[1])
+    step = max(1, AT_ONCE // query.rows().shape[1])
     parts = zip(torch.split(row, step), torch.split(key, step), strict=True)
-    distance = torch.cat([(query.features[i].double() - query.rows[j].double()).square().sum(1) for i, j in parts])
+    distance = torch.cat([(query.features[i].double() - query.rows()[j].double()).square().sum(1) for i, j in parts])
     for index, asked in enumerate(query.searches):
         cost = distance if asked.how == "similar" else -distance
         mine = search == index
@@ -43,18 +43,18 @@ def best_of(query: Query, scale: Tensor | None, key: Tensor, is_candidate: Tenso
     """
     key = key.where(is_candidate, 0)
     searches, count, size = key.shape
-    per_query = searches * size * query.rows.shape[1]
+    per_query = searches * size * query.rows().shape[1]
     step = None if torch.compiler.is_compiling() else max(1, AT_ONCE // per_query)
     parts = [slice(None)] if step is None else [slice(i, i + step) for i in range(0, count, step)]
     distance = torch.cat([_distances_of(query, scale, key, part) for part in parts], 1)
     cost = flip(query.searches, distance).nan_to_num(0.0).where(is_candidate, torch.inf)
     best = is_candidate & (cost <= cost.amin(2, keepdim=True))
-    return key.where(best, query.rows.shape[0]).amin(2)
+    return key.where(best, query.rows().shape[0]).amin(2)
 
 
 def _distances_of(query: Query, scale: Tensor | None, key: Tensor, part: slice) -> Tensor:
     key = key[:, part]
-    keys = query.rows.index_select(0, key.flatten()).view(*key.shape, -1)
+    keys = query.rows().index_select(0, key.flatten()).view(*key.shape, -1)
     difference = _wide(query.features[part], scale)[None, :, None] - _wide(keys, scale)
     return difference.square().sum(3)
 

@@ -62,7 +62,7 @@ def is_small(query: Query) -> bool:
     """Whether products in float64, slow on most GPUs, are faster than comparing candidates again after float32."""
     if is_exporting():  # the program may run on batches of any size
         return False
-    (count, size), dim = query.shape, query.rows.shape[1]
+    (count, size), dim = query.shape(), query.rows().shape[1]
     return query.features.device.type != "mps" and count * size * dim <= SMALL
 
 
@@ -74,7 +74,7 @@ def _search(best: "_Best", tile: int | None) -> Found:
     # then as a row the others), so that of equal distances the one of the lowest index comes first.
     for down in _parts(query.features, tile):
         queries = rows.queries(down)
-        for across in _parts(query.rows, tile, down.start if symmetric else 0):
+        for across in _parts(query.rows(), tile, down.start if symmetric else 0):
             if best.crowded:
                 break
             mirrored = symmetric and across.start > down.start

@@ -33,15 +33,13 @@ class Query(NamedTuple):
     key_offset: int | None
     searches: tuple[Search, ...]
 
-    @property
-    def rows(self) -> Tensor:
+    def rows(self) -> Tensor:  # no property: torch.compile of PyTorch 2.5 and 2.6 fails at it
         """[M,D], the keys, or the features if keys is None."""
         return self.features if self.keys is None else self.keys
 
-    @property
     def shape(self) -> tuple[int, int]:
         """B and M."""
-        return self.features.shape[0], self.rows.shape[0]
+        return self.features.shape[0], self.rows().shape[0]
 
 
 class Found(NamedTuple):

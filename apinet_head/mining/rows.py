@@ -49,14 +49,14 @@ class Rows:
             self.products = symmetric_products(query.features.to(dtype))
             self.squares = self.products.diagonal().clone()
         else:
-            self.squares = self._squares(query.rows, tile)
+            self.squares = self._squares(query.rows(), tile)
         self.query_squares = self.squares if query.keys is None else self._squares(query.features, tile)
 
     def queries(self, part: slice) -> Tensor:
         return self._prepared(self.query.features[part])
 
     def keys(self, part: slice) -> Tensor:
-        return self._prepared(self.query.rows[part])
+        return self._prepared(self.query.rows()[part])
 
     def _prepared(self, rows: Tensor) -> Tensor:
         rows = rows.to(self.dtype)
@@ -77,7 +77,7 @@ def as_they_are(query: Query, tile: int | None) -> Rows | None:
     rows = Rows(query, tile, torch.promote_types(query.features.dtype, torch.float32))
     labelled = None if int(query.key_labels.min()) >= 0 else query.key_labels >= 0
     rows.unlabelled = labelled is not None if query.keys is None else int(query.labels.min()) < 0
-    ordinary, rows.usable, rows.odd = _look(query.rows, rows.squares, labelled)
+    ordinary, rows.usable, rows.odd = _look(query.rows(), rows.squares, labelled)
     if ordinary and query.keys is not None:
         ordinary, _, odd = _look(query.features, rows.query_squares, None)
         rows.odd |= odd
@@ -105,15 +105,15 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Te
 
 def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = None) -> Rows:
     """The rows shifted and scaled, without synchronisation or data-dependent operations."""
-    largest_of_row = peaks(query.rows)
+    largest_of_row = peaks(query.rows())
     usable = largest_of_row.isfinite() & (query.key_labels >= 0)
     dtype = dtype or torch.promote_types(query.features.dtype, torch.float32)
-    centre, scale = bulk(query.rows, usable)
+    centre, scale = bulk(query.rows(), usable)
     # As large as the largest row allows, to keep small distances from underflow, but not below the scale of the bulk.
     largest = largest_of_row.where(usable, 0).amax()
     if query.keys is not None:
         largest = torch.maximum(largest, peaks(query.features).nan_to_num(0.0, 0.0).amax().to(largest.dtype))
-    top = torch.exp2((_edge(dtype, query.rows.shape[1]) / 4 / largest.to(dtype)).log2().floor())
+    top = torch.exp2((_edge(dtype, query.rows().shape[1]) / 4 / largest.to(dtype)).log2().floor())
     scale = torch.maximum(scale.to(dtype) * 2.0**BULK, top.nan_to_num(0.0, 0.0, 0.0))
     rows = Rows(query, tile, dtype, centre.to(dtype), scale)
     rows.usable = usable

@@ -20,7 +20,7 @@ def make_case(dtype=torch.float64, mutual_dtype=None, images=5, pairs=7, dim=3):
 def by_formula(table, rows, mutual, single):
     """Equations 2 and 3, a pair at a time: own gates of anchors and partners, then other gates."""
     own, other = ([], []), ([], [])
-    for (a, b), m in zip(rows.T.tolist(), mutual, strict=True):
+    for a, b, m in zip(*rows, mutual, strict=True):
         x = table[a], table[b]
         g = [torch.sigmoid(m if single else m * one) for one in x]
         for side in (0, 1):
