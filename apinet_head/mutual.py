@@ -1,7 +1,7 @@
 """Mutual vectors m [P,D] of the features [P,D] of pairs of images (paper, section 3.1, and its ablation)."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -49,22 +49,23 @@ def is_plain_mlp(mutual: nn.Module) -> TypeGuard[MutualMLP]:
     return is_plain(mutual, MutualMLP) and is_plain_linear(mutual.fc1)
 
 
+FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "individual": lambda anchor, partner: torch.ones_like(anchor),  # no mutual vector: g = sigmoid(x)
+    "square_diff": lambda anchor, partner: (anchor - partner).square(),
+    "sum": torch.add,
+    "product": torch.mul,
+}
+
+
 class MutualFormula(nn.Module):
     """m as a function of x_a and x_b without parameters, one of FORMULAS."""
-
-    FORMULAS: ClassVar[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
-        "individual": lambda anchor, partner: torch.ones_like(anchor),  # no mutual vector: g = sigmoid(x)
-        "square_diff": lambda anchor, partner: (anchor - partner).square(),
-        "sum": torch.add,
-        "product": torch.mul,
-    }
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
 
     def forward(self, anchor: Tensor, partner: Tensor) -> Tensor:
-        return self.FORMULAS[self.name](anchor, partner)
+        return FORMULAS[self.name](anchor, partner)
 
     def extra_repr(self) -> str:
         return repr(self.name)
@@ -113,7 +114,7 @@ class MutualBilinear(nn.Module):
         return torch.zeros_like(x).index_add(1, self.slots[side], x * self.signs[side].to(x.dtype))
 
 
-MUTUALS = ("mlp", "weighted", "bilinear", *MutualFormula.FORMULAS)
+MUTUALS = ("mlp", "weighted", "bilinear", *FORMULAS)
 
 
 def make_mutual(name: str, dim: int, hidden_dim: int, dropout: float, **factory: Any) -> nn.Module:
