@@ -47,22 +47,21 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor, mutual: Tensor, single: bool) -> Tensor:
         ctx.save_for_backward(table, rows, mutual)
-        ctx.single = single
         return _gated(table, rows, mutual, single)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, None]:
         table, rows, mutual = ctx.saved_tensors
-        images = take(table, rows)
-        gates = gates_of(images, mutual, ctx.single)
+        images, single = take(table, rows), gradient.shape[0] == 1
+        gates = gates_of(images, mutual, single)
         # x + x * g: to x goes the gradient times 1 + g, to g the gradient times x.
-        own, *others = gradient.reshape(1 if ctx.single else 2, *images.shape).unbind()
+        own, *others = gradient.reshape(len(gradient), *images.shape).unbind()
         of_images, of_gates = torch.addcmul(own, own, gates), own * images
         for other in others:  # flip(0): the image of a gate is the pair's other one
             of_images = torch.addcmul(of_images + other, other, gates.flip(0))
             of_gates = torch.addcmul(of_gates, other.flip(0), images.flip(0))
         of_inner = torch.ops.aten.sigmoid_backward(of_gates, gates)  # of m, or m * x
-        if ctx.single:
+        if single:
             of_mutual = of_inner.sum(0)
         else:
             of_mutual = (of_inner * images).sum(0)
