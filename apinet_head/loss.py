@@ -95,7 +95,7 @@ def api_loss_terms(
     """
     _check(output)
     settings = _settings(margin, rank_weight, label_smoothing, class_weight)
-    return _of_logits(*output[:4], output.num_rows, output.group, class_weight, settings)
+    return _of_output(output, class_weight, settings)
 
 
 class APILoss(nn.Module):
@@ -146,7 +146,7 @@ class APILoss(nn.Module):
     def terms(self, output: "APIOutput") -> LossTerms:
         """The loss and its two terms, see `api_loss_terms`."""
         _check(output)
-        return _of_logits(*output[:4], output.num_rows, output.group, self.class_weight, self.settings)
+        return _of_output(output, self.class_weight, self.settings)
 
     def of_features(
         self, gated: Tensor, labels: Tensor, valid: Tensor, num_rows: Tensor | None,
@@ -173,7 +173,7 @@ class APILoss(nn.Module):
             return torch.stack(_sums(logits[0], logits[-1], part, self.settings))
 
         before, sums = _versions(classify), gated.new_zeros(2, dtype=_at_least_float32(gated.dtype))
-        parts = [torch.split(gated, rows, 1), *(torch.split(of_rows, rows) for of_rows in targets[:2])]
+        parts = [torch.split(gated, rows, 1), *(torch.split(of_rows, rows) for of_rows in (targets.labels, targets.valid))]
         for part in zip(*parts, strict=True):
             sums = sums + checkpoint(sums_of, *part, use_reentrant=False)
         if torch.is_grad_enabled() and _versions(classify) != before:
@@ -206,6 +206,11 @@ def _settings(margin: float, rank_weight: float, label_smoothing: float, class_w
 def _check_class_weight(class_weight: Tensor | None, classes: int) -> None:
     if class_weight is not None and class_weight.shape[0] != classes:
         raise ValueError(f"class_weight must be [{classes}], a weight per class, got {describe(class_weight)}")
+
+
+def _of_output(output: "APIOutput", class_weight: Tensor | None, settings: Settings) -> LossTerms:
+    own, other, labels, valid, _, num_rows, group, _ = output  # compilers before PyTorch 2.8 fail at slices of it
+    return _of_logits(own, other, labels, valid, num_rows, group, class_weight, settings)
 
 
 def _of_logits(

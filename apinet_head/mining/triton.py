@@ -45,7 +45,8 @@ def mine(query: Query) -> Found:
     if features.dtype == torch.float64:
         return plain.mine_dense(query) if plain.is_small(query) else plain.mine_tiled(query)
     signs = {asked.same_class: SIGNS[asked.how] for asked in query.searches}
-    return Found(*find_partners(*query[:5], signs.get(True, 0), signs.get(False, 0)))
+    *arguments, _ = query
+    return Found(*find_partners(*arguments, signs.get(True, 0), signs.get(False, 0)))
 
 
 class _Job(NamedTuple):
