@@ -173,7 +173,7 @@ class APILoss(nn.Module):
             return torch.stack(_sums(logits[0], logits[-1], part, self.settings))
 
         before, sums = _versions(classify), gated.new_zeros(2, dtype=_at_least_float32(gated.dtype))
-        parts = [torch.split(gated, rows, 1), *(torch.split(of_rows, rows) for of_rows in (targets.labels, targets.valid))]
+        parts = [torch.split(gated, rows, 1), torch.split(targets.labels, rows), torch.split(targets.valid, rows)]
         for part in zip(*parts, strict=True):
             sums = sums + checkpoint(sums_of, *part, use_reentrant=False)
         if torch.is_grad_enabled() and _versions(classify) != before:
