@@ -37,6 +37,10 @@ class Targets(NamedTuple):
     num_rows: Tensor
     weight_sum: Tensor
 
+    def of_part(self, labels: Tensor, valid: Tensor) -> "Targets":
+        """The same for some of the rows."""
+        return Targets(labels, valid, self.class_weight, self.num_rows, self.weight_sum)
+
 
 def linear_loss(
     gated: Tensor, classifier: nn.Linear, targets: Targets, settings: Settings, rows: int
@@ -73,7 +77,7 @@ class _LinearLoss(torch.autograd.Function):
                 part = slice(first, first + rows)
                 x = gated[:, part].flatten(0, 1).to(dtype)
                 logits = F.linear(x, w, b).to(sums.dtype)
-                of_part = targets._replace(labels=targets.labels[part], valid=targets.valid[part])
+                of_part = targets.of_part(targets.labels[part], targets.valid[part])
                 sums += _to_gradient(logits.view(groups, -1, logits.shape[1]), of_part, settings)
                 gradient = logits.to(dtype)
                 if of_gated is not None:

@@ -253,10 +253,11 @@ class APIHead(nn.Module):
 
     def _keys(self, features: Tensor, labels: Tensor, memory: FeatureMemory | None) -> Keys:
         """The batch, with gather that of all ranks, and the memory."""
-        batch = Keys(*(gather_checked(features, labels, self._group) if self.gather else (features, labels, 0)))
+        batch = gather_checked(features, labels, self._group) if self.gather else (features, labels, 0)
         if memory is None:
-            return batch
-        return batch._replace(labels=torch.cat([batch.labels, memory.labels]), past=memory.features)
+            return Keys(*batch)
+        features, labels, offset = batch
+        return Keys(features, torch.cat([labels, memory.labels]), offset, memory.features)
 
     def _remember(self, memory: FeatureMemory, features: Tensor, labels: Tensor, table: Keys) -> None:
         """Push the images of all ranks, so that all memories are equal: DDP broadcasts the buffers of one rank."""

@@ -169,7 +169,7 @@ class APILoss(nn.Module):
         def sums_of(gated: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
             logits = classify_groups(gated, classify).unbind()
             _check_class_weight(self.class_weight, logits[0].shape[1])
-            part = targets._replace(labels=labels, valid=valid)
+            part = targets.of_part(labels, valid)
             return torch.stack(_sums(logits[0], logits[-1], part, self.settings))
 
         before, sums = _versions(classify), gated.new_zeros(2, dtype=_at_least_float32(gated.dtype))
