@@ -37,6 +37,10 @@ class Query(NamedTuple):
         """[M,D], the keys, or the features if keys is None."""
         return self.features if self.keys is None else self.keys
 
+    def asking(self, searches: tuple[Search, ...]) -> "Query":
+        """The same with other searches; torch.compile of PyTorch 2.7 fails at _replace."""
+        return Query(self.features, self.labels, self.keys, self.key_labels, self.key_offset, searches)
+
     def shape(self) -> tuple[int, int]:
         """B and M."""
         return self.features.shape[0], self.rows().shape[0]
