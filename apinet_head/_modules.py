@@ -25,7 +25,7 @@ def is_plain(module: nn.Module | None, kind: type[M]) -> TypeGuard[M]:
 
 
 def _has_global_hooks() -> bool:
-    """Whether there are hooks of all modules; torch has no function for this before 2.6."""
+    """Whether there are hooks of all modules, by `register_module_forward_hook` and the like."""
     return bool(
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks

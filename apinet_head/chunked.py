@@ -35,7 +35,7 @@ class ChunkedBackbone(nn.Module):
     replayed; nor are changes of weights or buffers through `.data` noticed, nor those of a buffer through a view of it.
 
     Without gradients nothing is recomputed. Compile the backbone, not this module, whose chunks `torch.compile` leaves
-    alone (a last chunk of another size runs uncompiled, from PyTorch 2.6 on). Gradient checkpointing of the backbone's
+    alone (a last chunk of another size runs uncompiled). Gradient checkpointing of the backbone's
     own counts its BatchNorm's running statistics twice, as it does without chunks. Under the transforms of `torch.func`
     and `functional_call`, gradients are the same, but no memory is saved.
 
@@ -113,8 +113,8 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int, keep: in
 
 
 def _uncompiled(backbone: nn.Module, chunk: Tensor) -> Any:
-    """Runs the backbone in eager mode even if it is compiled (PyTorch before 2.6 can't)."""
-    with torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext():
+    """Runs the backbone in eager mode even if it is compiled."""
+    with torch.compiler.set_stance("force_eager"):
         return backbone(chunk)
 
 

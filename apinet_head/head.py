@@ -197,7 +197,7 @@ class APIHead(nn.Module):
             raise ValueError(
                 "criterion= needs logits, and this head has no classifier: pass num_classes= or classifier="
             )
-        labels = labels.long()  # torch before 2.6 selects from few other dtypes
+        labels = labels.long()  # few operations support all integer dtypes
         trains = self.training and torch.is_grad_enabled()
         memory = self.memory if trains and pairs is None else None
 

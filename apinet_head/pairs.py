@@ -176,7 +176,7 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
     size = labels.shape[0]
     if size == 0 or num_pairs < 0:
         raise ValueError(f"need at least one label and num_pairs >= 0, got {size} labels and num_pairs={num_pairs}")
-    labels = labels.long()  # torch before 2.6 selects from few other dtypes
+    labels = labels.long()  # few operations support all integer dtypes
     anchor = torch.randint(size, (num_pairs,), generator=generator, device=labels.device)
     step = torch.randint(1, max(size, 2), (num_pairs,), generator=generator, device=labels.device)
     partner = (anchor + step) % size

@@ -33,7 +33,7 @@ class Query(NamedTuple):
     key_offset: int | None
     searches: tuple[Search, ...]
 
-    def rows(self) -> Tensor:  # no property: torch.compile of PyTorch 2.5 and 2.6 fails at it
+    def rows(self) -> Tensor:  # no property, which not every compiler can trace
         """[M,D], the keys, or the features if keys is None."""
         return self.features if self.keys is None else self.keys
 

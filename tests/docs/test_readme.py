@@ -48,8 +48,6 @@ def test_there_are_snippets_and_commands():
 
 @pytest.mark.parametrize(("document", "code"), SNIPPETS, ids=lambda value: getattr(value, "name", "snippet"))
 def test_snippet_runs(document, code, tmp_path, monkeypatch, own_accelerate):
-    if "torch.onnx" in code and torch.__version__ < "2.6":
-        pytest.skip("torch 2.5 has no dynamic batch in its dynamo exporter")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(document), "exec"), {"__name__": "snippet"})
 

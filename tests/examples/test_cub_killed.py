@@ -8,7 +8,6 @@ import time
 import pytest
 from commands import ROOT, TORCHRUN, start
 from cub_runs import FULL, TINY, assert_ends_alike, run
-from ranks import under_torchrun
 
 TRAIN = ROOT / "examples" / "train_cub.py"
 LONG = ["--epochs", "16", "--eval-every", "8", "--checkpoint-minutes", "0.001"]
@@ -49,7 +48,6 @@ def test_sigkill_then_sigterm_to_a_whole_group_with_workers(birds, tmp_path):
     assert_ends_alike(tmp_path / "run", tmp_path / "whole", last="epoch-0016")
 
 
-@under_torchrun
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_to_two_ranks_stop_them_at_the_same_step(birds, tmp_path, number):
     flags = [*FULL, "--n-classes", "4", "--epochs", "400", "--eval-every", "400"]

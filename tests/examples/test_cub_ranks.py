@@ -7,14 +7,11 @@ import pytest
 import torch
 from commands import ROOT, TORCHRUN, finish
 from cub_runs import rows, same
-from ranks import under_torchrun
 
 import score
 import train_cub
 from apinet_head import APINet
 from workbench.images import eval_transform
-
-pytestmark = under_torchrun
 
 # 5 species: 25 test images, which two ranks cannot share equally.
 TINY = [

@@ -11,7 +11,6 @@ import timm_finetune
 import torch
 from commands import ROOT, TORCHRUN, finish
 from frameworks_on_ranks import watch
-from ranks import under_torchrun
 from torch.utils.data import DataLoader
 from toy import CLASSES, Shapes
 
@@ -139,7 +138,6 @@ def on_two_ranks(example, folder, *flags, launcher):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@under_torchrun
 @pytest.mark.parametrize(
     ("example", "flags", "settings"),
     [

@@ -109,7 +109,6 @@ def test_mistakes_are_one_line(own, tmp_path, arguments, message):
     assert "\n" not in str(ended.value)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 has no dynamic batch in its dynamo exporter")
 @pytest.mark.parametrize("kind", ["own", "cub"])
 def test_onnx_file_is_enough_to_predict(own, cub_model, birds, tmp_path, capsys, kind):
     onnxruntime = pytest.importorskip("onnxruntime")

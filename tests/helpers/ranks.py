@@ -10,13 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-# Seen after training, where the last reference to DistributedDataParallel goes.
-under_torchrun = pytest.mark.skipif(torch.__version__ < "2.6", reason="gloo of torch 2.5 can hang where a process ends")
 
 SLOW_IMPORTS = ["pytest", "timm", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.testing"]
 

@@ -156,8 +156,6 @@ def test_a_weight_that_is_a_dtensor_is_left_to_its_layer(mesh):
 @pytest.mark.parametrize("places", [["mutual.fc1"], ["mutual.fc1", "mutual.fc2", "classifier"]])
 def test_fully_sharded_linears_give_the_same_loss_and_gradients(mesh, places):
     fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("fully_shard is elsewhere in torch before 2.6")
     head, features, labels = make_case()
     expected = api_loss(head(features, labels))
     names, parameters = zip(*head.named_parameters(), strict=True)

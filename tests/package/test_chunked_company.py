@@ -142,9 +142,6 @@ def test_compiled_backbone(backend, keep):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.compiler, "set_stance"), reason="PyTorch before 2.6 can't leave out compiled code"
-)
 def test_a_last_chunk_of_another_size_needs_no_second_graph(keep):
     torch._dynamo.reset()
     made = []

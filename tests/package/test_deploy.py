@@ -149,8 +149,6 @@ def test_what_a_plain_model_cannot_compute_is_refused(change):
 
 @pytest.mark.parametrize(("model", "deployed"), [(MODELS[0], False), *((model, True) for model in MODELS)])
 def test_exported_program_takes_any_batch_size(model, deployed):
-    if model == "test_vit" and torch.__version__ < "2.6":
-        pytest.skip("torch 2.5 takes its batch for a constant")
     net, images = make_case(model)
     program = torch.export.export(
         net.to_deploy() if deployed else net, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
@@ -158,7 +156,6 @@ def test_exported_program_takes_any_batch_size(model, deployed):
     torch.testing.assert_close(program.module()(images.repeat(3, 1, 1, 1)), net(images.repeat(3, 1, 1, 1)))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 has no dynamic batch in its dynamo exporter")
 @pytest.mark.parametrize("model", [*MODELS[:2], *(pytest.param(model, marks=pytest.mark.slow) for model in MODELS[2:])])
 def test_onnx_model_takes_any_batch_size(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -17,7 +17,7 @@ import ranks
 import reference
 import torch
 import torch.distributed as dist
-from ranks import free_port, from_all, on_ranks, under_torchrun
+from ranks import free_port, from_all, on_ranks
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -433,7 +433,7 @@ def sharded_net_in_chunks_is_the_net_on_the_whole_batch(chunk_size, keep, reshar
     chunks = SIZE // (chunk_size or SIZE)
     forward = BLOCKS * chunks if reshard else BLOCKS
     backward = (BLOCKS if reshard else 0) + (BLOCKS - 1) * (chunks - 1)
-    assert torch.__version__ < "2.6" or gathers.count == 1 + forward + backward
+    assert gathers.count == 1 + forward + backward
 
 
 def buffers_may_be_distributed_tensors():
@@ -497,7 +497,6 @@ def test_ranks(failed, case):
         assert case not in rank, rank[case]
 
 
-@under_torchrun
 def test_two_nodes_of_torchrun_shard_a_net():
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     command += ["--master-addr=localhost", f"--master-port={free_port()}"]

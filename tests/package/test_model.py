@@ -212,7 +212,6 @@ def test_arguments_of_the_head_pass_through(chunk_size):
     assert net(IMAGES, LABELS, pairs=pairs).pairs is pairs
 
 
-@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 itself brings sympy, when distributed is imported")
 def test_import_leaves_alone_what_takes_long():
     slow = {"timm", "huggingface_hub", "torchvision", "torch._dynamo", "sympy", "pytorch_metric_learning"}
     code = f"import sys, torch; had = {{*sys.modules}}; import apinet_head; print(*({slow} & {{*sys.modules}} - had))"

@@ -15,8 +15,6 @@ ARCHITECTURES["sequencer"] = "sequencer2d_s"  # the first takes 20 seconds to ma
 each_module = pytest.mark.parametrize(
     "module", [pytest.param(name, marks=[] if name in FAMILIES else pytest.mark.slow) for name in ARCHITECTURES]
 )
-# There, many of timm's models ask for values of tensors on the meta device while they are made.
-on_meta = pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 can't make them on the meta device")
 # Two classifiers or more (distillation, scales, tokens), or layers that timm leaves out together with the classifier.
 MANY_PLACES = {
     "crossvit", "efficientformer", "efficientformer_v2", "efficientvim", "efficientvit_msra", "iformer", "levit",
@@ -24,7 +22,6 @@ MANY_PLACES = {
 }  # fmt: skip
 
 
-@on_meta
 @each_module
 def test_features_have_the_dim_apinet_says(module):
     # The meta device computes shapes alone: ViT-G and ConvNeXt-XXL cost no more than ResNet-18.
@@ -37,7 +34,6 @@ def test_features_have_the_dim_apinet_says(module):
             assert net(images, torch.empty(2, dtype=torch.long)).logits_self.shape == (8, 7)
 
 
-@on_meta
 @each_module
 def test_deployed_is_the_model_that_timm_makes(module):
     with torch.device("meta"):
