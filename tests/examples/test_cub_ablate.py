@@ -1,13 +1,11 @@
 """The ablation's rows, and its table on a tiny set of birds."""
 
 import csv
-from types import SimpleNamespace
 
 import pytest
-from cub_runs import TINY
+from cub_runs import TINY, train_here
 
 import ablate
-import train_cub
 from workbench.settings import parse
 
 
@@ -23,19 +21,8 @@ def test_rows_are_all_of_the_papers_parts_and_their_flags_are_understood():
         assert (changed != parse([])) == bool(row.flags)
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Runs are trained here, without a process for each as test_demo_compares_the_methods has: its start takes long."""
-
-    def train(flags, log):
-        train_cub.main(flags)
-        return SimpleNamespace(poll=lambda: 0, returncode=0)
-
-    monkeypatch.setattr("workbench.sweep._start", train)
-
-
-@pytest.mark.usefixtures("in_this_process")
 def test_a_part_runs_and_goes_on_where_it_stopped(birds, tmp_path, monkeypatch, capsys):
+    train_here(monkeypatch)
     flags = ["--only", "gate", "--seeds", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
     flags += [*TINY, "--data", str(birds), "--epochs", "1"]
     monkeypatch.setattr("sys.argv", ["ablate.py", *flags])
@@ -59,8 +46,8 @@ def test_a_part_runs_and_goes_on_where_it_stopped(birds, tmp_path, monkeypatch, 
         ablate.main()
 
 
-@pytest.mark.usefixtures("in_this_process")
 def test_memories_are_compared_in_small_batches(birds, tmp_path, monkeypatch, capsys):
+    train_here(monkeypatch)
     monkeypatch.setattr(ablate, "SIZES", (16,))
     flags = ["--only", "memory", "--seeds", "1", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["ablate.py", *flags, *TINY, "--data", str(birds), "--epochs", "1"])

@@ -6,7 +6,7 @@ from dataclasses import fields
 import huggingface_hub.constants
 import pytest
 import torch
-from cub_runs import TINY, rows, run, same, weights
+from cub_runs import TINY, rows, run, same, train_here, weights
 
 import demo
 import score
@@ -265,6 +265,7 @@ def test_embedded_birds_are_drawn_once_into_the_cache(tmp_path, monkeypatch, cap
 
 
 def test_demo_compares_the_methods(birds, tmp_path, monkeypatch, capsys):
+    train_here(monkeypatch)
     flags = [*TINY, "--data", str(birds), "--epochs", "1"]
     monkeypatch.setattr("sys.argv", ["demo.py", "--seeds", "1", "--runs", str(tmp_path), *flags])
     demo.main()
@@ -277,7 +278,7 @@ def test_demo_compares_the_methods(birds, tmp_path, monkeypatch, capsys):
     assert f"{result['test_top1']:.1f}" in table
 
 
-def test_demo_shows_why_a_run_failed(birds, tmp_path, monkeypatch):
+def test_demo_starts_processes_and_shows_why_one_failed(birds, tmp_path, monkeypatch):
     flags = [*TINY, "--data", str(birds), "--n-classes", "7"]
     monkeypatch.setattr("sys.argv", ["demo.py", "--seeds", "1", "--jobs", "1", "--runs", str(tmp_path), *flags])
     with pytest.raises(SystemExit, match=r"--n-classes 7: CUB-200-2011 has 6 classes"):
