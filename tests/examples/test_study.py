@@ -26,6 +26,7 @@ def finished(tmp_path_factory):
     command = [source, "--weights", f"test_resnet={folder / 'weights.pth'}", "--out", str(folder / "out"), *TINY]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(study, "CHOOSING", study.CHOOSING[:2])
         study.main(command)
         yield folder / "out", command
 
@@ -82,6 +83,7 @@ def test_tables_and_plot_are_written_from_the_runs_alone(finished):
 def test_varied_settings_never_see_a_test_image(finished, monkeypatch):
     folder, command = finished
     before = len(rows_of(folder))
+    monkeypatch.setattr(study, "CHOOSING", study.CHOOSING[:1])
     study.main([*command, "--vary", "--methods", "api"])
     new = rows_of(folder)[before:]
     assert {row["part"] for row in new} == {"validation"}
@@ -111,9 +113,11 @@ def test_a_backbone_learns_after_the_steps_in_which_it_is_frozen():
     assert weights[0] > weights[1] > weights[2] == 0
 
 
-def test_the_backbone_can_be_tuned(finished):
+def test_the_backbone_can_be_tuned(finished, monkeypatch):
     folder, command = finished
     before = len(rows_of(folder))
+    for name, value in {"CHOOSING": study.CHOOSING[:1], "RATES": (1e-3, 1e-2), "FIRST_TUNED": slice(0, 2)}.items():
+        monkeypatch.setattr(study, name, value)
     study.main([*command, "--fine-tune", "--methods", "api", "supcon"])
     new = rows_of(folder)[before:]
     assert {row["tuned"] for row in new} == {True}
