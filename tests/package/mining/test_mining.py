@@ -52,8 +52,13 @@ of_triton = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpret
 QUICK = ("normal", "non-finite", "outliers", "unlabelled")  # of the kinds of batch, in the interpreter
 
 
-def slow_in_the_interpreter(value):
-    return pytest.param(value, marks=pytest.mark.slow if INTERPRETED else ())
+def slow_in_the_interpreter(*values):
+    return pytest.param(*values, marks=pytest.mark.slow if INTERPRETED else ())
+
+
+HALF = torch.float16, torch.bfloat16
+FLOATS = [*map(slow_in_the_interpreter, HALF), torch.float32]
+ALL_FLOATS = FLOATS if INTERPRETED else [*FLOATS, torch.float64]
 
 
 def among(features, labels, backend):
@@ -63,14 +68,14 @@ def among(features, labels, backend):
 
 
 @each_backend
-@settings(max_examples=6 if INTERPRETED else 60, deadline=None)
+@settings(max_examples=4 if INTERPRETED else 60, deadline=None)
 @given(batch=batches(40, 70) if INTERPRETED else batches(), data=st.data())
 def test_any_batch(backend, batch, data):
     check(*batch, intra=data.draw(st.sampled_from(HOWS)), inter=data.draw(st.sampled_from(HOWS)), backend=backend)
 
 
 @each_backend
-@settings(max_examples=6 if INTERPRETED else 50, deadline=None)
+@settings(max_examples=4 if INTERPRETED else 50, deadline=None)
 @given(batch=batches(40 if INTERPRETED else 60, 40), data=st.data())
 def test_keys_elsewhere(backend, batch, data):
     keys, key_labels = batch
@@ -82,7 +87,7 @@ def test_keys_elsewhere(backend, batch, data):
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32] if INTERPRETED else DTYPES)
+@pytest.mark.parametrize("dtype", ALL_FLOATS)
 @pytest.mark.parametrize(
     "kind", [kind if kind in QUICK else slow_in_the_interpreter(kind) for kind in (*KINDS, DENORMAL)]
 )
@@ -100,7 +105,7 @@ def make_features(*size, seed=0, **how):
 @each_backend
 @pytest.mark.parametrize("factor", [6e4, slow_in_the_interpreter(1e10), slow_in_the_interpreter(1e30)])
 @pytest.mark.parametrize("far", [[5], range(0, SIZE, 10), slow_in_the_interpreter(range(SIZE // 10))])
-@pytest.mark.parametrize("offset", [0, 100])
+@pytest.mark.parametrize("offset", [slow_in_the_interpreter(0), 100])
 def test_rows_far_away_change_nobody_elses_partner(backend, factor, far, offset):
     features = make_features(SIZE, DIM) + offset
     features[list(far)] *= factor
@@ -111,7 +116,7 @@ def test_rows_far_away_change_nobody_elses_partner(backend, factor, far, offset)
 
 
 @each_backend
-@pytest.mark.parametrize("factor", [1e3, 1e20])
+@pytest.mark.parametrize("factor", [1e3, slow_in_the_interpreter(1e20)])
 def test_rows_far_away_find_each_other(backend, factor):
     # They are so far from the others that these have no direction for them.
     features, labels, far = make_features(SIZE, DIM), LABELS.clone(), torch.arange(0, 40, 7)
@@ -132,7 +137,7 @@ def test_a_key_far_away_changes_nobodys_partner(backend, factor):
 
 @each_backend
 @pytest.mark.parametrize("empty", [200, slow_in_the_interpreter(5000)])
-@pytest.mark.parametrize(("offset", "factor"), [(1000, 1), (100, 1e30)])
+@pytest.mark.parametrize(("offset", "factor"), [(1000, 1), slow_in_the_interpreter(100, 1e30)])
 def test_keys_without_a_class_do_not_move_the_centre(backend, empty, offset, factor):
     # As in a memory that is not full yet.
     features = make_features(SIZE, 64) + offset
@@ -192,7 +197,7 @@ def test_non_finite_rows_are_never_chosen_but_keep_their_pairs(how, backend):
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", DTYPES[:3] if INTERPRETED else DTYPES)
+@pytest.mark.parametrize("dtype", ALL_FLOATS)
 def test_ties_go_to_the_lowest_index(backend, dtype):
     # Small integers of mean 0: equal distances are equal in floating point too, and there are many of them.
     half = torch.randint(-1, 2, (SIZE // 2, 3), generator=torch.Generator().manual_seed(0)).double()
@@ -207,7 +212,7 @@ def test_ties_go_to_the_lowest_index(backend, dtype):
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_minus_zero_is_zero(backend, dtype):
     # For the ones, 2 and 0 are equally far; |k|² - 2qk is 0 for both, and times -1 it is -0 for one. The centre is 0,
     # and the two meet in one slot, from two tiles.
@@ -217,7 +222,7 @@ def test_minus_zero_is_zero(backend, dtype):
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("distance", [1e4, slow_in_the_interpreter(1e30)])  # float16 has no 1e30: not finite then
 def test_queries_far_from_the_keys(backend, distance, dtype):
     keys, key_labels = make_batch(seed=4, size=50, dim=20, classes=5, dtype=dtype, kind="normal")
@@ -227,7 +232,7 @@ def test_queries_far_from_the_keys(backend, distance, dtype):
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, slow_in_the_interpreter(torch.bfloat16)])
 def test_half_precision_stays_exact(backend, dtype):
     features, labels = make_batch(seed=6, size=60, dim=30, classes=6, dtype=torch.float64, kind="normal")
     mixed = (features * 0.25 + torch.tensor([0.0, 0.5, 1.0, 30.0, -300.0]).repeat(6)).to(dtype)
@@ -325,7 +330,7 @@ def test_products_in_parts_are_exact_enough_for_tf32(cosine):
     assert error < 2 * float32_error < plain_error / 20
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("precision", ["high", slow_in_the_interpreter("medium")])
 @each_backend
 def test_reduced_precision_of_products_does_not_reach_the_distances(backend, precision):
     features, labels = make_batch(seed=5, size=SIZE, dim=300, classes=10, dtype=torch.float32, kind="clusters")
