@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mined import HOWS, brute_force, check
 from reference import candidates
-from strategies import DENORMAL, DTYPES, KINDS, batches, make_batch
+from strategies import DENORMAL, KINDS, batches, make_batch
 from torch.nn.functional import normalize
 
 from apinet_head import mine_pairs, mining, random_pairs
