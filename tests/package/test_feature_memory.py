@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import check_partners
+from releases import with_fake_cuda
 from strategies import DTYPES, make_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -251,6 +252,7 @@ def test_compiled_push_takes_any_batch_size():
         past.check()
 
 
+@with_fake_cuda
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors_need_no_data(device):
     # A fake tensor has no values: any .item(), .cpu() or branch on data would raise here.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from releases import with_fake_cuda
 from strategies import make_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -62,6 +63,7 @@ def test_exported_mining_takes_any_batch_size():
     torch.testing.assert_close([*program.module()(features, labels)], mine_pairs(features, labels), rtol=0, atol=0)
 
 
+@with_fake_cuda
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors_need_no_data(device):
     # A fake tensor has no values: any .item(), .cpu(), nonzero() or branch on data would raise here.

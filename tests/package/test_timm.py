@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from releases import on_meta
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
@@ -22,6 +23,7 @@ MANY_PLACES = {
 }  # fmt: skip
 
 
+@on_meta
 @each_module
 def test_features_have_the_dim_apinet_says(module):
     # The meta device computes shapes alone: ViT-G and ConvNeXt-XXL cost no more than ResNet-18.
@@ -34,6 +36,7 @@ def test_features_have_the_dim_apinet_says(module):
             assert net(images, torch.empty(2, dtype=torch.long)).logits_self.shape == (8, 7)
 
 
+@on_meta
 @each_module
 def test_deployed_is_the_model_that_timm_makes(module):
     with torch.device("meta"):
