@@ -1,13 +1,15 @@
 """Data sets that several test files use."""
 
+import io
 import os
-import subprocess
-import sys
+import runpy
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from colours import FLAGS, write_colours
 from dataset_folders import write
@@ -16,6 +18,14 @@ from birds import write_birds
 
 # --doctest-modules would import them all, and what they register.
 collect_ignore = ["helpers"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_of_many_processes() -> None:
+    """Where pytest-xdist runs tests on all cores, threads, also of processes they start, would wait for each other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture
@@ -36,10 +46,11 @@ def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model folder of train_own.py on colours, by its command; its parent has the images, and what was printed."""
     root = write_colours(tmp_path_factory.mktemp("own") / "colours")
     script = Path(__file__).parents[1] / "examples" / "train_own.py"
-    command = [sys.executable, str(script), str(root), "--out", str(root / "model"), *FLAGS, "--no-pretrained"]
-    done = subprocess.run([*command, "--epochs", "20", "--lr", "0.01"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (root / "printed.txt").write_text(done.stdout)
+    command = [str(script), str(root), "--out", str(root / "model"), *FLAGS, "--no-pretrained"]
+    printed = io.StringIO()
+    with mock.patch("sys.argv", [*command, "--epochs", "20", "--lr", "0.01"]), redirect_stdout(printed):
+        runpy.run_path(command[0], run_name="__main__")
+    (root / "printed.txt").write_text(printed.getvalue())
     return root / "model"
 
 

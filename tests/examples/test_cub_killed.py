@@ -48,7 +48,7 @@ def test_sigkill_then_sigterm_to_a_whole_group_with_workers(birds, tmp_path):
     assert_ends_alike(tmp_path / "run", tmp_path / "whole", last="epoch-0016")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_to_two_ranks_stop_them_at_the_same_step(birds, tmp_path, number):
     flags = [*FULL, "--n-classes", "4", "--epochs", "400", "--eval-every", "400"]
     code, said = killed(birds, tmp_path / "run", number, 0.3, *flags, launcher=TORCHRUN)
