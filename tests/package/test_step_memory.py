@@ -110,7 +110,7 @@ def test_it_is_what_a_real_step_allocates(name, size, chunk_size, amp, tmp_path)
 )
 @pytest.mark.parametrize(
     ("batch", "chunk_size", "keep"),
-    [(24, 24, 1), (24, 12, 1), (24, 13, 0), (24, 4, 0), (24, 4, 1), (24, 4, 3), (27, 5, 1), (27, 5, 2), (27, 5, 9)],
+    [(24, 24, 1), (24, 13, 0), (24, 8, 0), (24, 8, 1), (24, 6, 3), (27, 8, 1), (27, 8, 2), (27, 8, 9)],
 )
 def test_chunks_left_out_would_have_changed_nothing(make, batch, chunk_size, keep, amp, monkeypatch):
     net = make()
@@ -130,7 +130,7 @@ def test_a_frozen_backbone_keeps_nothing():
     assert images < chunked < images + (whole - images) / 4
 
 
-@pytest.mark.parametrize(("chunk_size", "amp", "most"), [(15, None, 8), (8, torch.bfloat16, 3)])
+@pytest.mark.parametrize(("chunk_size", "amp", "most"), [(15, None, 8), pytest.param(8, torch.bfloat16, 3, marks=pytest.mark.slow)])
 def test_resnet101_at_448_pixels_in_chunks(chunk_size, amp, most):
     found = {batch: step_memory(resnet101(), batch, 448, chunk_size=chunk_size, amp=amp).total for batch in (120, 240)}
     assert found[120] <= most * GIB
@@ -147,8 +147,8 @@ def test_resnet101_at_448_pixels_whole():
 
 def test_memory_grows_with_chunk_and_batch():
     # With keep_chunks=1 an uneven last chunk has its own peak.
-    by_chunk = [step_memory(small(), 24, 32, chunk_size=size, keep_chunks=0).total for size in range(3, 23, 3)]
-    by_batch = [step_memory(small(), batch, 32, chunk_size=4, keep_chunks=0).total for batch in range(6, 32, 4)]
+    by_chunk = [step_memory(small(), 24, 32, chunk_size=size, keep_chunks=0).total for size in range(3, 23, 5)]
+    by_batch = [step_memory(small(), batch, 32, chunk_size=4, keep_chunks=0).total for batch in range(6, 32, 8)]
     assert by_chunk == sorted(set(by_chunk))
     assert by_batch == sorted(set(by_batch))
     assert by_chunk[-1] < step_memory(small(), 24, 32).total
@@ -169,7 +169,7 @@ def test_norms_and_softmax_take_float32_in_mixed_precision_as_on_cuda(last):
     ("batch", "norm"),
     [
         (15, nn.BatchNorm2d),
-        (12, group_norm),
+        (9, group_norm),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((14, nn.BatchNorm2d), (18, group_norm))),
     ],
 )
@@ -182,7 +182,7 @@ def test_it_picks_what_brute_force_picks(batch, norm):
         for keep in range(1, -(-batch // size) + 1)
     }
     least, whole = needed[min(needed)], step_memory(net, batch, 32).total
-    for budget in range(least, whole, (whole - least) // 9):
+    for budget in range(least, whole, (whole - least) // 5):
         fitting = [chunks for chunks, need in needed.items() if need <= budget]
         expected = min(fitting, key=lambda chunks: by_hand(batch, *chunks))
         choice = pick_chunk_size(net, batch, 32, memory=budget, margin=0)
@@ -202,7 +202,7 @@ def by_hand(batch, chunk_size, keep):
     return chunk_size < 8, sum(sizes[: len(sizes) - keep]), len(sizes)
 
 
-@pytest.mark.parametrize("chunk_size", [4, 5, 24, 30])
+@pytest.mark.parametrize("chunk_size", [5, 8, 24, 30])
 def test_of_a_given_chunk_size_it_keeps_as_many_as_fit(chunk_size):
     net, batch = small(group_norm), 24
     counts = range(1, -(-batch // chunk_size) + 1)
@@ -216,13 +216,14 @@ def test_of_a_given_chunk_size_it_keeps_as_many_as_fit(chunk_size):
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_one_chunk_is_kept_at_no_cost_and_each_other_at_the_same(amp):
-    needed = [step_memory(resnet101(), 45, 224, chunk_size=9, keep_chunks=keep, amp=amp).total for keep in range(5)]
+    net = APINet("test_resnet", 200)
+    needed = [step_memory(net, 36, 224, chunk_size=9, keep_chunks=keep, amp=amp).total for keep in range(4)]
     # In mixed precision the gradients of the step before are there beside half of the weights.
-    assert needed[1] <= needed[0] + (sum(p.nbytes for p in resnet101().parameters()) if amp else 0)
+    assert needed[1] <= needed[0] + (sum(parameter.nbytes for parameter in net.parameters()) if amp else 0)
     steps = [more - less for less, more in itertools.pairwise(needed[1:])]
     assert max(steps) < 1.02 * min(steps)
-    whole = step_memory(resnet101(), 45, 224, amp=amp).total
-    assert needed[1] + 4 * steps[0] == pytest.approx(whole, rel=0.05)
+    whole = step_memory(net, 36, 224, amp=amp).total
+    assert needed[1] + 3 * steps[0] == pytest.approx(whole, rel=0.05)
 
 
 def test_a_few_estimates_are_enough_and_the_choice_says_why():
@@ -333,9 +334,9 @@ def test_vit_large_takes_what_its_formula_says(dropout):
 
 @on_meta
 def test_swin_takes_what_its_formula_says():
-    batch, heads, dims, depths, tokens = 8, (4, 8, 16, 32), (128, 256, 512, 1024), (2, 2, 18, 2), (3136, 784, 196, 49)
+    batch, heads, dims, depths, tokens = 8, (3, 6, 12, 24), (96, 192, 384, 768), (2, 2, 6, 2), (3136, 784, 196, 49)
     with torch.device("meta"):
-        nets = [APINet("swin_base_patch4_window7_224", 200) for _ in range(2)]
+        nets = [APINet("swin_tiny_patch4_window7_224", 200) for _ in range(2)]
     for module in nets[1].modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = True
