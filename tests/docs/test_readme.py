@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import os
 import re
 import runpy
 import shlex
@@ -18,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from ranks import script_on_ranks
 from torch.distributed.run import get_args_parser as torchrun_flags
 
 import apinet_head
@@ -80,13 +80,9 @@ def test_torchrun_starts_a_command_that_the_processes_can_share(command):
         assert parse(launch.training_script_args).n_classes % int(launch.nproc_per_node) == 0
 
 
-def test_torchrun_runs_the_loop_of_the_page_on_ranks(tmp_path):
+def test_the_loop_of_the_page_on_ranks_runs_on_two(tmp_path):
     (tmp_path / "train.py").write_text(blocks(ROOT / "docs/ranks.md", "python")[0])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    script_on_ranks(2, tmp_path / "train.py", tmp_path)
     assert "head.classifier.weight" in torch.load(tmp_path / "net.pt", weights_only=True)
 
 

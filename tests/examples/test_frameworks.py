@@ -9,8 +9,9 @@ import plain
 import pytest
 import timm_finetune
 import torch
-from commands import ROOT, TORCHRUN, finish
+from commands import ROOT, finish
 from frameworks_on_ranks import watch
+from ranks import script_on_ranks
 from torch.utils.data import DataLoader
 from toy import CLASSES, Shapes
 
@@ -129,11 +130,14 @@ def test_lightning_resumes_with_the_next_epochs_batches(tmp_path):
     assert then.lightning_module.rows == batches([2, 3])
 
 
-def on_two_ranks(example, folder, *flags, launcher):
+def on_two_ranks(example, folder, *flags):
     """What each rank was given, and its accuracy."""
     script = ROOT / "tests" / "helpers" / "frameworks_on_ranks.py"
-    code, out, err = finish(*launcher, script, example, folder, *flags)
-    assert code == 0, err
+    if example == "lightning_module":  # which starts the ranks itself
+        code, out, err = finish(script, example, folder, *flags)
+        assert code == 0, err
+    else:
+        out = "".join(script_on_ranks(2, script, folder, example, str(folder), *flags))
     assert out.count("test accuracy") == 1
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -149,8 +153,7 @@ def on_two_ranks(example, folder, *flags, launcher):
 def test_two_ranks_share_each_batch_by_its_classes(tmp_path, example, flags, settings):
     if example == "hf_trainer":
         flags = [*flags, "--out", str(tmp_path / "out")]
-    launcher = () if example == "lightning_module" else TORCHRUN
-    found = on_two_ranks(example, tmp_path, *flags, "--epochs", "4", launcher=launcher)
+    found = on_two_ranks(example, tmp_path, *flags, "--epochs", "4")
     for rank in range(2):
         assert found[rank]["drawn"] == batches(range(4), rank=rank, world_size=2, **settings)
     assert found[0]["accuracy"] == found[1]["accuracy"]

@@ -1,6 +1,6 @@
 """What test_frameworks.py starts on two ranks: an example, and the training images that each rank was given.
 
-python -m torch.distributed.run ... frameworks_on_ranks.py accelerate_loop FOLDER [FLAGS]
+python frameworks_on_ranks.py accelerate_loop FOLDER [FLAGS]
 """
 
 import importlib

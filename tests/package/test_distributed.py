@@ -497,6 +497,7 @@ def test_ranks(failed, case):
         assert case not in rank, rank[case]
 
 
+@pytest.mark.slow
 def test_two_nodes_of_torchrun_shard_a_net():
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     command += ["--master-addr=localhost", f"--master-port={free_port()}"]

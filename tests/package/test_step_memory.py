@@ -130,7 +130,9 @@ def test_a_frozen_backbone_keeps_nothing():
     assert images < chunked < images + (whole - images) / 4
 
 
-@pytest.mark.parametrize(("chunk_size", "amp", "most"), [(15, None, 8), pytest.param(8, torch.bfloat16, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("chunk_size", "amp", "most"), [(15, None, 8), pytest.param(8, torch.bfloat16, 3, marks=pytest.mark.slow)]
+)
 def test_resnet101_at_448_pixels_in_chunks(chunk_size, amp, most):
     found = {batch: step_memory(resnet101(), batch, 448, chunk_size=chunk_size, amp=amp).total for batch in (120, 240)}
     assert found[120] <= most * GIB
