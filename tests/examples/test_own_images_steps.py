@@ -98,7 +98,7 @@ def test_killed_in_any_step_it_ends_as_if_never_killed(images, whole, tmp_path, 
             train(images, tmp_path / "model", "--checkpoint-minutes", "1e-9")
     assert not (tmp_path / "model" / "classes.json").exists()
     torch.manual_seed(123)  # nothing may depend on what the new process happens to have
-    assert_ends_alike(train(images, tmp_path / "model", "--workers", "2"), whole)
+    assert_ends_alike(train(images, tmp_path / "model", "--workers", "2" if step == 5 else "0"), whole)
     assert not (tmp_path / "model" / "run").exists()
 
 

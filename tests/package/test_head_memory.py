@@ -104,6 +104,7 @@ def test_state_dict_goes_on_as_if_never_interrupted():
         found, expected = second(*make_batch(step)), through(*make_batch(step))
         torch.testing.assert_close(found.logits_self, expected.logits_self)
         assert torch.equal(found.pairs.partner, expected.pairs.partner)
+    torch.testing.assert_close([*second.memory.buffers()], [*through.memory.buffers()], rtol=0, atol=0)
     assert [name for name in first.state_dict() if name.startswith("memory")] == [
         "memory.features", "memory.labels", "memory.num_pushed"
     ]  # fmt: skip
