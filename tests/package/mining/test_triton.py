@@ -67,6 +67,8 @@ def compile_kernels(monkeypatch, capability: int) -> dict[str, list]:
         kernels.setdefault(self.fn.__name__, []).append(run(self, *args, grid=grid, warmup=True, **options))
 
     monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    if not hasattr(triton.runtime.driver, "_active"):
+        pytest.skip("this release of Triton takes no other driver")
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU(capability))
     monkeypatch.setattr(backend, "_capability", lambda device: capability)
     return kernels
