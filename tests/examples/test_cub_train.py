@@ -276,6 +276,8 @@ def test_demo_compares_the_methods(birds, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     result = json.loads((tmp_path / "api-seed0" / "result.json").read_text())
     assert f"{result['test_top1']:.1f}" in table
+    trained = [json.loads((tmp_path / f"{method}-seed0" / "settings.json").read_text()) for method in demo.METHODS]
+    assert [settings["method"] for settings in trained] == [*demo.METHODS]
 
 
 def test_demo_starts_processes_and_shows_why_one_failed(birds, tmp_path, monkeypatch):
