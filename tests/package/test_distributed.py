@@ -493,7 +493,7 @@ def failed(request, tmp_path_factory):
 def test_ranks(failed, case):
     if case not in CASES[len(failed)]:
         pytest.skip("for two ranks")
-    if case.startswith(("FSDP", "buffers may be")) and torch.__version__ < "2.14":
+    if case.startswith(("FSDP, chunks of 3", "FSDP, chunks of 4", "buffers may be")) and torch.__version__ < "2.14":
         pytest.skip("seen to fail with 2.8: where chunks are recomputed, tensors meet DTensors")
     for rank in failed:
         assert case not in rank, rank[case]
