@@ -36,7 +36,8 @@ def mine_dense(query: Query) -> Found:
 
 def mine_tiled(query: Query, *, tile: int | None = None) -> Found:
     """Search in tiles of side `tile`; None for one that fits a CPU's caches, or needs few launches elsewhere."""
-    return _mine(query, tile or (512 if query.features.device.type == "cpu" else 4096))
+    tile = tile or (512 if query.features.device.type == "cpu" else 4096)
+    return _mine(query, None if max(query.shape()) <= tile else tile)
 
 
 def _mine(query: Query, tile: int | None) -> Found:

@@ -15,6 +15,7 @@ from apinet_head.mining.query import Query, is_eager_cpu, peaks
 
 SAMPLE = 32  # rows whose median is the centre
 BULK = -20  # rows of the bulk are scaled to about 2**BULK: outliers need more room above than near neighbours below
+PIECE = 2**20  # numbers squared at a time on a CPU, where larger temporary tensors are slow: each is mapped anew
 SYMMETRIC_FROM = 12_000_000  # multiplications, on a CPU: 120 rows of 830
 
 
@@ -67,7 +68,9 @@ class Rows:
         return torch.sub(rows.nan_to_num(0.0, 0.0, 0.0) * self.scale, self.centre * self.scale).clamp(-edge, edge)
 
     def _squares(self, rows: Tensor, tile: int | None) -> Tensor:
-        if tile is None:
+        if tile is None and is_eager_cpu(rows):
+            tile = max(1, PIECE // rows.shape[1])
+        if tile is None or rows.shape[0] <= tile:
             return self._prepared(rows).square().sum(1)
         return torch.cat([self._prepared(part).square().sum(1) for part in torch.split(rows, tile)])
 
