@@ -87,8 +87,7 @@ class _LinearLoss(torch.autograd.Function):
                 if of_bias is not None:
                     of_bias += logits.sum(0)
         cross_entropy, ranking = sums[0] / (groups * targets.weight_sum), sums[1] / targets.num_rows
-        if not torch.compiler.is_compiling():  # compilers before PyTorch 2.8 fail at attributes
-            ctx.is_used = False
+        ctx.is_used = False
         ctx.save_for_backward(targets.num_rows, of_gated, of_weight, of_bias)
         ctx.mark_non_differentiable(cross_entropy, ranking)
         return cross_entropy + settings.rank_weight * ranking, cross_entropy, ranking

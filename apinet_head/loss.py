@@ -209,7 +209,7 @@ def _check_class_weight(class_weight: Tensor | None, classes: int) -> None:
 
 
 def _of_output(output: "APIOutput", class_weight: Tensor | None, settings: Settings) -> LossTerms:
-    own, other, labels, valid, _, num_rows, group, _ = output  # compilers before PyTorch 2.8 fail at slices of it
+    own, other, labels, valid, _, num_rows, group, _ = output
     return _of_logits(own, other, labels, valid, num_rows, group, class_weight, settings)
 
 

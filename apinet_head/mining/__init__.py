@@ -46,7 +46,7 @@ def find(backend: str, query: Query, generator: torch.Generator | None) -> Found
         return BACKENDS[backend](query)
     results = {}
     if measured:
-        found = BACKENDS[backend](query.asking(measured))
+        found = BACKENDS[backend](query._replace(searches=measured))
         results = {measured[0]: (found.partner[0], found.valid[0])}
     usable = finite_rows(query.rows()) & (query.key_labels >= 0)
     for search in query.searches:

@@ -33,13 +33,9 @@ class Query(NamedTuple):
     key_offset: int | None
     searches: tuple[Search, ...]
 
-    def rows(self) -> Tensor:  # no property, which not every compiler can trace
+    def rows(self) -> Tensor:  # no property, which the compiler of PyTorch 2.8 cannot trace
         """[M,D], the keys, or the features if keys is None."""
         return self.features if self.keys is None else self.keys
-
-    def asking(self, searches: tuple[Search, ...]) -> "Query":
-        """The same with other searches; torch.compile of PyTorch 2.7 fails at _replace."""
-        return Query(self.features, self.labels, self.keys, self.key_labels, self.key_offset, searches)
 
     def shape(self) -> tuple[int, int]:
         """B and M."""
@@ -70,8 +66,8 @@ def is_eager_cpu(rows: Tensor) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is tracing; in older versions of PyTorch, whether anything is."""
-    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+    """Whether torch.export is tracing."""
+    return torch.compiler.is_exporting()
 
 
 def peaks(rows: Tensor) -> Tensor:
