@@ -12,17 +12,34 @@ HOWS = ("similar", "dissimilar", "random")
 def check(features: Tensor, labels: Tensor, *, intra: str = "similar", inter: str = "similar", **keys) -> Pairs:
     """Mine, and compare both halves with brute force."""
     pairs = mine_pairs(features, labels, intra=intra, inter=inter, **keys)
-    size = len(features)
-    reference = {
-        "keys": keys.get("keys"), "key_labels": keys.get("key_labels"), "offset": keys.get("key_offset"),
-        "exact": "large" not in keys.get("backend", ""),  # there only the few best candidates are compared again
-    }  # fmt: skip
-    for row, how, same in ((0, intra, True), (size, inter, False)):
-        half = Pairs(*(field[row : row + size] for field in pairs))
-        assert half.anchor.tolist() == list(range(size))
-        assert half.same_class.tolist() == [same] * size
-        check_partners(half.partner, half.valid, features, labels, how=how, same_class=same, **reference)
+    exact = "large" not in keys.pop("backend", "")  # there only the few best candidates are compared again
+    check_pairs(pairs, features, labels, intra=intra, inter=inter, exact=exact, **keys)
     return pairs
+
+
+def check_pairs(
+    pairs: Pairs,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    intra: str | None,
+    inter: str | None,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    key_offset: int | None = None,
+    exact: bool = True,
+) -> None:
+    """Compare with brute force: each image once as the anchor of each kind of pair that is not None."""
+    size, kinds = len(features), [(how, same) for how, same in ((intra, True), (inter, False)) if how is not None]
+    assert [field.dtype for field in pairs] == [torch.int64, torch.int64, torch.bool, torch.bool]
+    assert pairs.anchor.tolist() == [*range(size)] * len(kinds)
+    assert pairs.same_class.tolist() == [same for _, same in kinds for _ in range(size)]
+    for row, (how, same) in enumerate(kinds):
+        partner, valid = (field[row * size : (row + 1) * size] for field in (pairs.partner, pairs.valid))
+        check_partners(
+            partner, valid, features, labels, how=how, same_class=same,
+            keys=keys, key_labels=key_labels, offset=key_offset, exact=exact,
+        )  # fmt: skip
 
 
 def brute_force(features: Tensor, labels: Tensor) -> Tensor:

@@ -45,24 +45,24 @@ def check_partners(
     """
     if keys is None:
         keys, key_labels, offset = features, labels, 0
-    x, k = features.double().numpy(), keys.double().numpy()
+    x, k = features.detach().double().numpy(), keys.detach().double().numpy()
     finite = np.isfinite(k).all(1)
     # Squares of the largest and the smallest float64 would be no numbers.
     largest = np.abs(np.concatenate([k[finite].ravel(), x[np.isfinite(x)], [np.finfo(float).tiny]])).max()
     x, k = x / largest, k / largest
-    allowed = candidates(labels.numpy(), key_labels.numpy(), finite, same_class, offset)
+    allowed = candidates(labels.long().numpy(), key_labels.long().numpy(), finite, same_class, offset)
     np.testing.assert_array_equal(valid.numpy(), allowed.any(1))
     fallback = np.arange(len(x)) + offset if offset is not None else np.zeros(len(x), dtype=int)
     np.testing.assert_array_equal(partner.numpy()[~valid.numpy()], fallback[~valid.numpy()])
+    rows, chosen = np.flatnonzero(valid.numpy()), partner.numpy()[valid.numpy()]
+    assert allowed[rows, chosen].all(), f"rows {rows[~allowed[rows, chosen]]} got no candidates"
+    if how == "random":
+        return
 
     distance = squared_distances(x, k)
     middle = np.median(k[finite], 0) if finite.any() else 0
     spread = np.quantile(((k[finite] - middle) ** 2).sum(1), 0.8) if finite.any() else 0
     eps = torch.finfo(torch.promote_types(features.dtype, torch.float32)).eps
-    rows, chosen = np.flatnonzero(valid.numpy()), partner.numpy()[valid.numpy()]
-    assert allowed[rows, chosen].all(), f"rows {rows[~allowed[rows, chosen]]} got no candidates"
-    if how == "random":
-        return
     rows, chosen = (some[np.isfinite(x[rows]).all(1)] for some in (rows, chosen))
     nearest, farthest = (np.where(allowed, distance, worst)[rows] for worst in (np.inf, -np.inf))
     best = nearest.min(1) if how == "similar" else farthest.max(1)

@@ -1,20 +1,10 @@
-"""What doesn't fit is an error that shows it, and what isn't finite shows in the loss."""
+"""What doesn't fit is an error that shows it, where test_fuzz.py doesn't look; what isn't finite shows in the loss."""
 
 import pytest
 import torch
+from stand_ins import Calling
 
-from apinet_head import (
-    APIHead,
-    APINet,
-    BalancedBatchSampler,
-    ChunkedBackbone,
-    FeatureMemory,
-    api_loss,
-    explain_pair,
-    load_official_checkpoint,
-    mine_pairs,
-    random_pairs,
-)
+from apinet_head import APIHead, BalancedBatchSampler, ChunkedBackbone, api_loss, mine_pairs, random_pairs
 from apinet_head.mutual import MUTUALS, MutualMLP
 from apinet_head.step_memory import pick_chunk_size, step_memory
 
@@ -23,10 +13,6 @@ X, Y = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.tens
 
 def head(**arguments):
     return APIHead(8, 3, hidden_dim=4, **arguments)
-
-
-def pairs(**fields):
-    return mine_pairs(X, Y)._replace(**fields)
 
 
 def test_features_that_are_all_nan_give_a_loss_that_is():
@@ -52,26 +38,15 @@ def test_autocast_takes_float32_and_its_own_half_precision():
             net(X.half(), Y)
 
 
-class Faulty(torch.nn.Module):
-    """A mutual vector of one's own, with a fault of one's own."""
-
-    def __init__(self, fault):
-        super().__init__()
-        self.fault = fault
-
-    def forward(self, anchor, partner):
-        return self.fault(anchor)
-
-
 def test_an_index_error_of_ones_own_comes_through():
-    with pytest.raises(IndexError, match="mine alone"):
-        head(mutual=Faulty(lambda x: exec("raise IndexError('mine alone')")))(X, Y)
+    with pytest.raises(IndexError, match="pop from empty list"):
+        head(mutual=Calling(lambda *_: [].pop()))(X, Y)
 
 
-@pytest.mark.parametrize("fault", [lambda x: None, lambda x: x[:1], lambda x: [x]])
+@pytest.mark.parametrize("fault", [lambda a, b: None, lambda a, b: a[:1], lambda a, b: [a]])
 def test_a_mutual_vector_of_another_shape_is_an_error(fault):
     with pytest.raises(ValueError, match=r"mutual must map two \[P, D\] to \[P, D\], got"):
-        head(mutual=Faulty(fault))(X, Y)
+        head(mutual=Calling(fault))(X, Y)
 
 
 def test_a_mutual_vector_derived_from_the_papers_is_asked():
@@ -92,66 +67,29 @@ def test_an_offset_at_which_other_images_are_is_noticed():
         mine_pairs(X, Y, keys=keys, key_labels=key_labels, key_offset=0)
 
 
-NAN = float("nan")
-IMAGES = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-FLAT = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+BACKBONE = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
 
 
-def explainable():
-    net = APINet(FLAT, 3, dim=3)
-    net.backbone.forward_features = lambda images: images
-    return net
-
-
-WRONG_TYPES = [
-    (lambda: head()(X, Y, pairs=tuple(mine_pairs(X, Y))), r"pairs must be a Pairs, got tuple"),
-    (
-        lambda: head()(X, classifier=(torch.nn.Linear(8, 3), torch.nn.Linear(8, 3))),
-        r"\[N, 8\].*got tuple; of a model with",
-    ),
-    (lambda: ChunkedBackbone([FLAT], 4), r"backbone must be a module, got list: nn\.Sequential\(\*backbone"),
-    (lambda: ChunkedBackbone(FLAT, 2)([IMAGES]), r"images must be a tensor \[B, \.\.\.\].* got list"),
-    (lambda: APINet([FLAT], 3, dim=3), r"backbone must be a module, got list"),
-    (lambda: random_pairs(Y, 2, generator=0), r"generator must be a torch\.Generator or None, got int"),
-    (lambda: api_loss((X, X, Y)), r"APIOutput, got tuple"),
-    (lambda: explain_pair(FLAT, IMAGES), r"net must be an APINet, got Sequential"),
-    (lambda: explain_pair(explainable(), IMAGES.tolist()), r"images must be a tensor .* got list"),
-    (lambda: step_memory(FLAT, 4.0, 4), r"batch_size must be an int, got 4\.0"),
-    (lambda: step_memory([FLAT], 4, 4), r"net must be a module, got list"),
-    (lambda: load_official_checkpoint(3), r"source must be a path or a dict, got int"),
-]
-WRONG_VALUES = [
-    (lambda: head()(X, Y, pairs=pairs(partner=torch.full((8,), 4))), r"partner must be rows of .*\[4, 8\].* got 4"),
-    (lambda: head()(X, Y, pairs=pairs(anchor=torch.full((8,), -1))), r"anchor must be rows of .*\[4, 8\].* got -1"),
-    (lambda: head()(X, Y, pairs=pairs(valid=torch.ones(3, dtype=torch.bool))), r"bool \[3\]"),
-    (lambda: head()(X, Y, pairs=pairs(valid=torch.ones(8, dtype=torch.long))), "valid must be bool"),
-    (lambda: head()(X, Y, pairs=pairs(partner=torch.zeros(8))), "integer dtype"),
-    (lambda: head()(X, Y, pairs=pairs(partner=torch.zeros(7, dtype=torch.long))), r"int64 \[7\]"),
-    (lambda: api_loss(head()(X, torch.where(Y == 1, 3, 0))), r"\[0, 3\).*got 3"),
-    (lambda: BalancedBatchSampler([0, 0, NAN, NAN], 2, 1), r"integer dtype, got float32 \[4\]"),
-    (lambda: BalancedBatchSampler(["a", "b"], 2, 1), r"ints, or a tensor or array of them, got \['a'"),
-    (lambda: BalancedBatchSampler([], 2, 1), r"n_classes=2 classes: labels have 0"),
-    (lambda: BalancedBatchSampler([0, 1], 2, 1).state_dict(2), r"batches_done must be in \[0, 1\], got 2"),
-    (lambda: APINet(FLAT, 3, dim=3).parameter_groups(NAN), r"lr must be in \[0, inf\), got nan"),
-    (lambda: APINet(FLAT, 3, dim=3).parameter_groups(0.1, -1), r"backbone_lr must be in \[0, inf\), got -1"),
-    (lambda: APIHead(8, dtype=torch.int64), r"dtype must be float16.* got torch\.int64"),
-    (lambda: FeatureMemory(4, 8, dtype=torch.bool), r"dtype must be float16.* got torch\.bool"),
-    (lambda: mine_pairs(X, Y.to_sparse()), r"labels must be a dense tensor"),
-    (lambda: explain_pair(explainable(), IMAGES[..., :0]), r"at least one pixel, got float32 \[2, 3, 4, 0\]"),
-    (lambda: explain_pair(explainable(), IMAGES * NAN, top_k=1), r"features or gates.*\[2, 3, 4, 4\].*not finite"),
-    (lambda: step_memory(FLAT, 4, 0), r"image_size must be at least 1, got 0"),
-    (lambda: step_memory(FLAT, 4, (3, 0, 4)), r"image_size must be at least 1, got 0"),
-    (lambda: pick_chunk_size(FLAT, 4, 4, memory=NAN), r"memory must be in \[0, inf\), got nan"),
-]
-
-
-@pytest.mark.parametrize(("call", "message"), WRONG_TYPES)
-def test_arguments_of_a_wrong_type_are_a_type_error_that_shows_them(call, message):
-    with pytest.raises(TypeError, match=message):
-        call()
-
-
-@pytest.mark.parametrize(("call", "message"), WRONG_VALUES)
-def test_arguments_of_a_wrong_value_are_a_value_error_that_shows_them(call, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: head()(X, Y, pairs=(*mine_pairs(X, Y),)), TypeError, r"pairs must be a Pairs, got tuple"),
+        (lambda: head()(X, classifier=(BACKBONE,) * 2), TypeError, r"\[N, 8\].*got tuple; of a model with"),
+        (lambda: ChunkedBackbone([BACKBONE], 4), TypeError, r"must be a module, got list: nn\.Sequential\(\*backbone"),
+        (lambda: api_loss((X, X, Y)), TypeError, r"APIOutput, got tuple"),
+        (lambda: step_memory(BACKBONE, 4.0, 4), TypeError, r"batch_size must be an int, got 4\.0"),
+        (lambda: step_memory([BACKBONE], 4, 4), TypeError, r"net must be a module, got list"),
+        (lambda: step_memory(BACKBONE, 4, 0), ValueError, r"image_size must be at least 1, got 0"),
+        (lambda: step_memory(BACKBONE, 4, (3, 0, 4)), ValueError, r"image_size must be at least 1, got 0"),
+        (
+            lambda: pick_chunk_size(BACKBONE, 4, 4, memory=torch.nan),
+            ValueError,
+            r"memory must be in \[0, inf\), got nan",
+        ),
+        (lambda: BalancedBatchSampler([], 2, 1), ValueError, r"n_classes=2 classes: labels have 0"),
+        (lambda: BalancedBatchSampler(Y, 2).state_dict(2), ValueError, r"batches_done must be in \[0, 1\], got 2"),
+    ],
+)
+def test_wrong_arguments_are_an_error_that_shows_them(call, error, message):
+    with pytest.raises(error, match=message):
         call()

@@ -1,14 +1,16 @@
-"""Chunks that are recomputed from the state that they first saw: all kinds of it, against the chunks run plainly."""
+"""`ChunkedBackbone` against its chunks run one after the other, bit for bit, for backbones with all kinds of state."""
 
-import copy
 import random
 
 import numpy as np
 import pytest
+import timm
 import torch
-from chunks import batch, one_after_the_other, small
+from chunks import assert_same_gradients, assert_same_statistics, batch, chunked_and_plain, one_after_the_other, small
+from stand_ins import Calling
 from torch import nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from watching import Made
 
 from apinet_head import ChunkedBackbone
 
@@ -51,39 +53,6 @@ class Centred(nn.Module):
         return maps * (1 + self.mean.clone().tanh()[:, None, None])
 
 
-class BatchRenorm(nn.Module):
-    """Ioffe 2017: normalises by the batch, and corrects towards the running statistics, which it then updates."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_std", torch.ones(channels))
-
-    def forward(self, maps):
-        mean = maps.mean((0, 2, 3))
-        std = maps.std((0, 2, 3))
-        r = (std.detach() / self.running_std).clamp(1 / 3, 3)
-        d = ((mean.detach() - self.running_mean) / self.running_std).clamp(-5, 5)
-        with torch.no_grad():
-            self.running_mean += 0.3 * (mean - self.running_mean)
-            self.running_std += 0.3 * (std - self.running_std)
-        shape = (-1, 1, 1)
-        return (maps - mean.view(shape)) / std.view(shape) * r.view(shape) + d.view(shape)
-
-
-class Noisy(nn.Module):
-    """Scales its input by a random number, drawn from a source other than torch's own."""
-
-    def __init__(self, draw, **attributes):
-        super().__init__()
-        self.draw = draw
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, maps):
-        return maps * (1 + self.draw(self))
-
-
 def fake_quantize(observer, **arguments):
     return FakeQuantize(observer, quant_min=0, quant_max=255, **arguments)
 
@@ -98,6 +67,11 @@ def padded():
     return nn.Conv2d(6, 6, 3, padding=1)
 
 
+def with_own_generator():
+    source = torch.Generator().manual_seed(3)
+    return Calling(lambda maps: maps * (1 + torch.rand((), generator=source).item()), source=source)
+
+
 MIDDLES = {
     "spectral_norm": lambda: nn.utils.spectral_norm(padded()),
     "parametrised spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(padded()),
@@ -108,20 +82,34 @@ MIDDLES = {
     "FakeQuantize by channels": lambda: fake_quantize(
         MovingAveragePerChannelMinMaxObserver, ch_axis=1, qscheme=torch.per_channel_affine
     ),
-    "BatchRenorm": lambda: BatchRenorm(6),
     "BatchNorm": lambda: nn.BatchNorm2d(6),
     "InstanceNorm": lambda: nn.InstanceNorm2d(6, track_running_stats=True),
-    "own generator": lambda: Noisy(
-        lambda self: torch.rand((), generator=self.source).item(), source=torch.Generator().manual_seed(3)
-    ),
-    "Python's random": lambda: Noisy(lambda self: random.random()),
-    "numpy's random": lambda: Noisy(lambda self: np.random.random()),
+    "own generator": with_own_generator,
+    "Python's random": lambda: Calling(lambda maps: maps * (1 + random.random())),
+    "numpy's random": lambda: Calling(lambda maps: maps * (1 + np.random.random())),
+}
+
+
+def small_with(norm, **settings):
+    return lambda: small(lambda channels: norm(channels, **settings))
+
+
+BACKBONES = {
+    **{name: lambda make=make: Tail(make()) for name, make in MIDDLES.items()},
+    "BatchNorm and dropout": small,
+    "no momentum": small_with(nn.BatchNorm2d, momentum=None),
+    "not affine": small_with(nn.BatchNorm2d, affine=False),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(small()),
+    "timm BatchNormAct": lambda: timm.create_model("test_efficientnet", num_classes=0, drop_path_rate=0.3),
+    "timm SyncBatchNormAct": lambda: timm.layers.convert_sync_batchnorm(BACKBONES["timm BatchNormAct"]()),
+    "timm ResNet": lambda: timm.create_model("test_resnet", num_classes=0, drop_path_rate=0.3, drop_rate=0.2),
+    "timm ViT": lambda: timm.create_model("test_vit", num_classes=0, drop_path_rate=0.3, img_size=32),
 }
 
 
 def make(name):
     torch.manual_seed(0)
-    module = Tail(MIDDLES[name]())
+    module = BACKBONES[name]().train()
     return module if "FakeQuantize" in name else module.double()
 
 
@@ -131,54 +119,40 @@ def seeded():
     np.random.seed(1)
 
 
-def images_for(module, size):
-    return batch(size).to(module.first.weight.dtype)
-
-
-def buffers(module):
-    return {name: value.clone() for name, value in module.named_buffers()}
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
-
-
-@pytest.mark.parametrize("keep", [0, 1, 2])
-@pytest.mark.parametrize("name", MIDDLES)
-def test_gradients_and_state_are_those_of_the_chunks_run_plainly(name, keep):
-    plain, chunked = make(name), ChunkedBackbone(make(name), 4, keep=keep)
-    images = images_for(plain, 15)
-    losses = []
-    for run in (lambda: one_after_the_other(plain, images, 4), lambda: chunked(images)):
+@pytest.mark.parametrize(
+    ("size", "chunk_size", "keep"),
+    [(12, 4, 0), (12, 4, 2), (11, 4, 0), (11, 4, 1), (11, 4, 2), (11, 4, 3), (6, 6, 1), (5, 8, 1)],
+)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_features_gradients_and_state_are_those_of_the_chunks_run_plainly(name, size, chunk_size, keep):
+    plain, chunked = make(name), ChunkedBackbone(make(name), chunk_size, keep=keep)
+    images = [batch(size).to(next(plain.parameters()).dtype).requires_grad_() for _ in range(2)]
+    found = []
+    for run, own in zip((lambda x: one_after_the_other(plain, x, chunk_size), chunked), images, strict=True):
         seeded()
         # Two passes before the first backward pass: the second changes the state once more.
-        losses.append((run().square().sum(), run().square().sum(), random.getstate(), np.random.random()))
-    (*expected, python, numpys), (*found, own_python, own_numpys) = losses
-    assert found == expected
-    assert (own_python, own_numpys) == (python, numpys)
-    state = buffers(plain)
-    assert_equal(buffers(chunked.backbone), state)
-    for pair in (expected, found):
-        for loss in pair:
-            loss.backward(retain_graph=True)
-        pair[0].backward()
-    for (weight, right), value in zip(plain.named_parameters(), chunked.backbone.parameters(), strict=True):
-        assert torch.equal(value.grad, right.grad), weight
-    assert_equal(buffers(chunked.backbone), state)
+        found.append(([run(own), run(own)], random.getstate(), np.random.random()))
+    (expected, *states), (features, *own_states) = found
+    assert all(map(torch.equal, features, expected))
+    assert own_states == states
+    assert_same_statistics(chunked, plain)
+    for first, second in (expected, features):
+        first.sin().sum().backward(retain_graph=True)
+        second.square().sum().backward()
+        first.sin().sum().backward()
+    assert torch.equal(images[1].grad, images[0].grad)
+    assert_same_gradients(chunked, plain)
+    assert_same_statistics(chunked, plain)
 
 
-def test_the_backward_pass_leaves_the_random_states_that_it_finds():
-    for name, draw in (("Python's random", random.random), ("numpy's random", np.random.random)):
-        chunked = ChunkedBackbone(make(name), 4)
-        seeded()
-        loss = chunked(batch(15)).sum()
-        seeded()
-        expected = draw()
-        seeded()
-        loss.backward()
-        assert draw() == expected
+@pytest.mark.parametrize(("name", "draw"), [("Python's random", random.random), ("numpy's random", np.random.random)])
+def test_the_backward_pass_leaves_the_random_states_that_it_finds(name, draw):
+    seeded()
+    expected = draw()
+    loss = ChunkedBackbone(make(name), 4)(batch(15)).sum()
+    seeded()
+    loss.backward()
+    assert draw() == expected
 
 
 def test_buffers_are_the_same_tensors_after_the_backward_pass():
@@ -189,58 +163,33 @@ def test_buffers_are_the_same_tensors_after_the_backward_pass():
 
 
 def test_a_large_buffer_that_does_not_change_is_copied_once():
-    class Table(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("table", torch.ones(1000, 1000))
-
-        def forward(self, maps):
-            return maps * self.table[0, 0]
-
-    backbone = Tail(Table())
-    copied = []
-
-    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.numel() == 10**6:
-                copied.append(out)
-            return out
-
-    with Counting():
+    table = Calling(lambda maps: maps * table.weight[0, 0])
+    table.register_buffer("weight", torch.ones(1000, 1000))
+    backbone, copies = Tail(table), set()
+    with Made(lambda tensor: copies.add(tensor.data_ptr()) if tensor.numel() == 10**6 else None):
         ChunkedBackbone(backbone, 2, keep=0)(batch(16).float())
-    assert len({one.data_ptr() for one in copied}) == 1
+    assert len(copies) == 1
 
 
-def changes(net, optimizer):
-    return {
-        "eval": lambda: net.eval(),
-        "one module's eval": lambda: net.backbone[1].eval(),
-        "step": optimizer.step,
-        "weight": lambda: nn.init.zeros_(net.backbone[0].weight),
-        "exchanged": lambda: setattr(net.backbone[0], "weight", nn.Parameter(net.backbone[0].weight.detach().clone())),
-    }
+WEIGHT = r"weight \[6, 3, 3, 3\] of the backbone's Conv2d was"
+CHANGES = {
+    "eval": (lambda net: net.eval(), r"was in train mode in the forward pass and is not in its backward pass"),
+    "one module's eval": (lambda net: net[1].eval(), r"BatchNorm2d of the backbone was in train mode in the forward"),
+    "step": (
+        lambda net: torch.optim.SGD(net.parameters(), lr=0.1).step(),
+        f"{WEIGHT} changed between the forward pass and its backward",
+    ),
+    "weight": (lambda net: nn.init.zeros_(net[0].weight), f"{WEIGHT} changed"),
+    "exchanged": (lambda net: setattr(net[0], "weight", nn.Parameter(net[0].weight.detach())), f"{WEIGHT} exchanged"),
+}
 
 
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("eval", r"was in train mode in the forward pass and is not in its backward pass"),
-        ("one module's eval", r"BatchNorm2d of the backbone was in train mode in the forward pass"),
-        (
-            "step",
-            r"weight \[6, 3, 3, 3\] of the backbone's Conv2d was changed between the forward pass and its backward",
-        ),
-        ("weight", r"weight \[6, 3, 3, 3\] of the backbone's Conv2d was changed"),
-        ("exchanged", r"weight \[6, 3, 3, 3\] of the backbone's Conv2d was exchanged"),
-    ],
-)
-def test_what_changes_before_the_backward_pass_is_named(what, message):
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_what_changes_before_the_backward_pass_is_named(change, message):
     net = ChunkedBackbone(small(), 4, keep=0)  # for kept chunks autograd itself refuses changed weights
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     net(batch(10)).sum().backward()
     loss = net(batch(10)).sum()
-    changes(net, optimizer)[what]()
+    change(net.backbone)
     with pytest.raises(RuntimeError, match=message):
         loss.backward()
     net.train()
@@ -256,13 +205,13 @@ def test_parameters_exchanged_by_functional_call_are_named():
 
 
 def test_all_chunks_kept_take_any_change_that_autograd_takes():
-    plain = small(nn.Identity)
-    chunked = ChunkedBackbone(copy.deepcopy(plain), 4, keep=3)
-    losses = [run(batch(10)).sum() for run in (chunked, lambda images: one_after_the_other(plain, images, 4))]
-    for loss, module in zip(losses, (chunked, plain), strict=True):
+    chunked, reference, plain = chunked_and_plain(small(nn.Identity), keep=3)
+    for run, module in ((chunked, chunked), (reference, plain)):
+        torch.manual_seed(1)
+        loss = run(batch(10)).sum()
         module.eval()
         loss.backward()
-    assert_equal(dict(chunked.backbone.named_parameters()), dict(plain.named_parameters()))
+    assert_same_gradients(chunked, plain)
 
 
 def test_lazy_modules_learn_their_shapes_in_the_first_chunk():

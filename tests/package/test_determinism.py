@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mined import HOWS
 from strategies import make_batch
 from torch import nn
 
@@ -18,7 +19,6 @@ from apinet_head import (
 from apinet_head.mutual import MUTUALS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-HOWS = ("similar", "dissimilar", "random")
 SIZE, DIM, CLASSES = 40, 24, 8
 
 
@@ -111,23 +111,16 @@ def test_deterministic_algorithms_do_all_of_it(case, device, deterministic):
     assert_equal(run(case, device), run(case, device))
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("backend", ["dense", "tiled"])
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("kind", ["offset", "ties"])
-def test_pairs_are_the_same_on_any_number_of_threads(kind, how, backend, threads):
+def test_pairs_are_the_same_on_any_number_of_threads(kind, how, backend):
     # Enough for PyTorch to share out the work, and for several tiles.
     features, labels = features_and_labels("cpu", size=1100, kind=kind)
-    found = []
+    before, found = torch.get_num_threads(), []
     for count in (1, 4):
-        threads(count)
+        torch.set_num_threads(count)
         generator = torch.Generator().manual_seed(0)
         found.append(mine_pairs(features, labels, intra=how, inter=how, backend=backend, generator=generator))
+    torch.set_num_threads(before)
     assert_equal(*found)

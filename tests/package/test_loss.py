@@ -39,10 +39,8 @@ def test_terms_and_gradients_are_those_of_torchs_losses(
     output = make_output(seed, pairs, classes, valid_share)
     if not output.valid.any():
         return
-    settings_ = {"margin": margin, "rank_weight": rank_weight, "label_smoothing": smoothing}
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.01 if weighted else None
-    settings_ |= {"class_weight": weight}
+    weight = torch.linspace(0, 1, classes + 1, dtype=torch.float64)[1:] if weighted else None
+    settings_ = {"margin": margin, "rank_weight": rank_weight, "label_smoothing": smoothing, "class_weight": weight}
     terms, expected = api_loss_terms(output, **settings_), published(output, *settings_.values())
     torch.testing.assert_close([*terms], [*expected])
     inputs = [output.logits_self, output.logits_other]
@@ -51,13 +49,6 @@ def test_terms_and_gradients_are_those_of_torchs_losses(
     module = APILoss(**settings_)
     assert torch.equal(module(output), terms.total)
     assert all(map(torch.equal, module.terms(output), terms))
-
-
-def test_gradients_are_those_of_finite_differences():
-    output = make_output(pairs=3, valid_share=0.7)
-    assert torch.autograd.gradcheck(
-        lambda own, other: api_loss(APIOutput(own, other, *output[2:]), margin=0.3, label_smoothing=0.1), output[:2]
-    )
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
@@ -75,11 +66,11 @@ def test_rows_that_are_not_valid_are_masked_out(junk):
         assert (logits.grad[~output.valid] == 0).all()
 
 
-@pytest.mark.parametrize("class_weight", [None, torch.rand(5)])
-def test_no_valid_row_gives_zero_with_zero_gradients(class_weight):
-    output = make_output(valid_share=0.0)
-    terms = api_loss_terms(output, label_smoothing=0.1, class_weight=class_weight)
-    assert [term.item() for term in terms] == [0, 0, 0]
+@pytest.mark.parametrize(("valid_share", "class_weight"), [(0.0, None), (0.0, torch.rand(5)), (1.0, torch.zeros(5))])
+def test_no_row_that_counts_gives_zero_with_zero_gradients(valid_share, class_weight):
+    output = make_output(valid_share=valid_share)
+    terms = api_loss_terms(output, rank_weight=0.0, label_smoothing=0.1, class_weight=class_weight)
+    assert terms.total == terms.cross_entropy == 0
     terms.total.backward()
     assert (output.logits_self.grad == 0).all()
     assert (output.logits_other.grad == 0).all()
@@ -94,58 +85,12 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
     torch.testing.assert_close(loss.double(), api_loss(same), rtol=1e-5, atol=1e-6)
 
 
-def test_autocast_keeps_the_loss_in_float32():
-    output = make_output(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(api_loss(output), api_loss(output).float())
-        inside = api_loss(output)
-    torch.testing.assert_close(inside, api_loss(output))
-
-
-def test_large_logits_stay_finite():
-    own, other = torch.full((2, 3), 1e4), torch.full((2, 3), -1e4)
-    own[:, 0] = -1e4
-    loss = api_loss(APIOutput(own, other, torch.zeros(2).long(), torch.ones(2).bool(), None))
-    assert loss.isfinite()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"logits_other": torch.zeros(16, 4)}, r"float64 \[16, 5\].*float32 \[16, 4\]"),
-        ({"labels": torch.zeros(8).long()}, r"labels must have one entry per row of the logits: got int64 \[8\]"),
-        ({"valid": torch.ones(15).bool()}, r"bool \[15\]"),
-    ],
-)
-def test_errors_show_what_came(change, message):
-    with pytest.raises(ValueError, match=message):
-        api_loss(make_output()._replace(**change))
-
-
-def test_rows_of_classes_of_weight_zero_are_masked_out():
-    output = make_output(classes=5)
-    terms = api_loss_terms(output, class_weight=torch.zeros(5), rank_weight=0.0)
-    assert terms.cross_entropy == 0
-    terms.total.backward()
-    assert (output.logits_self.grad == 0).all()
-
-
-def test_nan_in_a_valid_row_gives_nan():
-    output = make_output()
-    with torch.no_grad():
-        output.logits_self[3, 1] = float("nan")
-    terms = api_loss_terms(output, class_weight=torch.ones(5))
-    assert all(term.isnan() for term in terms)
-
-
 def test_class_weight_is_a_buffer_as_in_cross_entropy_loss():
-    weight = torch.rand(5)
-    ours, torchs = APILoss(class_weight=weight), torch.nn.CrossEntropyLoss(weight=weight)
-    assert list(ours.state_dict()) == ["class_weight"]
-    assert len(torchs.state_dict()) == 1
-    assert ours.double().class_weight.dtype == torch.float64
+    loss = APILoss(class_weight=torch.rand(5))
+    assert list(loss.state_dict()) == ["class_weight"]
+    assert list(loss.parameters()) == []
+    assert loss.double().class_weight.dtype == torch.float64
     assert list(APILoss().state_dict()) == []
-    assert list(ours.parameters()) == []
 
 
 def test_features_are_not_taken_for_logits():
@@ -157,31 +102,19 @@ def test_features_are_not_taken_for_logits():
     assert api_loss(head(x, y, classifier=torch.nn.Linear(8, 4))).isfinite()
 
 
+# What is no number, share or weight in `api_loss` is in test_fuzz.py.
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"class_weight": [1.0, 2.0]}, TypeError, r"class_weight must be a tensor \[C\].*\[1.0, 2.0\]"),
-        ({"class_weight": torch.ones(5).long()}, ValueError, r"floating point dtype, got int64 \[5\]"),
         ({"class_weight": torch.ones(5, 1)}, ValueError, r"must be \[C\].*float32 \[5, 1\]"),
         ({"margin": "0.05"}, TypeError, r"margin must be a number"),
-        ({"rank_weight": float("nan")}, ValueError, r"rank_weight must be finite, got nan"),
         ({"label_smoothing": 1.1}, ValueError, r"\[0, 1\], got 1.1"),
-        ({"label_smoothing": -0.1}, ValueError, r"\[0, 1\], got -0.1"),
+        ({"rows": 0}, ValueError, "rows must be at least 1, got 0"),
+        ({"rows": 2.5}, TypeError, "rows must be an int, got 2.5"),
+        ({"rows": True}, TypeError, "rows must be an int, got True"),
     ],
 )
-def test_settings_are_checked_in_all_forms(arguments, error, message):
-    with pytest.raises(error, match=message):
-        api_loss(make_output(), **arguments)
+def test_settings_are_checked_as_the_module_is_made(arguments, error, message):
     with pytest.raises(error, match=message):
         APILoss(**arguments)
-
-
-def test_class_weight_must_have_an_entry_per_class():
-    with pytest.raises(ValueError, match=r"class_weight must be \[5\].*float32 \[4\]"):
-        api_loss(make_output(classes=5), class_weight=torch.ones(4))
-
-
-@pytest.mark.parametrize(("rows", "error"), [(0, ValueError), (2.5, TypeError), (True, TypeError)])
-def test_rows_are_a_count(rows, error):
-    with pytest.raises(error, match="rows must be"):
-        APILoss(rows=rows)

@@ -3,13 +3,10 @@
 import importlib
 import sys
 
-import numpy as np
 import pytest
 import reference
 import torch
-import torch.nn.functional as F
 from pytorch_metric_learning import losses, miners
-from pytorch_metric_learning.distances import LpDistance
 
 from apinet_head import APIHead, api_loss, api_loss_terms, mine_pairs
 from apinet_head.metric_learning import APIMiner, pairs_from_tuple
@@ -17,6 +14,8 @@ from apinet_head.metric_learning import APIMiner, pairs_from_tuple
 SIZE, DIM, CLASSES = 15, 10, 4
 X = torch.randn(SIZE, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3])  # the last has nobody of its class
+OTHERS = X.flip(0) + 0.1
+AMONG_OTHERS = {"keys": OTHERS, "key_labels": Y.flip(0), "own": None}
 MINERS = [
     miners.AngularMiner(), miners.BatchEasyHardMiner("easy", "hard"), miners.BatchEasyHardMiner("all", "easy"),
     miners.BatchHardMiner(), miners.DistanceWeightedMiner(), miners.HDCMiner(), miners.MultiSimilarityMiner(),
@@ -55,7 +54,7 @@ def test_head_trains_on_what_any_miner_finds(miner):
 
 
 def test_pairs_of_a_miner_may_point_to_keys():
-    keys, key_labels = X.flip(0) + 0.1, Y.flip(0)
+    keys, key_labels = OTHERS, Y.flip(0)
     pairs = pairs_from_tuple(miners.MultiSimilarityMiner()(X, Y, keys, key_labels))
     assert torch.equal(pairs.same_class, Y[pairs.anchor] == key_labels[pairs.partner])
     output = make_head()(X, Y, pairs=pairs, keys=keys, key_labels=key_labels)
@@ -90,45 +89,32 @@ def test_tuples_that_do_not_fit_are_an_error(wrong, error, message):
         pairs_from_tuple(wrong)
 
 
-def nearest(same_class, farthest=False, keys=X, key_labels=Y, itself=False):
-    """(anchors, partners) by trying all, without those that have no candidate."""
+def nearest(same_class, batch=X, labels=Y, keys=X, key_labels=Y, own=range(SIZE), sign=1):
+    """[anchors, partners] by trying all keys but `own[anchor]`, without anchors that have no candidate."""
     found = []
-    for anchor in range(SIZE):
-        distance = ((keys - X[anchor]) ** 2).sum(1)
-        allowed = [
-            key for key in range(len(keys))
-            if (key_labels[key] == Y[anchor]) == same_class and (itself or key != anchor)
-        ]  # fmt: skip
-        if allowed:
-            found.append((anchor, sorted(allowed, key=lambda key: distance[key])[-1 if farthest else 0]))
+    for anchor in range(len(batch)):
+        distance = sign * ((keys - batch[anchor]) ** 2).sum(1).nan_to_num(torch.inf)
+        distance[(key_labels == labels[anchor]) != same_class] = torch.inf
+        if own is not None:
+            distance[own[anchor]] = torch.inf
+        if distance.isfinite().any():
+            found.append((anchor, int(distance.argmin())))
     return [list(rows) for rows in zip(*found, strict=True)]
 
 
-def test_miner_returns_the_nearest_as_a_tuple():
-    assert [rows.tolist() for rows in APIMiner()(X, Y)] == nearest(True) + nearest(False)
-    hardest = APIMiner(intra="dissimilar", inter="similar")(X, Y)
-    assert [rows.tolist() for rows in hardest] == nearest(True, farthest=True) + nearest(False)
-    assert [rows.tolist() for rows in APIMiner(intra=None)(X, Y)] == [[], []] + nearest(False)
-    assert [rows.tolist() for rows in APIMiner(inter=None)(X, Y)] == nearest(True) + [[], []]
-
-
-def test_miner_searches_other_embeddings():
-    keys, key_labels = X.flip(0)[:9] + 0.1, Y.flip(0)[:9]
-    among = {"keys": keys, "key_labels": key_labels, "itself": True}
-    found = APIMiner()(X, Y, keys, key_labels)
-    assert [rows.tolist() for rows in found] == nearest(True, **among) + nearest(False, **among)
-
-
-def nearest_elsewhere(batch, labels, keys, key_labels, own, same_class):
-    """(anchor, partner) by trying all keys but the anchor's own, `own[anchor]`."""
-    found = []
-    for anchor in range(len(batch)):
-        distance = ((keys - batch[anchor]) ** 2).sum(1).nan_to_num(torch.inf)
-        distance[own[anchor]] = torch.inf
-        distance[(key_labels == labels[anchor]) != same_class] = torch.inf
-        if distance.isfinite().any():
-            found.append((anchor, int(distance.argmin())))
-    return found
+@pytest.mark.parametrize(
+    ("miner", "refs", "expected"),
+    [
+        (APIMiner(), [], nearest(True) + nearest(False)),
+        (APIMiner(intra="dissimilar"), [], nearest(True, sign=-1) + nearest(False)),
+        (APIMiner(intra=None), [], [[], []] + nearest(False)),
+        (APIMiner(inter=None), [], nearest(True) + [[], []]),
+        (APIMiner(), [X.clone(), Y.clone()], nearest(True) + nearest(False)),  # the batch once more, as itself
+        (APIMiner(), [OTHERS, Y.flip(0)], nearest(True, **AMONG_OTHERS) + nearest(False, **AMONG_OTHERS)),
+    ],
+)
+def test_miner_returns_the_nearest_as_a_tuple(miner, refs, expected):
+    assert [rows.tolist() for rows in miner(X, Y, *refs)] == expected
 
 
 @pytest.mark.parametrize("memory_size", [30, 33, 64, 15])  # batches in line, across the end, never full, one alone
@@ -147,15 +133,13 @@ def test_no_embedding_is_its_own_partner_in_a_cross_batch_memory(memory_size, ch
             batch[0] = torch.nan
         memory(batch, labels)
         _, _, (a1, p, a2, n), keys, key_labels = seen[-1]
-        own = [(SIZE * step + row) % memory_size for row in range(SIZE)]
-        pairs = [list(zip(*map(torch.Tensor.tolist, rows), strict=True)) for rows in ((a1, p), (a2, n))]
-        for same_class, found in zip((True, False), pairs, strict=True):
-            expected = nearest_elsewhere(batch, labels, keys, key_labels, own, same_class)
-            found = [pair for pair in found if batch[pair[0]].isfinite().all()]
-            assert all(partner != own[anchor] for anchor, partner in found)
-            # Of two copies in the memory, either may be the nearest.
-            one, other = ([(anchor, keys[partner].tolist()) for anchor, partner in rows] for rows in (found, expected))
-            assert one == other, (step, same_class)
+        own = (torch.arange(SIZE) + SIZE * step) % memory_size
+        for same_class, anchor, partner in ((True, a1, p), (False, a2, n)):
+            assert (partner != own[anchor]).all()
+            finite = batch[anchor].isfinite().all(1)
+            anchors, partners = nearest(same_class, batch, labels, keys, key_labels, own)
+            assert anchor[finite].tolist() == anchors
+            assert torch.equal(keys[partner[finite]], keys[partners])  # of two copies, either may be the nearest
 
 
 def test_embeddings_that_are_queries_alone_are_searched_in_all_of_the_memory():
@@ -168,17 +152,10 @@ def test_embeddings_that_are_queries_alone_are_searched_in_all_of_the_memory():
     assert seen[0][2][1].tolist() == seen[0][2][0].tolist() == list(range(SIZE))
 
 
-def test_a_batch_given_as_ref_emb_is_searched_without_itself():
-    expected = [rows.tolist() for rows in APIMiner()(X, Y)]
-    for keys in (X.clone(), X.detach()):
-        assert [rows.tolist() for rows in APIMiner()(X, Y, keys, Y.clone())] == expected
-
-
 def test_embeddings_in_ref_emb_in_another_order_are_an_error():
     order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(
-        ValueError, match=r"ref_emb float64 \[15, 10\] on cpu holds the embeddings .* not in their order"
-    ):
+    message = r"ref_emb float64 \[15, 10\] on cpu holds the embeddings .* not in their order"
+    with pytest.raises(ValueError, match=message):
         APIMiner()(X, Y, X[order], Y[order])
 
 
@@ -190,28 +167,15 @@ def test_there_and_back_is_what_is_valid_of_mine_pairs():
     torch.testing.assert_close(api_loss(make_head()(X, Y, pairs=found)), api_loss(make_head()(X, Y)))
 
 
-def test_hardest_are_those_of_the_librarys_own_miner():
-    distance = LpDistance(normalize_embeddings=False)
-    known = Y < 3  # it takes triplets alone, and the lonely image has none
-    theirs = miners.BatchHardMiner(distance=distance)(X[known], Y[known])
-    a1, p, a2, n = APIMiner(intra="dissimilar", inter="similar")(X[known], Y[known])
-    assert torch.equal(a1, a2)
-    assert all(torch.equal(one, other) for one, other in zip((a1, p, n), theirs, strict=True))
+LOSSES = [losses.ContrastiveLoss(), losses.TripletMarginLoss(), losses.MultiSimilarityLoss(), losses.CircleLoss()]
 
 
-def test_losses_of_the_library_take_our_pairs():
-    a1, p, a2, n = (rows.numpy() for rows in APIMiner()(X, Y))
-    unit = F.normalize(X).numpy()
-    positive = np.linalg.norm(unit[a1] - unit[p], axis=1)
-    negative = np.maximum(0, 1 - np.linalg.norm(unit[a2] - unit[n], axis=1))
-    expected = positive.mean() + negative[negative > 0].mean()  # their mean leaves out what is 0
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_losses_of_the_library_take_our_pairs(loss):
     features = X.clone().requires_grad_()
-    loss = losses.ContrastiveLoss(pos_margin=0, neg_margin=1)(features, Y, APIMiner()(features, Y))
-    assert loss.item() == pytest.approx(expected)
-    loss.backward()
-    assert features.grad.abs().sum() > 0
-    for other in (losses.TripletMarginLoss(), losses.MultiSimilarityLoss(), losses.CircleLoss()):
-        assert torch.isfinite(other(X, Y, APIMiner()(X, Y)))
+    loss(features, Y, APIMiner()(features, Y)).backward()
+    assert features.grad.isfinite().all()
+    assert features.grad.any()
 
 
 def test_unknown_search_is_an_error():

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from apinet_head import APIHead, api_loss, api_loss_terms, mine_pairs
 from apinet_head.mutual import MUTUALS, make_mutual
@@ -62,13 +61,11 @@ def test_gated_features_follow_the_formulas(mutual, gate):
             np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", MUTUALS)
+@pytest.mark.parametrize("name", [name for name in MUTUALS if name != "individual"])  # which has no gradient at all
 def test_gradients_are_those_of_finite_differences(name):
     torch.manual_seed(0)
     module = make_mutual(name, 5, 4, 0.0, dtype=torch.float64)
-    inputs = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    if name != "individual":  # which has no gradient at all
-        assert torch.autograd.gradcheck(module, inputs)
+    assert torch.autograd.gradcheck(module, torch.randn(2, 3, 5, dtype=torch.float64).requires_grad_().unbind())
 
 
 @pytest.mark.parametrize(("mutual", "gate"), VARIANTS)
@@ -91,7 +88,6 @@ def test_ranking_of_a_single_gate_is_the_margin():
 def test_every_mutual_vector_compiles_exports_and_takes_half_precision(mutual):
     head, features, labels = make_case(mutual, dtype=torch.float32)
     expected = head(features, labels)
-    torch._dynamo.reset()
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(features, labels).logits_other, expected.logits_other)
     exported = torch.export.export(head, (features, labels)).module()
@@ -113,21 +109,3 @@ def test_sketch_is_the_same_in_every_process_and_in_the_state_dict():
     assert torch.equal(one.signs, other.signs)
     assert set(one.state_dict()) == {"slots", "signs"}
     assert set(one.signs.tolist()[0]) == {-1.0, 1.0}
-
-
-def test_a_module_of_ones_own_gives_the_mutual_vector():
-    class Maximum(nn.Module):
-        def forward(self, anchor, partner):
-            return torch.maximum(anchor, partner)
-
-    head, features, labels = make_case(Maximum())
-    pairs = mine_pairs(features, labels)
-    gate_anchor, _ = head.gates(features, pairs)
-    a, b = features[pairs.anchor], features[pairs.partner]
-    torch.testing.assert_close(gate_anchor, torch.sigmoid(torch.maximum(a, b) * a))
-
-
-def test_a_head_may_have_no_parameters():
-    head = APIHead(12, mutual="sum")
-    assert list(head.parameters()) == []
-    assert head(torch.randn(4, 12), torch.tensor([0, 0, 1, 1])).logits_self.shape == (16, 12)

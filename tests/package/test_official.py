@@ -50,37 +50,19 @@ def test_logits_are_those_of_plain_torch(published, wrapped, tmp_path):
         torch.testing.assert_close(net(images, labels, pairs=pairs).logits_other[:6], expected, rtol=0, atol=1e-6)
 
 
-def test_state_dict_itself_and_without_counters(published):
-    state = {key: value for key, value in published.state_dict().items() if "num_batches" not in key}
-    APINet("resnet101", num_classes=11).load_state_dict(load_official_checkpoint(state))
-
-
-def without(state, key):
-    return {name: value for name, value in state.items() if name != key}
-
-
+# test_fuzz_official.py has keys that are missing, unknown or there twice, and files that are damaged.
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("change", "message"),
     [
-        (lambda s: without(s, "conv.4.0.conv1.weight"), r"missing for .*: backbone.layer1.0.conv1.weight"),
-        (lambda s: without(s, "map2.bias"), r"missing for .*: head.mutual.fc2.bias"),
-        (lambda s: without(s, "fc.bias"), r"no fc.bias"),
-        (lambda s: {**s, "extra.weight": torch.zeros(1)}, r"not keys of the published API-Net: extra.weight"),
-        (
-            lambda s: {**s, "conv.4.7.conv1.weight": torch.zeros(1)},
-            r"not expected in .*: conv.4.7.conv1.weight",
-        ),
-        (
-            lambda s: {**s, "map1.weight": torch.zeros(256, 4096)},
-            r"map1.weight is \[256, 4096\] instead of \[512, 4096\]",
-        ),
-        (lambda s: [1, 2], r"a checkpoint is a dict, .*got list"),
+        ({"fc.bias": 0}, r"not tensors: fc.bias is int"),
+        ({"extra.weight": torch.zeros(1)}, r"not keys of the published API-Net: extra.weight"),
+        ({"conv.4.7.conv1.weight": torch.zeros(1)}, r"not expected in .*: conv.4.7.conv1.weight"),
+        ({"map1.weight": torch.zeros(256, 4096)}, r"map1.weight is \[256, 4096\] instead of \[512, 4096\]"),
     ],
 )
-def test_what_does_not_fit_is_named(published, damage, message, tmp_path):
-    torch.save(damage(published.state_dict()), tmp_path / "checkpoint.pth")
+def test_what_does_not_fit_is_named(published, change, message):
     with pytest.raises(ValueError, match=message):
-        load_official_checkpoint(tmp_path / "checkpoint.pth")
+        load_official_checkpoint({**published.state_dict(), **change})
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
@@ -102,21 +84,9 @@ def test_torch_load_is_asked_for_tensors_alone_everywhere(folder):
         assert all("weights_only=True" in line or line.startswith('"') for line in calls), path
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint\n", b"PK\x03\x04", "cut short"])
-def test_a_file_that_is_no_checkpoint_is_named_with_its_cause(content, published, tmp_path):
+def test_a_file_that_is_no_checkpoint_is_named_with_its_cause(tmp_path):
     path = tmp_path / "model_best.pth.tar"
-    if content == "cut short":
-        torch.save(published.fc.state_dict(), path)
-        content = path.read_bytes()[:-100]
-    path.write_bytes(content)
+    path.write_bytes(b"no checkpoint\n")
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))} cannot be read .*Download it again") as refused:
         load_official_checkpoint(path)
     assert refused.value.__cause__ is not None
-    with pytest.raises(FileNotFoundError):
-        load_official_checkpoint(tmp_path / "nowhere.pth")
-
-
-def test_weights_that_are_there_twice_are_named(published):
-    state = published.state_dict()
-    with pytest.raises(ValueError, match=r"twice, with and without 'module.': fc.weight"):
-        load_official_checkpoint({**state, "module.fc.weight": state["fc.weight"] + 1})

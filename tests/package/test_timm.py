@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from releases import on_meta
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from apinet_head import APINet
@@ -147,26 +147,6 @@ def test_layer_decay_is_that_of_the_plain_model(name, compiled):
     heads = [scale for key, (scale, _) in found.items() if key.startswith(("head.mutual", "head.classifier"))]
     assert heads == 6 * [1.0]
     assert len(found) == len(list(net.parameters()))
-
-
-@pytest.mark.parametrize("name", GROUPED)
-def test_weight_decay_leaves_out_what_the_backbone_leaves_out(name):
-    net, plain = make_net(name), timm.create_model(name, num_classes=0, **MODELS[name])
-    none = getattr(plain, "no_weight_decay", set)()
-    expected = scales(plain, param_groups_weight_decay(plain, 0.05, no_weight_decay_list=none))
-    found = scales(net, param_groups_weight_decay(net, 0.05, no_weight_decay_list=net.no_weight_decay()))
-    assert {key: found[key] for key in expected} == expected
-    assert found["head.classifier.weight"] == (None, 0.05)
-    assert found["head.classifier.bias"] == (None, 0.0)
-
-
-@pytest.mark.parametrize("layer_decay", [None, 0.8])
-@pytest.mark.parametrize("name", MODELS)
-def test_an_optimiser_of_timm_holds_every_parameter_once(name, layer_decay):
-    net = make_net(name).train()
-    optimizer = create_optimizer_v2(net, "adamw", lr=0.1, weight_decay=0.05, layer_decay=layer_decay)
-    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    assert sorted(held) == sorted(id(parameter) for parameter in net.parameters())
 
 
 def test_layer_decay_without_a_backbone_of_timm():

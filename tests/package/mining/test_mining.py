@@ -7,6 +7,7 @@ tests of each backend are those of "triton" on a CPU, on fewer rows, as each tak
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -254,9 +255,9 @@ def test_autocast_does_not_reach_the_distances(backend):
 @each_backend
 def test_labels_of_keys_may_have_another_dtype(backend):
     features, labels = make_batch(seed=6, size=30, dim=8, classes=5, dtype=torch.float32, kind="normal")
-    keys = {"keys": features, "key_labels": labels.int(), "key_offset": 0, "backend": backend}
-    assert torch.equal(mine_pairs(features, labels, **keys).partner, mine_pairs(features, labels).partner)
-    check(features, labels, intra="random", inter="random", **keys)
+    keys = {"keys": features, "key_labels": labels.int(), "key_offset": 0}
+    check(features, labels, backend=backend, **keys)
+    check(features, labels, intra="random", inter="random", backend=backend, **keys)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="takes long there")
@@ -310,6 +311,15 @@ def test_operator_of_triton_keeps_its_promises():
 # Precision of products.
 
 
+@contextmanager
+def of_precision(precision):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def rounded_to_tf32(rows):
     """As tensor cores read float32: 10 bits after the leading one, to nearest."""
     return ((rows.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
@@ -317,16 +327,12 @@ def rounded_to_tf32(rows):
 
 @pytest.mark.parametrize("cosine", [0.9, 0.99, 0.999])
 def test_products_in_parts_are_exact_enough_for_tf32(cosine):
-    generator = torch.Generator().manual_seed(0)
-    shared = torch.nn.functional.normalize(torch.randn(1, 512, generator=generator))
-    x = torch.nn.functional.normalize(
-        shared + (1 / cosine - 1) ** 0.5 * torch.randn(120, 512, generator=generator) / 512**0.5
-    )
-    matmul = torch.Tensor.__matmul__
+    noise = make_features(120, 512, seed=1) / 512**0.5
+    x = normalize(normalize(make_features(1, 512)) + (1 / cosine - 1) ** 0.5 * noise)
+    exact, matmul = x.double().mm(x.double().T), torch.Tensor.__matmul__
     with mock.patch.object(torch.Tensor, "__matmul__", lambda a, b: matmul(rounded_to_tf32(a), rounded_to_tf32(b))):
-        error = (rows.multiply_in_parts(x, x).double() - x.double().mm(x.double().T)).abs().max()
-        plain_error = ((x @ x.T).double() - x.double().mm(x.double().T)).abs().max()
-    float32_error = ((x @ x.T).double() - x.double().mm(x.double().T)).abs().max()
+        in_parts, rounded = rows.multiply_in_parts(x, x), x @ x.T
+    error, plain_error, float32_error = ((found - exact).abs().max() for found in (in_parts, rounded, x @ x.T))
     assert error < 2 * float32_error < plain_error / 20
 
 
@@ -335,12 +341,9 @@ def test_products_in_parts_are_exact_enough_for_tf32(cosine):
 def test_reduced_precision_of_products_does_not_reach_the_distances(backend, precision):
     features, labels = make_batch(seed=5, size=SIZE, dim=300, classes=10, dtype=torch.float32, kind="clusters")
     expected = mine_pairs(features, labels)
-    try:
-        torch.set_float32_matmul_precision(precision)
+    with of_precision(precision):
         found = mine_pairs(features, labels, backend=backend)
         assert torch.get_float32_matmul_precision() == precision
-    finally:
-        torch.set_float32_matmul_precision("highest")
     assert torch.equal(found.partner, expected.partner)
     assert torch.backends.mkldnn.enabled
 
@@ -366,24 +369,17 @@ for where in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.
 def test_products_are_split_where_tf32_is_allowed():
     keys = torch.randn(8, 4)
     fake = mock.Mock(dtype=torch.float32, device=torch.device("cuda"))
-    with mock.patch.object(rows, "multiply_in_parts", return_value=torch.zeros(8, 8)) as parts:
-        assert not rows._may_round_to_tf32()
-        try:
-            torch.set_float32_matmul_precision("high")
-            rows.subtract_products(torch.zeros(8), fake, keys)
-        finally:
-            torch.set_float32_matmul_precision("highest")
+    assert not rows._may_round_to_tf32()
+    with mock.patch.object(rows, "multiply_in_parts", return_value=torch.zeros(8, 8)) as parts, of_precision("high"):
+        rows.subtract_products(torch.zeros(8), fake, keys)
     parts.assert_called_once_with(fake, keys)
 
 
 def test_auto_takes_tiles_for_large_batches_and_never_for_a_graph():
     def chosen(queries, keys):
-        features, labels = (
-            torch.empty(queries, 4, device="meta"),
-            torch.empty(queries, dtype=torch.int64, device="meta"),
-        )
-        among, key_labels = features.new_empty(keys, 4), labels.new_empty(keys)
-        return choose(Query(features, labels, among, key_labels, None, (Search("similar", True),)))
+        features, key_features = (torch.empty(size, 4, device="meta") for size in (queries, keys))
+        labels, key_labels = (rows[:, 0].long() for rows in (features, key_features))
+        return choose(Query(features, labels, key_features, key_labels, None, (Search("similar", True),)))
 
     with mock.patch.dict(TILED_FROM, {"meta": TILED_FROM["cpu"]}):
         assert [chosen(size, size) for size in (120, 8192)] == ["dense", "tiled"]
@@ -408,14 +404,6 @@ def test_a_triton_that_cannot_launch_is_left_out_with_a_warning(monkeypatch):
     mining.triton_works.cache_clear()
 
 
-def test_leaving_one_kind_out():
-    features, labels = make_batch(seed=3, size=20, dim=8, classes=4, dtype=torch.float32, kind="normal")
-    both = mine_pairs(features, labels)
-    intra, inter = mine_pairs(features, labels, inter=None), mine_pairs(features, labels, intra=None)
-    for field, first, second in zip(both, intra, inter, strict=True):
-        assert torch.equal(field, torch.cat([first, second]))
-
-
 def test_distances_are_of_detached_features():
     features, labels = make_batch(seed=4, size=20, dim=8, classes=4, dtype=torch.float32, kind="normal")
     before = features.clone()
@@ -424,20 +412,13 @@ def test_distances_are_of_detached_features():
     assert torch.equal(features.detach(), before), "mining changed its input"
 
 
-def test_random_partners_are_uniform_and_follow_the_generator():
-    labels = torch.tensor([0, 0, 0, 0, 1, 1])
-    features = torch.zeros(6, 1)
-
-    def draw(seed: int) -> list[int]:
+def test_random_partners_follow_the_generator():
+    def drawn(seed):
         generator = torch.Generator().manual_seed(seed)
-        return mine_pairs(features, labels, intra="random", inter="random", generator=generator).partner.tolist()
+        return mine_pairs(torch.zeros(50, 1), torch.arange(50) % 5, inter="random", generator=generator).partner
 
-    assert draw(0) == draw(0)
-    draws = torch.tensor([draw(seed) for seed in range(600)])
-    counts = torch.bincount(draws[:, 0], minlength=6)
-    assert counts[[0, 4, 5]].sum() == 0
-    assert (counts[[1, 2, 3]] - 200).abs().max() < 60  # five standard deviations
-    assert (torch.bincount(draws[:, 6], minlength=6)[[4, 5]] - 300).abs().max() < 62
+    assert torch.equal(drawn(0), drawn(0))
+    assert not torch.equal(drawn(0), drawn(1))
 
 
 def test_random_pairs_cover_all_ordered_pairs():
@@ -447,6 +428,7 @@ def test_random_pairs_cover_all_ordered_pairs():
     assert (counts[~torch.eye(4, dtype=torch.bool)] - 400).abs().max() < 100
 
 
+# Arguments of another shape, dtype, device or value are in test_fuzz.py.
 X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
 
 
@@ -455,14 +437,7 @@ X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
     [
         (lambda: mine_pairs(torch.zeros(4, 3, 2, 2), Y), r"float32 \[4, 3, 2, 2\].*pool it first"),
         (lambda: mine_pairs(torch.zeros(2, 4, 3), Y), r"\[2, 4, 3\].*pool it first.*batch_sampler=, not sampler="),
-        (lambda: mine_pairs(X.long(), Y), r"features.*floating point.*int64 \[4, 3\]"),
-        (lambda: mine_pairs(torch.zeros(4, 0), Y), r"at least one channel.*\[4, 0\]"),
-        (lambda: mine_pairs(X, Y.float()), r"labels.*integer.*float32 \[4\]"),
-        (lambda: mine_pairs(X, Y.bool()), r"labels.*integer.*bool \[4\]"),
         (lambda: mine_pairs(X, Y[:, None]), r"\[B\].*\[4, 1\].*squeeze"),
-        (lambda: mine_pairs(X, Y[:3]), r"one entry per row.*\[3\].*\[4, 3\]"),
-        (lambda: mine_pairs(X, Y.to("meta")), r"one device.*cpu.*meta|one device.*meta.*cpu"),
-        (lambda: mine_pairs(X, Y, intra="nearest"), r"'similar', 'dissimilar', 'random' or None, got 'nearest'"),
         (lambda: mine_pairs(X, Y, intra=None, inter=None), r"both None"),
         (lambda: mine_pairs(X, Y, backend="faiss"), r"'auto', 'dense'.*got 'faiss'"),
         (
@@ -471,11 +446,7 @@ X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
         ),
         (lambda: mine_pairs(X, Y, key_labels=Y), "only key_labels"),
         (lambda: mine_pairs(X, Y, keys=X), "only keys"),
-        (lambda: mine_pairs(X, Y, keys=X[:, :2], key_labels=Y), r"keys must be \[B, 3\].*\[4, 2\]"),
         (lambda: mine_pairs(X, Y, keys=X[:0], key_labels=Y[:0]), r"at least one row"),
-        (lambda: mine_pairs(X, Y, keys=X, key_labels=Y, key_offset=1), r"\[0, 0\], got 1"),
-        (lambda: random_pairs(Y[:0], 3), r"got 0 labels"),
-        (lambda: random_pairs(Y, -1), r"num_pairs=-1"),
     ],
 )
 def test_errors_show_what_came(call, message):

@@ -25,19 +25,8 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a block may have
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_in_the_interpreter(chosen):
     tests = Path(__file__).with_name("test_mining.py")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "triton and not errors",
-        "-m",
-        chosen,
-        tests,
-    ]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    command += ["-k", "triton and not errors", "-m", chosen, tests]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import check_partners
 from strategies import KINDS, make_batch
+from watching import no_waiting
 
 from apinet_head import mine_pairs
 from apinet_head.mining import BACKENDS
@@ -99,12 +100,9 @@ def test_the_same_five_times_on_cuda():
 def test_no_synchronisation_and_graph_capture_on_cuda():
     features, labels = make_on_gpu()
     expected = mine_pairs(features, labels, backend="triton")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         mine_pairs(features, labels, backend="triton")
         mine_pairs(features, labels, intra="random", inter="random", backend="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = mine_pairs(features, labels, backend="triton")
