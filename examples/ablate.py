@@ -7,21 +7,19 @@ python examples/ablate.py --only memory --seeds 5    # partners from past batche
 """
 
 import csv
+import itertools
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # no window, also where there is a screen
-
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from workbench.datasets import open_data
 from workbench.run_folder import write_text
 from workbench.settings import Settings, parse
-from workbench.sweep import Results, make_parser, origin, run_all, spread
+from workbench.sweep import Results, make_parser, origin, run_all
+from workbench.tables import markdown, spread
 
 
 class Row(NamedTuple):
@@ -44,19 +42,14 @@ SIZES = (64, 256, 512)
 
 def rows_of(settings: Settings, part: str | None = None) -> list[Row]:
     """The ablation's rows, or those of one part; batches vary around the settings' own."""
-    if part == MEMORY:
-        group = f"memory, batches of {settings.n_classes} classes x {settings.n_samples} images"
-        return [Row(group, "none"), *(Row(group, str(size), ("--memory", str(size))) for size in SIZES)]
-    return [row for row in paper_rows(settings) if part in (None, row.group)]
-
-
-def paper_rows(settings: Settings) -> list[Row]:
     classes, samples = settings.n_classes, settings.n_samples
+    if part == MEMORY:
+        group = f"memory, batches of {classes} classes x {samples} images"
+        return [Row(group, "none"), *(Row(group, str(size), ("--memory", str(size))) for size in SIZES)]
     mutual = ("individual", "bilinear", "square_diff", "sum", "product", "weighted")
-    pairs = [
-        (intra, inter) for intra in ("similar", "dissimilar", "none") for inter in ("similar", "dissimilar", "none")
-    ]
-    return [
+    searches = ("none", "dissimilar", "similar")
+    pairs = [pair for pair in itertools.product(searches, searches) if pair != ("none", "none")]
+    rows = [
         Row("method", "baseline", ("--method", "baseline")),
         Row("method", "API-Net"),
         *(Row("mutual vector", name, ("--mutual", name)) for name in mutual),
@@ -67,39 +60,31 @@ def paper_rows(settings: Settings) -> list[Row]:
         Row("loss", "cross-entropy", ("--rank-weight", "0")),
         Row("loss", "cross-entropy + ranking"),
         Row("pairs", "random", ("--pairs", "random")),
-        *(
-            Row("pairs", f"intra {intra}, inter {inter}", _changed("--intra", intra) + _changed("--inter", inter))
-            for intra, inter in reversed(pairs)
-            if (intra, inter) != ("none", "none")
-        ),
+        *(Row("pairs", f"intra {intra}, inter {inter}", _changed(intra=intra, inter=inter)) for intra, inter in pairs),
         *(Row("classes in a batch", str(n), ("--n-classes", str(n))) for n in (classes // 2, 2 * classes)),
         Row("classes in a batch", str(classes)),
         *(Row("images of a class", str(n), ("--n-samples", str(n))) for n in (samples // 2, 2 * samples)),
         Row("images of a class", str(samples)),
     ]
+    return [row for row in rows if part in (None, row.group)]
 
 
-def _changed(flag: str, value: str) -> tuple[str, ...]:
-    return () if value == "similar" else (flag, value)
+def _changed(**searches: str) -> tuple[str, ...]:
+    return tuple(text for name, how in searches.items() if how != "similar" for text in (f"--{name}", how))
 
 
 def make_table(rows: Iterable[Row], results: Results) -> str:
-    """Markdown, a line per row; the rows that are the unchanged method are in bold."""
-    lines = ["| part | variant | test top-1 (%) | against API-Net | training top-1 (%) | time per run (s) |"]
-    lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
-    default = [run["test_top1"] for run in results["default"]]
+    """A line per row; the rows that are the unchanged method are in bold."""
+    columns = ["part", "variant", "test top-1 (%)", "against API-Net", "training top-1 (%)", "time per run (s)"]
+    lines, default = [], [run["test_top1"] for run in results["default"]]
     for row in rows:
         runs = results[row.key]
         gains = [run["test_top1"] - own for run, own in zip(runs, default, strict=True)]
-        cells = [
-            spread([run["test_top1"] for run in runs], 1),
-            spread(gains, 1) if row.flags else "",
-            spread([run["train_top1"] for run in runs], 1),
-            f"{statistics.mean(run['seconds'] for run in runs):.0f}",
-        ]
-        name = row.name if row.flags else f"**{row.name}**"
-        lines.append(f"| {row.group} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        test, train = (spread([run[name] for run in runs], 1) for name in ("test_top1", "train_top1"))
+        name, gain = (row.name, spread(gains, 1)) if row.flags else (f"**{row.name}**", "")
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        lines.append([row.group, name, test, gain, train, f"{seconds:.0f}"])
+    return markdown(columns, lines, names=2)
 
 
 def write_csv(file: Path, rows: Iterable[Row], results: Results) -> None:
@@ -114,7 +99,8 @@ def write_csv(file: Path, rows: Iterable[Row], results: Results) -> None:
 
 def draw(file: Path, rows: list[Row], results: Results) -> None:
     """Each row's accuracy: a dot per seed and a bar at their mean; the unchanged method's mean as a line."""
-    figure, axes = plt.subplots(figsize=(9, 0.3 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(figsize=(9, 0.3 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
     groups = list(dict.fromkeys(row.group for row in rows))
     default = statistics.mean(run["test_top1"] for run in results["default"])
     axes.axvline(default, color="tab:blue", linewidth=1, linestyle="--", label="API-Net as published")
@@ -132,17 +118,17 @@ def draw(file: Path, rows: list[Row], results: Results) -> None:
     axes.legend(frameon=False, loc="lower left")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
     parser = make_parser(__doc__, seeds=2, folder="runs/ablation")
     parser.add_argument("--only", metavar="PART", help="rows of this part alone, such as gate; memory is one too")
     options, flags = parser.parse_known_args()
-    flags = [*(SMALL_BATCHES if options.only == MEMORY else []), *flags]
-    name = MEMORY if options.only == MEMORY else "ablation"
-    if name == MEMORY and options.runs == parser.get_default("runs"):
-        options.runs = Path("runs/memory")  # other batches than the ablation's
+    name = "ablation"
+    if options.only == MEMORY:
+        name, flags = MEMORY, [*SMALL_BATCHES, *flags]
+        if options.runs == parser.get_default("runs"):
+            options.runs = Path("runs/memory")  # other batches than the ablation's
 
     settings = parse(flags)
     data = open_data(settings)  # drawn once, before the runs would all do it

@@ -13,14 +13,10 @@ from workbench import model_folder
 from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform
+from workbench.settings import number
 
 
 def make_page(folder: Path, top: int = 5, device: str = "cpu") -> Any:
-    """The Gradio interface.
-
-    Raises:
-        SystemExit: there is no Gradio, no such model or no such device.
-    """
     try:
         import gradio
     except ImportError:
@@ -54,12 +50,10 @@ def make_page(folder: Path, top: int = 5, device: str = "cpu") -> Any:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model folder of train_own.py or train_cub.py")
-    parser.add_argument("--top", type=int, default=5, help="classes shown (default: %(default)s)")
+    parser.add_argument("--top", type=number(int, 1), default=5, help="classes shown (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.top < 1:
-        parser.error(f"--top must be at least 1, got {options.top}")
     page = make_page(options.model, options.top, options.device)
     try:
         page.launch(server_name="127.0.0.1", server_port=options.port)

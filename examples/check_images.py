@@ -12,10 +12,7 @@ import sys
 from pathlib import Path
 
 from workbench.datasets import ARCHIVES, read
-
-# Nothing here imports torch: a check should start at once, and so should its processes.
-from workbench.datasets.bad_images import LIST, shown, write_list
-from workbench.datasets.decode import find_bad, processors
+from workbench.datasets.bad_images import LIST, find_bad, processors, shown, write_list
 
 
 def main(arguments: list[str] | None = None) -> list[tuple[Path, str]]:
@@ -26,8 +23,6 @@ def main(arguments: list[str] | None = None) -> list[tuple[Path, str]]:
     parser.add_argument("--output", type=Path, default=LIST, metavar="FILE", help="the list (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=processors(), help="processes (default: %(default)s); 0: none")
     options = parser.parse_args(arguments)
-    if options.workers < 0:
-        parser.error(f"--workers must be at least 0, got {options.workers}")
 
     data = read(options.dataset, options.data, complete=False)
     images = [image.path for image in data.train + data.test]

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from workbench.sweep import spread
+from workbench.settings import number
+from workbench.tables import markdown, spread
 
 TITLES = {
     "api": "API-Net",
@@ -49,21 +50,22 @@ def train_all(source: Path, folder: Path, methods: list[str], seeds: int, flags:
 
 def table(runs: Runs) -> str:
     """Mean and standard deviation over the seeds, differences seed by seed, and where the figures come from."""
-    lines = [f"| method | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
-    for method, of_seeds in runs.items():
-        cells = [spread([figure(run) for run in of_seeds], 1) for figure in COLUMNS.values()]
-        lines.append(f"| {TITLES[method]} | {' | '.join(cells)} |")
+    rows = [
+        [TITLES[method], *(spread([figure(run) for run in of_seeds], 1) for figure in COLUMNS.values())]
+        for method, of_seeds in runs.items()
+    ]
+    parts = [markdown(["method", *COLUMNS], rows)]
     for method in [name for name in runs if name != "api"]:
         gains = []
         for name, figure in list(COLUMNS.items())[:2]:
             values = [figure(a) - figure(b) for a, b in zip(runs["api"], runs[method], strict=True)]
             by_seed = ", ".join(f"{value:+.1f}" for value in values)
             gains.append(f"{name.removesuffix(' (%)')} {spread(values, 1)} (by seed: {by_seed})")
-        lines += ["", f"API-Net less {TITLES[method].lower()}, in points: {'; '.join(gains)}."]
+        parts.append(f"API-Net less {TITLES[method].lower()}, in points: {'; '.join(gains)}.")
     one, settings = runs["api"][0], runs["api"][0]["settings"]
     weights = "from scratch" if settings["no_pretrained"] else "pretrained"
     minutes = sum(run["minutes"] for of_seeds in runs.values() for run in of_seeds)
-    origin = (
+    parts.append(
         f"Always naming the largest class would make {100 * one['largest_class_share']:.1f} % right. "
         f"{one['data']['name']}: {len(one['classes'])} classes, {one['data']['train']} training and "
         f"{one['data']['test']} test images, each seed with a split of its own if the data has none; "
@@ -72,7 +74,7 @@ def table(runs: Runs) -> str:
         f"learning rate {settings['lr']:g} ({settings['backbone_lr']:g} for the backbone). {len(runs['api'])} seeds, "
         f"{minutes:.0f} minutes in all, last epoch, mean ± standard deviation over the seeds. {one['machine']}."
     )
-    return "\n".join([*lines, "", origin]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,14 +82,12 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("source", type=Path, help="as for train_own.py")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
+    parser.add_argument("--seeds", type=number(int, 1), default=3, help="runs of each method (default: %(default)s)")
     about = "batches of plain cross-entropy, one or both (default: balanced)"
     parser.add_argument("--against", nargs="+", choices=("balanced", "shuffled"), default=["balanced"], help=about)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     parser.add_argument("--table", type=Path, metavar="FILE", help="Markdown file (default: table.md in --out)")
     options, flags = parser.parse_known_args(arguments)
-    if options.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {options.seeds}")
     methods = [*dict.fromkeys(options.against), "api"]
     try:
         options.out.mkdir(parents=True, exist_ok=True)

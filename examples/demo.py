@@ -7,16 +7,13 @@ import statistics
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no window, also where there is a screen
-
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from workbench.datasets import open_data
 from workbench.run_folder import write_text
 from workbench.settings import parse
-from workbench.sweep import Results, make_parser, origin, read_log, run_all, spread
+from workbench.sweep import Results, make_parser, origin, read_log, run_all
+from workbench.tables import markdown, spread
 
 METHODS = {"baseline": "Baseline", "api": "API-Net"}
 COLOURS = {"baseline": "tab:gray", "api": "tab:blue"}
@@ -32,40 +29,37 @@ COLUMNS = {
 
 
 def make_table(results: Results) -> str:
-    """Mean and standard deviation over the seeds, as Markdown."""
-    lines = [f"| method | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
-    for method, title in METHODS.items():
-        cells = [spread([run[name] for run in results[method]]) for name in COLUMNS.values()]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    rows = [
+        [title, *(spread([run[name] for run in results[method]]) for name in COLUMNS.values())]
+        for method, title in METHODS.items()
+    ]
     gains = [a["test_top1"] - b["test_top1"] for a, b in zip(results["api"], results["baseline"], strict=True)]
-    lines += ["", f"API-Net less baseline, seed by seed: {spread(gains)} points of test top-1."]
-    return "\n".join(lines)
+    gained = f"API-Net less baseline, seed by seed: {spread(gains)} points of test top-1."
+    return f"{markdown(['method', *COLUMNS], rows)}\n\n{gained}"
 
 
 def draw(folder: Path, results: Results, file: Path) -> None:
     """Test accuracy over the epochs, each seed thin and the mean thick; and where the errors fall at the end."""
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(3, 2))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     for place, (method, title) in enumerate(METHODS.items()):
         logs = [read_log(folder / f"{method}-seed{seed}") for seed in range(len(results[method]))]
         series = [[(int(row["epoch"]), float(row["test_top1"])) for row in log if row["test_top1"]] for log in logs]
         epochs = [epoch for epoch, _ in series[0]]
         for line in series:
             curves.plot(*zip(*line, strict=True), color=COLOURS[method], alpha=0.35, linewidth=1)
-        means = [
-            statistics.mean(values) for values in zip(*[[top1 for _, top1 in line] for line in series], strict=True)
-        ]
+        means = [statistics.mean(top1 for _, top1 in points) for points in zip(*series, strict=True)]
         curves.plot(epochs, means, color=COLOURS[method], linewidth=2.5, label=title)
         for shift, name in enumerate(("errors_within_families", "errors_across_families")):
-            values = [run[name] for run in results[method]]
-            bars.bar(shift + (place - 0.5) * 0.36, statistics.mean(values), 0.34, color=COLOURS[method], alpha=0.8)
-            bars.plot([shift + (place - 0.5) * 0.36] * len(values), values, "o", color="black", markersize=3)
+            values, x = [run[name] for run in results[method]], shift + (place - 0.5) * 0.36
+            bars.bar(x, statistics.mean(values), 0.34, color=COLOURS[method], alpha=0.8)
+            bars.plot([x] * len(values), values, "o", color="black", markersize=3)
     curves.set(xlabel="epoch", ylabel="test top-1 (%)", ylim=(0, 100), title="Embedded birds: accuracy")
     curves.legend(frameon=False, loc="lower right")
     curves.grid(alpha=0.3)
     bars.set_xticks([0, 1], ["within a family", "across families"])
     bars.set(ylabel=f"errors on {results['api'][0]['images']} test images", title="Where the errors fall")
     figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:

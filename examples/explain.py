@@ -11,10 +11,13 @@ python examples/explain.py own-model --pair one.jpg other.jpg
 
 import argparse
 import io
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from torch import Tensor
 
 from apinet_head import PairExplanation, explain_pair
@@ -27,40 +30,36 @@ from workbench.heat import about_map, map_size, overlay
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform, unnormalized
 from workbench.model_folder import Model
-from workbench.report import plt, render, uri
+from workbench.report import render, uri
+from workbench.settings import number
 
 GATED, PLAIN = "#c2410c", "#475569"
 
 
 class Side(NamedTuple):
-    """One image of a pair: its true class (empty: unknown), what it is taken for, where the two are known to differ."""
+    """One image of a pair."""
 
     file: str
-    true: str
+    true: str  # class, empty if unknown
     predicted: str
     probability: float
-    marks: list[Place]
+    marks: list[Place]  # where the two are known to differ
 
 
 class Pair(NamedTuple):
     """Two images, and what the net makes of them."""
 
     pixels: Tensor  # [2,3,H,W] in [0, 1]
-    sides: tuple[Side, Side]
+    sides: list[Side]
     seen: PairExplanation
     activations: Tensor  # [2,k], of the plain channels
     map_size: tuple[int, int]
     note: str
 
-    @property
-    def title(self) -> str:
-        return " and ".join(side.true or side.file for side in self.sides)
-
 
 def readable(class_name: str) -> str:
     """ "001.Black_footed_Albatross" as "Black footed Albatross"."""
-    number, dot, name = class_name.partition(".")
-    return (name if dot and number.isdigit() else class_name).replace("_", " ")
+    return re.sub(r"^\d+\.", "", class_name).replace("_", " ")
 
 
 def hardest_pairs(outcome: Outcome, count: int) -> list[tuple[int, int]]:
@@ -70,13 +69,10 @@ def hardest_pairs(outcome: Outcome, count: int) -> list[tuple[int, int]]:
     rival = probabilities.scatter(1, labels[:, None], -1).max(1)
     order = (rival.values - true).argsort(descending=True, stable=True)
     # The first of each two classes, then the rest: six pictures of one confusion tell less than of six.
-    rank: dict[frozenset[int], int] = {}
-    turns = []
+    first: dict[frozenset[int], int] = {}
     for index in order.tolist():
-        classes = frozenset((int(labels[index]), int(rival.indices[index])))
-        rank[classes] = turn = rank.get(classes, -1) + 1
-        turns.append((turn > 0, index))
-    chosen = torch.tensor([index for _, index in sorted(turns, key=lambda turn: turn[0])], dtype=torch.long)
+        first.setdefault(frozenset((int(labels[index]), int(rival.indices[index]))), index)
+    chosen = torch.tensor(list(dict.fromkeys([*first.values(), *order.tolist()])), dtype=torch.long)
     partner = nearest(outcome.features, chosen, labels == rival.indices[chosen, None])
     pairs = zip(chosen.tolist(), partner.tolist(), strict=True)
     return [(one, other) for one, other in pairs if other >= 0][:count]
@@ -103,28 +99,28 @@ def make_pair(
     seen = explain_pair(net, images, top_k=top_k)
     features = net.backbone(images)
     top = net.head(features).float().softmax(1).max(1)
-    sides = []
-    for index, (image, other) in enumerate((pair, pair[::-1])):
-        known = "" not in (image.image_id, other.image_id)
-        sides.append(
-            Side(
-                file=shown(image.path.name),
-                true=readable(classes[image.label]) if image.label >= 0 else "",
-                predicted=readable(classes[int(top.indices[index])]),
-                probability=float(top.values[index]),
-                marks=marks.differing(image, other) if marks and known else [],
-            )
+    known = "" not in (pair[0].image_id, pair[1].image_id)
+    sides = [
+        Side(
+            file=shown(image.path.name),
+            true=readable(classes[image.label]) if image.label >= 0 else "",
+            predicted=readable(classes[index]),
+            probability=probability,
+            marks=marks.differing(image, other) if marks and known else [],
         )
+        for image, other, index, probability in zip(
+            pair, pair[::-1], top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    ]
     note = f"Cosine of the two features: {float(seen.similarity):.3f}."
     labels = {image.label for image in pair}
     if families and len(labels) == 2 and -1 not in labels and len({families[label] for label in labels}) == 1:
         note += f" Two species of one family: {families[pair[0].label]}."
-    return Pair(
-        unnormalized(images, transform), (sides[0], sides[1]), seen, features.gather(1, seen.plain_channels), size, note
-    )
+    activations = features.gather(1, seen.plain_channels)
+    return Pair(unnormalized(images, transform), sides, seen, activations, size, note)
 
 
-def draw(pair: Pair) -> plt.Figure:
+def draw(pair: Pair) -> Figure:
     """Each image beside two rows of heat maps over it: the channels picked by the gates, and below those without."""
     seen, k = pair.seen, pair.seen.channels.shape[1]
     gates, activations = seen.gates.gather(1, seen.channels), pair.activations
@@ -132,12 +128,12 @@ def draw(pair: Pair) -> plt.Figure:
         ("by the gates", GATED, seen.channels, seen.plain_channels, seen.heatmaps, "gate {:.3f}", gates),
         ("without gates", PLAIN, seen.plain_channels, seen.channels, seen.plain_heatmaps, "act. {:.2f}", activations),
     )
-    figure = plt.figure(figsize=(2.9 + 1.35 * k, 6.6), facecolor="white")
-    place = {"left": 0.01, "right": 0.99, "top": 0.88, "bottom": 0.02, "wspace": 0.1, "hspace": 0.3}
+    figure = Figure(figsize=(2.9 + 1.35 * k, 6.6), facecolor="white")
+    margins = {"left": 0.01, "right": 0.99, "top": 0.88, "bottom": 0.02, "wspace": 0.1, "hspace": 0.3}
     halves: Any = figure.subfigures(2, 1, hspace=0.02)
     for index, (half, side) in enumerate(zip(halves, pair.sides, strict=True)):
         # The second column is for the names of the rows.
-        grid = half.add_gridspec(2, k + 2, width_ratios=[2.25, 0.08, *[1] * k], **place)
+        grid = half.add_gridspec(2, k + 2, width_ratios=[2.25, 0.08, *[1] * k], **margins)
         caption = f"{side.true or 'class unknown'}\ntaken for {side.predicted} ({100 * side.probability:.0f} %)"
         colour = "#15803d" if side.true == side.predicted else "#b91c1c"
         _tile(half.add_subplot(grid[:, 0]), overlay(pair.pixels[index], None), side.marks, caption, colour)
@@ -148,10 +144,8 @@ def draw(pair: Pair) -> plt.Figure:
                 title = f"ch {channel}{both}\n{form.format(float(values[index, column]))}"
                 _tile(axes, overlay(pair.pixels[index], heats[index, column]), side.marks, title, colour)
                 if column == 0:
-                    axes.text(
-                        -0.05, 0.5, name, transform=axes.transAxes, rotation=90, ha="right", va="center", fontsize=8.5,
-                        color=colour,
-                    )  # fmt: skip
+                    place = {"transform": axes.transAxes, "ha": "right", "va": "center", "rotation": 90}
+                    axes.text(-0.05, 0.5, name, fontsize=8.5, color=colour, **place)
     return figure
 
 
@@ -161,22 +155,20 @@ def _tile(axes: Any, image: Any, marks: list[Place], title: str, colour: str) ->
     axes.set_axis_off()
     for x, y in marks:
         for edge, line in (("black", 2.2), ("white", 1)):  # seen on light and on dark
-            axes.add_patch(
-                plt.Circle((x - 0.5, y - 0.5), 0.07 * image.shape[1], fill=False, color=edge, linewidth=line)
-            )
+            circle = Circle((x - 0.5, y - 0.5), 0.07 * image.shape[1], fill=False, color=edge, linewidth=line)
+            axes.add_patch(circle)
 
 
 def write(folder: Path, title: str, pairs: list[Pair]) -> None:
     """A PNG per pair, and report.html with all of them."""
     folder.mkdir(parents=True, exist_ok=True)
     content = []
-    for number, pair in enumerate(pairs, 1):
-        figure, small = draw(pair), io.BytesIO()
-        figure.savefig(folder / f"pair{number:02d}.png", dpi=130)
-        figure.savefig(small, format="jpeg", dpi=130, pil_kwargs={"quality": 88})
-        plt.close(figure)
-        picture = uri(small.getvalue(), "jpeg")
-        content.append({"title": pair.title, "sides": pair.sides, "note": pair.note, "figure": picture})
+    for place, pair in enumerate(pairs, 1):
+        figure = draw(pair)
+        figure.savefig(folder / f"pair{place:02d}.png", dpi=130)
+        figure.savefig(small := io.BytesIO(), format="jpeg", dpi=130, pil_kwargs={"quality": 88})
+        pair_title = " and ".join(side.true or side.file for side in pair.sides)
+        content.append(pair._asdict() | {"title": pair_title, "figure": uri(small.getvalue(), "jpeg")})
     k = pairs[0].seen.channels.shape[1]
     note = (
         f"Beside each image, upper row: the {k} channels that its gates open most, given the other image of the pair. "
@@ -195,19 +187,15 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("model", type=Path, help="model folder, such as RUN/best or RUN/last")
     parser.add_argument("--pair", type=Path, nargs=2, action="append", metavar="IMAGE", help="two files; repeatable")
     about = "how many of the hardest (default: %(default)s)"
-    parser.add_argument("--pairs", type=int, default=6, metavar="N", help=about)
-    parser.add_argument("--top-k", type=int, default=5, help="channels an image (default: %(default)s)")
+    parser.add_argument("--pairs", type=number(int, 1), default=6, metavar="N", help=about)
+    parser.add_argument("--top-k", type=number(int, 1), default=5, help="channels an image (default: %(default)s)")
     parser.add_argument("--data", help="folder of the same data set (default: the data of the training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: explain/ beside the model folder")
     options = parser.parse_args(arguments)
-    if min(options.pairs, options.top_k) < 1:
-        parser.error("--pairs and --top-k must be at least 1")
     device = check_device(options.device)
 
-    families: list[str] = []
-    marks = None
-    known: dict[Path, Image] = {}
+    families, marks, known = [], None, {}
     if not (options.model / "run.json").exists():  # of train_own.py
         model = model_folder.load(options.model)
         model.net.to(device)

@@ -17,11 +17,7 @@ from workbench import model_folder
 
 
 def export(folder: Path, file: Path) -> float:
-    """The largest difference between the probabilities of the file and of the net, for random images.
-
-    Raises:
-        SystemExit: there is no such model, a package is missing, or the file can't be written.
-    """
+    """The largest difference between the probabilities of the file and of the net, for random images."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 # torch.onnx needs it, and says so in other words

@@ -26,21 +26,20 @@ from tqdm import tqdm
 from apinet_head import APINet, explain_pair
 from apinet_head.explain import features_and_maps, heat_maps
 from workbench.compared import BirdMarks, Outcome, Place, nearest, run_tests
-from workbench.datasets.lists import Image
+from workbench.datasets.lists import counted
 from workbench.guard import check_device
 from workbench.heat import map_size
-from workbench.images import eval_loader
-from workbench.metrics import machine
+from workbench.images import ImageDataset, eval_transform
+from workbench.metrics import machine, scores
 from workbench.run_folder import write_text
-from workbench.scores import scores
 from workbench.settings import Settings, parse
+from workbench.tables import markdown
 
 PICKS = {"gates": "gates", "plain": "activations, no gates", "random": "channels at random"}
 CHANCES = {"box": "chance: anywhere in the box", "image": "chance: anywhere in the image"}
 MEASURES = {"first": "first channel hits", "any": "any of {k} hits", "share": "share of {k} that hit"}
 RESAMPLES = 10_000
-Row = dict[str, dict[str, float]]  # of one image: pick or chance, measure
-Values = dict[str, dict[str, np.ndarray]]  # of all images
+Values = dict[str, dict[str, np.ndarray]]  # by pick or chance and by measure, of all images
 
 
 def peaks(maps: Tensor) -> Tensor:
@@ -90,24 +89,9 @@ def picked_maps(net: APINet, images: Tensor, top_k: int, generator: torch.Genera
     seen = explain_pair(net, images, top_k=top_k)
     maps = features_and_maps(net.backbone, images[:1])[1]
     drawn = torch.randperm(maps.shape[1], generator=generator)[None, :top_k].to(images.device)
-    heat = {
-        "gates": seen.heatmaps[0],
-        "plain": seen.plain_heatmaps[0],
-        "random": heat_maps(maps, drawn, images.shape[-2:])[0],
-    }
-    return heat, torch.isin(seen.channels[0], seen.plain_channels[0]).float().mean().item()
-
-
-def chances(marks: BirdMarks, image: Image, targets: Sequence[Place], radius: float, top_k: int) -> Row:
-    """The measures of peaks thrown at random into the visible part of the bird's box, or anywhere."""
-    left, top, right, bottom = marks.box(image)
-    crop = float(marks.crop)
-    regions = {
-        "box": (max(left, 0.0), max(top, 0.0), min(right, crop), min(bottom, crop)),
-        "image": (0.0, 0.0, crop, crop),
-    }
-    shares = {name: chance(targets, radius, region) for name, region in regions.items()}
-    return {name: {"first": p, "any": 1 - (1 - p) ** top_k, "share": p} for name, p in shares.items()}
+    at_random = heat_maps(maps, drawn, images.shape[-2:])[0]
+    both = torch.isin(seen.channels[0], seen.plain_channels[0]).float().mean().item()
+    return {"gates": seen.heatmaps[0], "plain": seen.plain_heatmaps[0], "random": at_random}, both
 
 
 def play(outcome: Outcome, *, top_k: int, tolerance: float, seed: int) -> dict[str, Any]:
@@ -117,14 +101,14 @@ def play(outcome: Outcome, *, top_k: int, tolerance: float, seed: int) -> dict[s
     if marks is None:
         raise SystemExit(f"{outcome.data.name}: where species differ is annotated in the embedded birds alone")
     device, test = next(net.parameters()).device, outcome.data.test
-    images = eval_loader(test, transform, batch=1, workers=0).dataset
+    images = ImageDataset(test, eval_transform(transform))
     try:
         resolution = map_size(net, images[0][0][None].to(device))
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if not 1 <= top_k <= net.dim:
         raise SystemExit(f"--top-k must be from 1 to the {net.dim} channels of the features, got {top_k}")
-    nothing: Row = {name: dict.fromkeys(MEASURES, math.nan) for name in (*PICKS, *CHANCES)}
+    nothing = {name: dict.fromkeys(MEASURES, math.nan) for name in (*PICKS, *CHANCES)}
     rows, shared = [], []
     for index, partner in enumerate(tqdm(partners(outcome).tolist(), desc="pointing game", leave=False)):
         targets = marks.differing(test[index], test[partner]) if partner >= 0 else []
@@ -136,7 +120,12 @@ def play(outcome: Outcome, *, top_k: int, tolerance: float, seed: int) -> dict[s
         left, top, right, bottom = marks.box(test[index])
         radius = tolerance * max(right - left, bottom - top)
         row = {name: measures(hits(peaks(maps.cpu()), targets, radius)) for name, maps in heat.items()}
-        rows.append(row | chances(marks, test[index], targets, radius, top_k))
+        # Peaks thrown at random into the visible part of the bird's box, or anywhere.
+        visible = (max(left, 0.0), max(top, 0.0), min(right, marks.crop), min(bottom, marks.crop))
+        for name, region in {"box": visible, "image": (0.0, 0.0, marks.crop, marks.crop)}.items():
+            p = chance(targets, radius, region)
+            row[name] = {"first": p, "any": 1 - (1 - p) ** top_k, "share": p}
+        rows.append(row)
         shared.append(both)
     if not shared:
         raise SystemExit("no test image has another species of its family to be compared with, and a visible mark")
@@ -174,7 +163,6 @@ def summary(runs: list[Values]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def train_command(settings: Settings) -> str:
-    """How to train the run again."""
     preset = asdict(parse(["--preset", "demo"])) | {"epochs": None}  # always named, in case the preset changes
     changed = {n: v for n, v in asdict(settings).items() if v != preset[n] and n not in ("output", "device", "data")}
     flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changed.items())
@@ -182,24 +170,23 @@ def train_command(settings: Settings) -> str:
 
 
 def as_table(found: dict[str, Any]) -> str:
-    """The result as Markdown."""
     k, names = found["settings"]["top_k"], PICKS | CHANCES
-    lines = [
+    parts = [
         f"A hit: the peak of a channel's heat map is within {found['settings']['tolerance']} of the larger side of the "
         "bird's box of a visible part in which the two species differ. In %, with 95 % intervals from resampling the "
-        "test images.",
+        "test images."
     ]
     for method, group in found["methods"].items():
-        lines += ["", heading(method, group["runs"], k), ""]
-        lines += [f"| picked by | {' | '.join(title.format(k=k) for title in MEASURES.values())} |"]
-        lines += ["| --- | ---: | ---: | ---: |"]
+        rows = []
         for name, row in group["summary"].items():
             sign, title = ("+", name.replace(" - ", " less ")) if " - " in name else ("", names[name])
             form = f"{{mean:{sign}.1f}} ({{low:{sign}.1f}} to {{high:{sign}.1f}})"
-            lines.append(f"| {title} | {' | '.join(form.format(**row[m]) for m in MEASURES)} |")
+            rows.append([title, *(form.format(**row[m]) for m in MEASURES)])
+        columns = ["picked by", *(title.format(k=k) for title in MEASURES.values())]
+        parts += [heading(method, group["runs"], k), markdown(columns, rows)]
     commands = [run["command"] for group in found["methods"].values() for run in group["runs"]]
-    made = f"Measured on {found['machine']}. The runs:"
-    return "\n".join([*lines, "", made, "", "```sh", *commands, "```"])
+    parts += [f"Measured on {found['machine']}. The runs:", "\n".join(["```sh", *commands, "```"])]
+    return "\n\n".join(parts)
 
 
 def heading(method: str, runs: list[dict[str, Any]], k: int) -> str:
@@ -210,8 +197,8 @@ def heading(method: str, runs: list[dict[str, Any]], k: int) -> str:
 
     both = 100 * np.mean([run["picked_by_both"] for run in runs])
     return (
-        f"**{'API-Net' if method == 'api' else 'Baseline, whose gates were never trained'}**, {len(runs)} "
-        f"run{'s'[: len(runs) > 1]} (top-1 {each('test_top1', '.1f')} %), feature map "
+        f"**{'API-Net' if method == 'api' else 'Baseline, whose gates were never trained'}**, "
+        f"{counted(len(runs), 'run')} (top-1 {each('test_top1', '.1f')} %), feature map "
         f"{' x '.join(map(str, runs[0]['map']))}, {each('images')} images ({each('left_out')} left out: no visible "
         f"difference); {both:.0f} % of the {k} channels picked by the gates are also among the {k} without."
     )

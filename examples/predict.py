@@ -21,14 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from workbench import model_folder
-from workbench.datasets.bad_images import shown
-from workbench.datasets.decode import processors
+from workbench.datasets.bad_images import processors, shown
 from workbench.datasets.folders import SUFFIXES, images_below
 from workbench.datasets.lists import counted
 from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform
 from workbench.model_folder import Model
+from workbench.settings import number
 
 
 class Files(Dataset[Any]):
@@ -48,55 +48,43 @@ class Files(Dataset[Any]):
 
 
 def find_images(sources: list[Path]) -> list[Path]:
-    """Files as they are given, and of folders all images in and below them, by their names, sorted.
-
-    Raises:
-        SystemExit: something is not there, or a folder has no images.
-    """
+    """Files as they are given, and of folders all images in and below them, by their names, sorted."""
     paths = []
     for source in sources:
         if not source.exists():
             raise SystemExit(f"{shown(str(source))}: no such file or folder")
-        found = [source]
-        if source.is_dir():
-            found = images_below(source)
-            if not found:
-                raise SystemExit(f"{shown(str(source))}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
+        found = images_below(source) if source.is_dir() else [source]
+        if not found:
+            raise SystemExit(f"{shown(str(source))}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
         paths += found
     return paths
 
 
 def classify(model: Model, loader: Iterable[Any], top: int, device: torch.device) -> Iterator[tuple[Path, Any]]:
     """Of each image its likeliest classes, (name, probability), or the error where it can't be decoded."""
-    net, classes, _ = model
-    net = net.to(device)
+    net, classes = model.net.to(device), model.classes
     for batch in loader:
-        images = [image for _, image in batch if isinstance(image, Tensor)]
-        found = iter(())
-        if images:
+        found = {path: error for path, error in batch if isinstance(error, BadImageError)}
+        if good := [(path, image) for path, image in batch if path not in found]:
             with torch.inference_mode():
-                best = net(torch.stack(images).to(device)).softmax(1).topk(min(top, len(classes)))
-            found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        for path, image in batch:
-            if isinstance(image, Tensor):
-                yield path, [(classes[row], value) for value, row in zip(*next(found), strict=True)]
-            else:
-                yield path, image
+                best = net(torch.stack([image for _, image in good]).to(device)).softmax(1).topk(min(top, len(classes)))
+            for (path, _), values, rows in zip(good, best.values.tolist(), best.indices.tolist(), strict=True):
+                found[path] = [(classes[row], value) for row, value in zip(rows, values, strict=True)]
+        yield from ((path, found[path]) for path, _ in batch)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model folder of train_own.py or train_cub.py")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of images")
-    parser.add_argument("--top", type=int, default=3, help="classes of each image (default: %(default)s)")
+    parser.add_argument("--top", type=number(int, 1), default=3, help="classes of each image (default: %(default)s)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table there, instead of lines on the screen")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
+    about = "images at a time (default: %(default)s)"
+    parser.add_argument("--batch-size", type=number(int, 1), default=32, help=about)
     about = "processes that load images (default: %(default)s)"
-    parser.add_argument("--workers", type=int, default=min(8, processors() - 1), help=about)
+    parser.add_argument("--workers", type=number(int, 0), default=min(8, processors() - 1), help=about)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.top < 1 or options.batch_size < 1 or options.workers < 0:
-        parser.error("--top and --batch-size must be at least 1, --workers at least 0")
     device = check_device(options.device)
     paths = find_images(options.images)
     model = model_folder.load(options.model)
@@ -123,11 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextmanager
 def open_table(file: Path | None, top: int) -> Iterator[Any]:
-    """A writer of rows below the names of the columns; None without a file.
-
-    Raises:
-        SystemExit: the file can't be written.
-    """
+    """A writer of rows below the names of the columns; None without a file."""
     if file is None:
         yield None
         return

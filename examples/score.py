@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from workbench.compared import load_tests, open_run
+from workbench.compared import open_run
 from workbench.datasets.bad_images import ending_at_bad_images
 from workbench.distributed import first_process_first, join_processes
 from workbench.guard import check_device
+from workbench.metrics import confusion, predict, report, scores
 from workbench.run_folder import write_text
-from workbench.scores import confusion, predict, report, scores
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -28,9 +28,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     processes = join_processes(options.device)
     with first_process_first():
         device = check_device(options.device) if processes.num_processes == 1 else processes.device
-        model, settings, data = open_run(options.model, options.data)
+        model, _, data, tests = open_run(options.model, options.data)
     with ending_at_bad_images():
-        logits, labels = predict(model.net.to(device), load_tests(model, settings, data), device)
+        logits, labels = predict(model.net.to(device), tests, device)
     found = {**scores(logits, labels), **confusion(logits, labels, data.classes, data.families)}
     if processes.is_main_process:
         print(report(found))

@@ -21,23 +21,14 @@ import PIL.Image
 DEGREES = ("functional", "possibly-defective", "probably-defective", "defective")  # 0, 1/3, 2/3, 1
 
 
-def class_name(kind: str, probability: float, degrees: bool = False) -> str:
-    """Such as "mono-functional".
-
-    Raises:
-        ValueError: no such degree was given to the cells.
-    """
-    thirds = round(3 * probability)
-    if abs(3 * probability - thirds) > 0.05 or not 0 <= thirds <= 3:
-        raise ValueError(f"the probability of a defect must be 0, 1/3, 2/3 or 1, got {probability}")
-    return f"{kind}-{DEGREES[thirds if degrees else 3 * (thirds // 2)]}"
-
-
 def write_folders(folder: Path, images: Any, probabilities: Any, kinds: Any, degrees: bool = False) -> Counter[str]:
     """A PNG for each of the grey images [N,H,W], in the folder of its class; how many each class has."""
     counts: Counter[str] = Counter()
     for number, (image, probability, kind) in enumerate(zip(images, probabilities, kinds, strict=True), 1):
-        name = class_name(str(kind), float(probability), degrees)
+        thirds = round(3 * float(probability))
+        if abs(3 * probability - thirds) > 0.05 or not 0 <= thirds <= 3:
+            raise ValueError(f"the probability of a defect must be 0, 1/3, 2/3 or 1, got {probability}")
+        name = f"{kind}-{DEGREES[thirds if degrees else 3 * (thirds // 2)]}"
         (folder / name).mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(image).save(folder / name / f"cell{number:04d}.png")
         counts[name] += 1

@@ -20,8 +20,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import MISSING, asdict, dataclass, replace
+from collections.abc import Collection
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,11 +32,12 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import SupConLoss
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms import RandomCrop
 from tqdm import tqdm
 
 from apinet_head import APIHead, BalancedBatchSampler, api_loss
 from workbench import study_tables
-from workbench.datasets import Image, cache_folder
+from workbench.datasets import ImageSet, cache_folder
 from workbench.datasets.bird_lists import read_cub
 from workbench.datasets.folders import read
 from workbench.frozen import features_of
@@ -101,9 +102,8 @@ def train(
     dim = inputs.shape[1] if backbone is None else backbone.num_features
     method, embedded = run.method.partition("-")[0], run.method == "supcon" or run.method.endswith("-embedding")
     embed = nn.Linear(dim, EMBEDDING) if embedded else nn.Identity()
-    head = APIHead(
-        EMBEDDING if embedded else dim, classes, dropout=run.dropout, mutual=run.mutual if method == "api" else "sum"
-    )
+    how = {"dropout": run.dropout, "mutual": run.mutual if method == "api" else "sum"}
+    head = APIHead(EMBEDDING if embedded else dim, classes, **how)
     contrast = SupConLoss()  # Khosla et al., 2020
     counts = labels.bincount(minlength=classes)
     weight = (counts / counts.float().mean()) ** (-1 if run.method == "shuffled" else 1) if run.weighted else None
@@ -132,21 +132,18 @@ def train(
     return nn.Sequential(body, embed, head).eval(), time.process_time() - start
 
 
-def batches(run: Run, labels: Tensor) -> Iterator[list[int]]:
+def batches(run: Run, labels: Tensor) -> BalancedBatchSampler:
+    drawn_from = labels, run.n_classes, run.n_samples
     if run.method == "shuffled":  # all images as one class, of which each batch takes its next ones
-        size = min(run.n_classes * run.n_samples, len(labels))
-        return iter(BalancedBatchSampler([0] * len(labels), 1, size, n_batches=run.steps, seed=run.seed))
-    sampler = BalancedBatchSampler(labels, run.n_classes, run.n_samples, n_batches=run.steps, seed=run.seed)
-    return iter(sampler)
+        drawn_from = [0] * len(labels), 1, min(run.n_classes * run.n_samples, len(labels))
+    return BalancedBatchSampler(*drawn_from, n_batches=run.steps, seed=run.seed)
 
 
 def augmented(images: Tensor) -> Tensor:
     """The images [B,3,H,W], each mirrored or not, and all shifted by up to an eighth."""
     mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images, images.flip(3))
-    pad = images.shape[-1] // 8
-    top, left = torch.randint(2 * pad + 1, (2,)).tolist()
-    padded = F.pad(mirrored, (pad, pad, pad, pad), mode="reflect")
-    return padded[:, :, top : top + images.shape[2], left : left + images.shape[3]]
+    shift = RandomCrop(images.shape[-2:], padding=images.shape[-1] // 8, padding_mode="reflect")
+    return shift(mirrored)
 
 
 def split(labels: Tensor, per_class: int, seed: int) -> tuple[list[int], list[int]]:
@@ -166,11 +163,9 @@ def execute(run: Run, pool: Pool, backbone: Any) -> dict[str, Any]:
     train_rows, validation_rows = split(pool.labels, pool.per_class, run.seed)
     classes, labels = int(pool.labels.max()) + 1, pool.labels[train_rows]
     net, seconds = train(run, pool.inputs[train_rows], labels, classes, backbone() if run.tuned else None)
-    inputs, targets = (
-        (pool.test_inputs, pool.test_labels)
-        if run.part == "test"
-        else (pool.inputs[validation_rows], pool.labels[validation_rows])
-    )
+    inputs, targets = pool.inputs[validation_rows], pool.labels[validation_rows]
+    if run.part == "test":
+        inputs, targets = pool.test_inputs, pool.test_labels
     with torch.inference_mode():
         logits = torch.cat([net(part) for part in inputs.split(256)])
     share = labels.bincount(minlength=classes) / len(labels)
@@ -210,25 +205,18 @@ class Study:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # stopped in the midst of a line
             self.file.write_text(whole, encoding="utf-8")
-        newer = {
-            name: field.default for name, field in Run.__dataclass_fields__.items() if field.default is not MISSING
-        }
-        self.rows = [newer | json.loads(line) for line in whole.splitlines()]
-        self.done = {self._key(row): row for row in self.rows}
+        newer = {each.name: each.default for each in fields(Run) if each.default is not MISSING}
+        rows = [newer | json.loads(line) for line in whole.splitlines()]
+        self.done = {Run(**{each.name: row[each.name] for each in fields(Run)}): row for row in rows}
 
     def get(self, run: Run, pool: Pool, backbone: Any) -> dict[str, Any]:
         """The line of the run, which is run first if there is none."""
-        if (key := self._key(asdict(run))) not in self.done:
+        if run not in self.done:
             row = asdict(run) | execute(run, pool, backbone) | {"machine": machine("cpu")}
             with self.file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
-            self.rows.append(row)
-            self.done[key] = row
-        return self.done[key]
-
-    @staticmethod
-    def _key(row: dict[str, Any]) -> str:
-        return json.dumps([row[name] for name in Run.__dataclass_fields__])
+            self.done[run] = row
+        return self.done[run]
 
     def choose_rate(self, run: Run, pool: Pool, backbone: Any) -> Run:
         """The run with the learning rate of the best accuracy on validation images, over several seeds."""
@@ -247,9 +235,8 @@ class Study:
 def variants(run: Run, names: Collection[str]) -> list[Run]:
     """What users vary, one at a time; of all that, what is named, if anything is."""
     batch = run.n_classes * run.n_samples
-    several = [replace(run, n_samples=n, n_classes=batch // n) for n in (2, 4, 8)]
     shared = [replace(run, steps=run.steps // 4), replace(run, steps=4 * run.steps), replace(run, dropout=0.0)]
-    shared += several
+    shared += [replace(run, n_samples=n, n_classes=batch // n) for n in (2, 4, 8)]
     if run.method.startswith("api"):
         shared += [replace(run, margin=margin) for margin in (0.0, 0.2, 0.5)]
         shared += [replace(run, rank_weight=weight) for weight in (0.0, 3.0)]
@@ -261,19 +248,18 @@ def variants(run: Run, names: Collection[str]) -> list[Run]:
     return [each for each in shared if not names or any(getattr(each, name) != getattr(run, name) for name in names)]
 
 
-def read_source(source: str, size: int) -> tuple[str, list[Image], list[Image], list[str], int]:
-    """Name, training images, test images, classes, and how many training images of each class are taken."""
+def read_source(source: str) -> tuple[ImageSet, int]:
+    """The images, and how many training images of each class are taken."""
     place, _, count = source.partition(":")
     name, _, folder = place.rpartition("=")
     if folder == "birds":
         from birds.dataset import write_birds  # here, for only this data set needs what draws them
 
-        root = cache_folder() / f"study-birds-{SPECIES}x{DRAWN}-{size}px"
-        data = read_cub(write_birds(root, species=SPECIES, images_per_species=DRAWN, size=size))
-        return source, data.train, data.test, data.classes, int(count or 0)
+        root = cache_folder() / f"study-birds-{SPECIES}x{DRAWN}-224px"
+        data = read_cub(write_birds(root, species=SPECIES, images_per_species=DRAWN, size=224))
+        return replace(data, name=source), int(count or 0)
     title = (name or Path(folder).name) + (f":{count}" if count else "")
-    data = read(Path(folder), 0.3).as_image_set(title)
-    return title, data.train, data.test, data.classes, int(count or 0)
+    return read(Path(folder), 0.3).as_image_set(title), int(count or 0)
 
 
 def study_one(study: Study, source: str, name: str, weights: Path | None, options: argparse.Namespace) -> None:
@@ -291,28 +277,27 @@ def study_one(study: Study, source: str, name: str, weights: Path | None, option
     size = options.image_size or config["input_size"][-1]
     transform = {"input_size": [3, size, size], "interpolation": "bicubic", "crop_pct": 1.0}
     transform |= {key: list(config[key]) for key in ("mean", "std")}
-    title, train_images, test_images, classes, per_class = read_source(source, 224)
-    images = [train_images, test_images]
-    if options.fine_tune:
-        data = [ImageDataset(part, eval_transform(transform)) for part in images]
-        stacked = [torch.stack([each[0] for each in tqdm(part, desc=title)]) for part in data]
-        inputs = [each.contiguous(memory_format=torch.channels_last) for each in stacked]  # twice as fast on CPUs
-    else:
-        inputs = [features_of(made, part, transform, torch.device("cpu"), options.workers) for part in images]
-    labels = [torch.tensor([image.label for image in part]) for part in images]
-    pool = Pool(inputs[0], labels[0], inputs[1], labels[1], per_class)
-    n_classes = min(len(classes), BATCH // 4)
-    base = Run(
-        title, name, size, options.fine_tune, "api", "test", 0, 0.0, options.steps, n_classes, BATCH // n_classes
-    )
+    data, per_class = read_source(source)
+    parts = []
+    for images in (data.train, data.test):
+        if options.fine_tune:
+            dataset = ImageDataset(images, eval_transform(transform))
+            inputs = torch.stack([each[0] for each in tqdm(dataset, desc=data.name)])
+            inputs = inputs.contiguous(memory_format=torch.channels_last)  # twice as fast on CPUs
+        else:
+            inputs = features_of(made, images, transform, torch.device("cpu"), options.workers)
+        parts += [inputs, torch.tensor([image.label for image in images])]
+    pool, n_classes = Pool(*parts, per_class), min(len(data.classes), BATCH // 4)
+    budget = options.steps, n_classes, BATCH // n_classes
+    base = Run(data.name, name, size, options.fine_tune, "api", "test", 0, 0.0, *budget)
     chosen = [study.choose_rate(replace(base, method=method), pool, backbone) for method in options.methods]
     if options.vary is not None:
-        varied = [each for run in chosen for each in variants(run, options.vary) if each.n_classes <= len(classes)]
+        varied = [each for run in chosen for each in variants(run, options.vary) if each.n_classes <= len(data.classes)]
         for run in varied:
             for seed in CHOOSING:
                 study.get(replace(run, part="validation", seed=seed), pool, backbone)
         return
-    for seed in tqdm(range(options.seeds), desc=f"{title} {name}"):
+    for seed in tqdm(range(options.seeds), desc=f"{data.name} {name}"):
         for run in chosen:
             study.get(replace(run, seed=seed), pool, backbone)
 
@@ -321,18 +306,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("sources", nargs="*", metavar="NAME=DIR[:N]", help='data sets; "birds" are drawn')
-    add(
-        "--weights", action="append", default=[], metavar="BACKBONE=FILE",
-        help="a timm model, and a file of its weights (without: timm's, from the Hub); once for each backbone",
-    )  # fmt: skip
+    about = "a timm model, and a file of its weights (without: timm's, from the Hub); once for each backbone"
+    add("--weights", action="append", default=[], metavar="BACKBONE=FILE", help=about)
     add("--out", type=Path, default=Path("runs/study"), help="default: %(default)s")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
     add("--seeds", type=number(int, 2), default=20, help="runs of each method on test images (default: %(default)s)")
     add("--steps", type=number(int, 20), default=400, help="of each run (default: %(default)s)")
-    add(
-        "--vary", nargs="*", choices=VARIED, metavar="SETTING",
-        help=f"vary settings instead, on validation images: all, or some of {', '.join(VARIED)}",
-    )  # fmt: skip
+    about = f"vary settings instead, on validation images: all, or some of {', '.join(VARIED)}"
+    add("--vary", nargs="*", choices=VARIED, metavar="SETTING", help=about)
     add("--fine-tune", action="store_true", help="train the backbone too, which takes far longer")
     add("--image-size", type=number(int, 32), help="pixels a side (default: the backbone's own)")
     add("--workers", type=number(int, 0), default=0, help="processes that load images")
@@ -345,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
             name, _, file = given.partition("=")
             check_backbone(name)
             study_one(study, source, name, Path(file) if file else None, options)
-    study_tables.write(options.out, study.rows)
+    study_tables.write(options.out, list(study.done.values()))
 
 
 if __name__ == "__main__":

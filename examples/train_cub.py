@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import accuracy
@@ -30,13 +30,14 @@ from workbench.checkpoint import RunState
 from workbench.chunk_size import with_chunk_size
 from workbench.datasets import ImageSet, open_data
 from workbench.datasets.bad_images import ending_at_bad_images
-from workbench.distributed import average_gradients, end_all, first_process_first, join_processes, share_buffers
-from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
+from workbench.distributed import average_gradients, end_all, first_process_first, join_processes
+from workbench.guard import advice_on_memory, check_backbone, check_device, making_the_net, nonfinite, noting_signals
 from workbench.images import ImageDataset, eval_loader, train_loader, train_transform
+from workbench.metrics import confusion, predict, report, scores
 from workbench.model_folder import Model
 from workbench.run_folder import RunFolder, describe, write_text
-from workbench.scores import confusion, predict, report, scores
 from workbench.settings import HARMLESS, Settings, parse, run_folder
+from workbench.weights import load_weights, named
 
 COLUMNS = ["epoch", "step", "lr", "seconds", "loss", "cross_entropy", "ranking", "train_top1", "test_top1", "test_top5"]
 COLUMNS += ["skipped", "left_out"]
@@ -87,8 +88,8 @@ def compute_loss(model: nn.Module, images: Tensor, labels: Tensor, settings: Set
     if settings.method == "api":
         pairs = random_pairs(labels, 2 * len(labels)) if settings.pairs == "random" else None
         output = model(images, labels, pairs=pairs)
-        weights = {"margin": settings.margin, "rank_weight": settings.rank_weight}
-        loss, cross_entropy, ranking = api_loss_terms(output, label_smoothing=settings.label_smoothing, **weights)
+        how = {name: getattr(settings, name) for name in ("margin", "rank_weight", "label_smoothing")}
+        loss, cross_entropy, ranking = api_loss_terms(output, **how)
         logits, targets = output.logits_self, output.labels
     else:
         logits, targets = model(images), labels
@@ -102,8 +103,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = parse(arguments)
     weights = Path(settings.weights) if settings.weights else None
     if weights is not None:
-        from workbench.weights import load_weights, named  # here, for most runs go without
-
         settings = replace(settings, weights=named(weights), pretrained=False)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -119,9 +118,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     # Net, sampler, optimiser, schedule. The loaders stay as they are: accelerate would deal the sampler's batches out
     # among the processes, but each batch is one set of classes to compare, and the sampler gives each its share.
-    accelerator = Accelerator(
-        cpu=settings.device == "cpu", mixed_precision=settings.amp, log_with="tensorboard", project_dir=path
-    )
+    on_cpu = settings.device == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=settings.amp, log_with="tensorboard", project_dir=path)
     device = accelerator.device
     with first_process_first():
         folder = RunFolder(path, asdict(settings) | describe(data), HARMLESS, settings.keep_checkpoints)
@@ -151,7 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     progress = state.progress
     batch_size = settings.n_classes * settings.n_samples // processes.num_processes
     with (
-        Shutdown() as shutdown,
+        noting_signals() as noted,
         advice_on_memory(net, batch_size, settings.crop, int(settings.chunk_size)),
         ending_at_bad_images(),
     ):
@@ -196,21 +194,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 if progress.batch % 10 == 0 and progress.batch < sampler.n_batches:  # reading waits for the device
                     so_far = means(accelerator, state)
                     bar.set_postfix({name: f"{value:.3g}" for name, value in so_far.items()}, refresh=False)
-                folder.after_step(state, shutdown.signal, settings.checkpoint_minutes)
+                folder.after_step(state, noted.signal, settings.checkpoint_minutes)
 
             # Test, log and save.
-            row = {"lr": optimizer.param_groups[-1]["lr"], **means(accelerator, state)}
-            start = time.perf_counter()
-            share_buffers(net)
             progress.epoch += 1
+            row = {"lr": optimizer.param_groups[-1]["lr"], **means(accelerator, state)}
             row |= {"epoch": progress.epoch, "step": progress.step}
             row |= {"skipped": progress.skipped, "left_out": data.left_out}
+            start = time.perf_counter()
+            for buffer in net.buffers():  # each process has its own running statistics of BatchNorm
+                broadcast(buffer)
             if progress.epoch == settings.epochs or progress.epoch % settings.eval_every == 0:
                 row |= scores(*predict(net, test_loader, device))
             row["seconds"] = progress.seconds + time.perf_counter() - start
             record(folder, state, row, plain, settings)
             progress.batch, progress.counted, progress.seconds, state.sums = 0, 0, 0.0, {}
-            folder.after_epoch(state, shutdown.signal)
+            folder.after_epoch(state, noted.signal)
 
         # The result: the net as it is after the last epoch, and what it confuses.
         logits, labels = predict(net, test_loader, device)

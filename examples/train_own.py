@@ -37,19 +37,18 @@ from apinet_head import APIHead, APINet, BalancedBatchSampler, api_loss
 from workbench import metrics, model_folder, report
 from workbench.checkpoint import RunState
 from workbench.datasets import ImageSet
-from workbench.datasets.bad_images import ending_at_bad_images, shown
-from workbench.datasets.decode import processors
+from workbench.datasets.bad_images import ending_at_bad_images, processors, shown
 from workbench.datasets.folders import Split, by_class, read, short_side, sound, warnings
 from workbench.datasets.lists import counted
 from workbench.defaults import Known, choose
 from workbench.distributed import end_all
-from workbench.frozen import FeatureBatches, features_of
-from workbench.guard import Shutdown, advice_on_memory, check_backbone, check_device, making_the_net, nonfinite
+from workbench.frozen import feature_loader, features_of
+from workbench.guard import advice_on_memory, check_backbone, check_device, making_the_net, nonfinite, noting_signals
 from workbench.images import ImageDataset, eval_loader, eval_transform, to_device, train_loader
+from workbench.metrics import predict
 from workbench.model_card import make_card
 from workbench.model_folder import Model
 from workbench.run_folder import RunFolder, describe, lock
-from workbench.scores import predict
 from workbench.settings import number
 from workbench.weights import load_weights, named
 
@@ -60,10 +59,9 @@ TESTS = 20  # times that the test images are looked at for the curves, at most; 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = "folder of class folders, with train/ and test/ in it or not; or a CSV"
+    parser.add_argument("source", type=Path, help=about)
     add = parser.add_argument_group("data").add_argument
-    parser.add_argument(
-        "source", type=Path, help="folder of class folders, with train/ and test/ in it or not; or a CSV"
-    )
     add("--test-share", type=float, default=0.25, help="of each class, where there is no split (default: %(default)s)")
     add("--skip-bad", action="store_true", help="leave out images that cannot be decoded")
     add = parser.add_argument_group("model").add_argument
@@ -71,14 +69,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="write over the model in --out")
     add("--no-pretrained", action="store_true", help="train from scratch, without weights from the network")
     add("--weights", type=Path, metavar="FILE", help="of the backbone, instead of timm's from the network")
-    add(
-        "--frozen", action="store_true",
-        help="train the head alone, on features that are computed once for each image and kept: far quicker",
-    )  # fmt: skip
-    add(
-        "--chunk-size", type=number(int, 1), metavar="N",
-        help="images at a time through the backbone: the same batch in less memory (default: all)",
-    )  # fmt: skip
+    about = "train the head alone, on features that are computed once for each image and kept: far quicker"
+    add("--frozen", action="store_true", help=about)
+    about = "images at a time through the backbone: the same batch in less memory (default: all)"
+    add("--chunk-size", type=number(int, 1), metavar="N", help=about)
     add = parser.add_argument_group("chosen from the data, if not given").add_argument
     add("--backbone", help="any timm model name")
     add("--image-size", type=number(int, 32), help="pixels a side")
@@ -88,10 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr", type=number(float, 0), help="learning rate of AdamW")
     add("--backbone-lr", type=number(float, 0), help="of the backbone (a tenth of --lr if pretrained)")
     add = parser.add_argument_group("training").add_argument
-    add(
-        "--baseline", choices=("balanced", "shuffled"), default="",
-        help="cross-entropy instead of API-Net: on the same balanced batches, or on shuffled ones as usual",
-    )  # fmt: skip
+    about = "cross-entropy instead of API-Net: on the same balanced batches, or on shuffled ones as usual"
+    add("--baseline", choices=("balanced", "shuffled"), default="", help=about)
     add(
         "--prior", choices=("equal", "images"), default="equal",
         help="classes to expect after training on balanced batches: all equally often, or as often as among the "
@@ -103,10 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     add("--workers", type=number(int, 0), default=min(8, processors() - 1), help="processes that load images; 0: none")
-    add(
-        "--checkpoint-minutes", type=number(float, 0), default=5.0,
-        help="save after so many minutes too, not only with an epoch; 0: only then (default: %(default)s)",
-    )  # fmt: skip
+    about = "save after so many minutes too, not only with an epoch; 0: only then (default: %(default)s)"
+    add("--checkpoint-minutes", type=number(float, 0), default=5.0, help=about)
     return parser
 
 
@@ -128,16 +118,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--frozen needs a backbone that has learned: leave out --no-pretrained")
     if options.prior == "images" and options.baseline == "shuffled":
         parser.error("--prior images corrects balanced batches: shuffled ones have that prior already")
-    weights_name = named(options.weights) if options.weights else ""
+    weights = named(options.weights) if options.weights else ""
 
     # Data, and what is chosen from it.
     data, notes = read_data(options)
     fill_in(options, data, device)
     sampler, note = make_sampler(options, data)
-    print(note)
     notes.append(note)
-    settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
-    settings["weights"] = weights_name
+    print(note)
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS} | {"weights": weights}
 
     # Net, optimiser, schedule.
     folder = RunFolder(options.out / "run", settings | describe(data), HARMLESS)
@@ -154,15 +143,13 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer = accelerator.prepare_optimizer(optimizer)
     train_transform, transform = transforms(net, options.image_size)
     train, test = ImageDataset(data.train, train_transform), ImageDataset(data.test, eval_transform(transform))
-    loader: Any = train_loader(train, sampler, device, options.workers)
-    test_loader: Any = eval_loader(data.test, transform, 32, options.workers)
+    loader = train_loader(train, sampler, device, options.workers)
+    test_loader = eval_loader(data.test, transform, 32, options.workers, 0)
     if options.frozen:
+        how = transform, device, options.workers
         with ending_at_bad_images():
-            features = [
-                features_of(net.backbone, part, transform, device, options.workers) for part in (data.train, data.test)
-            ]
-        loader = FeatureBatches(data.train, features[0], sampler)
-        test_loader = FeatureBatches(data.test, features[1])
+            loader = feature_loader(data.train, features_of(net.backbone, data.train, *how), sampler)
+            test_loader = feature_loader(data.test, features_of(net.backbone, data.test, *how), [range(len(test))])
 
     # From where the folder is: from nothing, or exactly as the training left off.
     state = RunState(accelerator, net, optimizer, scheduler, sampler)
@@ -171,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     progress = state.progress
     every, batch = -(-options.epochs // TESTS), options.n_classes * options.n_samples
     with (
-        Shutdown() as shutdown,
+        noting_signals() as noted,
         advice_on_memory(net, batch, options.image_size, options.chunk_size or 0),
         ending_at_bad_images(),
         tqdm(total=steps, initial=progress.step, unit=" steps", mininterval=0.5) as bar,
@@ -203,11 +190,11 @@ def main(arguments: list[str] | None = None) -> None:
                 progress.step, progress.batch = progress.step + 1, progress.batch + 1
                 progress.seconds = time.perf_counter() - start
                 bar.update()
-                folder.after_step(state, shutdown.signal, options.checkpoint_minutes)
+                folder.after_step(state, noted.signal, options.checkpoint_minutes)
 
             # Test, log and save.
-            row = {name: float(value) / progress.counted for name, value in state.sums.items()}
             progress.epoch += 1
+            row = {name: float(value) / progress.counted for name, value in state.sums.items()}
             row["epoch"] = progress.epoch
             if progress.epoch % every == 0 or progress.epoch == options.epochs:
                 logits, truth = predict(model, test_loader, device)
@@ -216,14 +203,15 @@ def main(arguments: list[str] | None = None) -> None:
             row["seconds"] = progress.seconds
             progress.history.append(row)
             progress.batch, progress.counted, progress.seconds, state.sums = 0, 0, 0.0, {}
-            folder.after_epoch(state, shutdown.signal)
+            folder.after_epoch(state, noted.signal)
 
-        # The result: the net as it is after the last epoch.
+        # The result is the net after the last epoch.
         if options.prior == "images":
             share = torch.tensor([image.label for image in data.train]).bincount() / len(data.train)
             net.head.classifier.bias.data += share.log().to(device)
         likely = predict(model, test_loader, device)[0].softmax(1)
-    found = measure(data, notes, settings, likely, progress.history, str(device))
+    found = measure(data, likely, progress.history) | {"machine": metrics.machine(str(device)), "settings": settings}
+    found["data"] = {"name": data.name, "train": len(data.train), "test": len(data.test), "notes": notes}
     trained = Model(net.cpu().eval(), data.classes, transform)
     with folder.writing():
         model_folder.save(options.out, trained)
@@ -265,10 +253,10 @@ def make_sampler(options: argparse.Namespace, data: ImageSet) -> tuple[BalancedB
         return sampler, f"{epoch} of {counted(size, 'image')}, none of which comes twice in it"
     drawn = [row for batch in sampler for row in batch]
     seen = len(set(drawn))
-    note = (
-        f"{epoch} in which all classes come equally often; the first one has {seen} of the {len(labels)} training "
-        f"images{', some of them more than once' if seen < len(drawn) else ''}"
-    )
+    note = f"{epoch} in which all classes come equally often; "
+    note += f"the first one has {seen} of the {len(labels)} training images"
+    if seen < len(drawn):
+        note += ", some of them more than once"
     if len(set(Counter(labels).values())) > 1:
         note += ". So the net learns to expect classes equally often: where they are not, it names rare ones too often"
     if options.n_samples == 1 and not options.baseline:
@@ -279,12 +267,9 @@ def make_sampler(options: argparse.Namespace, data: ImageSet) -> tuple[BalancedB
 def make_net(options: argparse.Namespace, classes: int) -> APINet:
     """The net; a backbone of a fixed image size is made for the images."""
     arguments = {} if fixed_size(options.backbone) in (None, options.image_size) else {"img_size": options.image_size}
-    pretrained = not options.no_pretrained and not options.weights
-    instead = "--weights takes a file, --no-pretrained"
-    with making_the_net(options.backbone, pretrained=pretrained, instead=instead):
-        net = APINet(
-            options.backbone, classes, pretrained=pretrained, chunk_size=options.chunk_size, backbone_args=arguments
-        )
+    how = {"pretrained": not options.no_pretrained and not options.weights}
+    with making_the_net(options.backbone, instead="--weights takes a file, --no-pretrained", **how):
+        net = APINet(options.backbone, classes, chunk_size=options.chunk_size, backbone_args=arguments, **how)
     if options.weights:
         print(load_weights(net.backbone, options.weights))
     return net
@@ -293,7 +278,7 @@ def make_net(options: argparse.Namespace, classes: int) -> APINet:
 def fixed_size(backbone: str) -> int | None:
     """Pixels a side, of a backbone that takes no other images unless it is made for them."""
     config = check_backbone(backbone)
-    return config.input_size[1] if config is not None and config.fixed_input_size else None
+    return config.input_size[1] if config and config.fixed_input_size else None
 
 
 def transforms(net: APINet, size: int) -> tuple[Any, dict[str, Any]]:
@@ -301,21 +286,13 @@ def transforms(net: APINet, size: int) -> tuple[Any, dict[str, Any]]:
 
     Crops are larger and colours change less than in timm's defaults: a detail may be all in which two classes differ.
     """
-    test = {
-        "input_size": [3, size, size],
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        **model_folder.normalization(net),
-    }
+    test = {"input_size": [3, size, size], "interpolation": "bicubic", "crop_pct": 1.0}
+    test |= model_folder.normalization(net)
     return create_transform(**test, is_training=True, scale=(0.4, 1.0), color_jitter=0.2), test
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Before the training, not after it.
-
-    Raises:
-        SystemExit: the folder holds something that is not to be overwritten, or another training writes into it.
-    """
+    """That nothing is in the folder which is not to be overwritten, and no other training writes into it."""
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {folder} is a file")
     if (folder / "run" / "lock").exists():
@@ -329,18 +306,14 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def read_data(options: argparse.Namespace) -> tuple[ImageSet, list[str]]:
-    """The images, with notes and warnings, which are printed.
-
-    Raises:
-        SystemExit: there is nothing to learn from them or to test with.
-    """
+    """The images, with notes and warnings, which are printed."""
     split = read(options.source, options.test_share, options.seed)
     check_classes(options, split)  # before all images are decoded
     split = sound(split, options.workers, options.skip_bad)
     check_classes(options, split)  # and without the bad ones
     data = split.as_image_set(options.source.resolve().stem)
-    found = [*split.notes, *(f"warning: {text}" for text in warnings(split.train, split.test))]
-    notes = [shown(note) for note in found]
+    notes = [*split.notes, *(f"warning: {text}" for text in warnings(split.train, split.test))]
+    notes = [shown(note) for note in notes]
     numbers = f"{len(data.classes)} classes, {counted(len(data.train), 'training image')}"
     print(f"{numbers} and {counted(len(data.test), 'test image')}", *notes, sep="\n")
     return data, notes
@@ -361,59 +334,47 @@ def check_classes(options: argparse.Namespace, split: Split) -> None:
 
 def fill_in(options: argparse.Namespace, data: ImageSet, device: torch.device) -> None:
     """Choose what was not asked for, and say why."""
-    labels = [image.label for image in data.train]
-    choices = choose(
-        Known(
-            images=len(labels),
-            classes=len(data.classes),
-            typical=int(median(labels.count(label) for label in range(len(data.classes)))),
-            side=short_side([image.path for image in data.train]),
-            pretrained=not options.no_pretrained,
-            gpu=device.type != "cpu",
-            frozen=options.frozen,
-        )
+    known = Known(
+        images=len(data.train),
+        classes=len(data.classes),
+        typical=int(median(Counter(image.label for image in data.train).values())),
+        side=short_side([image.path for image in data.train]),
+        pretrained=not options.no_pretrained,
+        gpu=device.type != "cpu",
+        frozen=options.frozen,
     )
-    fixed = fixed_size(options.backbone or choices["backbone"][0])
-    if fixed:
+    choices = choose(known)
+    if fixed := fixed_size(options.backbone or choices["backbone"][0]):
         choices["image_size"] = fixed, f"which the weights of {options.backbone} are for"
     for name, (value, why) in choices.items():
         given = getattr(options, name)
-        if given is None:
-            setattr(options, name, value)
-        print(f"{name} {getattr(options, name):{'g' if name == 'lr' else ''}}: {why if given is None else 'as asked'}")
+        value, why = (value, why) if given is None else (given, "as asked")
+        setattr(options, name, value)
+        print(f"{name} {value:{'g' if name == 'lr' else ''}}: {why}")
     if options.backbone_lr is None:
         options.backbone_lr = options.lr if options.no_pretrained else options.lr / 10
 
 
-def measure(
-    data: ImageSet,
-    notes: list[str],
-    settings: dict[str, Any],
-    likely: Tensor,
-    history: list[dict[str, float]],
-    device: str,
-) -> dict[str, Any]:
-    """All of metrics.json."""
+def measure(data: ImageSet, likely: Tensor, history: list[dict[str, float]]) -> dict[str, Any]:
+    """What metrics.json has of the data and the training."""
     confusion = metrics.confusions([image.label for image in data.test], likely.argmax(1).tolist(), len(data.classes))
     return {
         **metrics.summary(confusion),
         "by_class": metrics.by_class(data.classes, [image.label for image in data.train], confusion),
         "confusion": confusion.tolist(),
         "classes": data.classes,
-        "machine": metrics.machine(device),
-        "data": {"name": data.name, "train": len(data.train), "test": len(data.test), "notes": notes},
-        "settings": settings,
         "history": history,
         "minutes": sum(row["seconds"] for row in history) / 60,
     }
 
 
 def write_predictions(file: Path, data: ImageSet, likely: Tensor) -> None:
+    names, best = data.classes, likely.max(1)
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines:
         rows = csv.writer(lines)
         rows.writerow(["path", "label", "predicted", "probability"])
-        for image, (probability, row) in zip(data.test, (each.max(0) for each in likely), strict=True):
-            rows.writerow([image.path, data.classes[image.label], data.classes[int(row)], f"{float(probability):.4f}"])
+        for image, share, row in zip(data.test, best.values.tolist(), best.indices.tolist(), strict=True):
+            rows.writerow([image.path, names[image.label], names[row], f"{share:.4f}"])
 
 
 if __name__ == "__main__":

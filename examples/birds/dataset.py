@@ -3,17 +3,17 @@
 Species come in families of four or five that share build and colours and differ in one or two small marks.
 """
 
+import itertools
 import json
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map
 
 from birds.draw import MARKED_PARTS, PARTS, Build, Family, Mark, Species, draw_bird
 from birds.scenery import COLOURS, BirdImage
@@ -22,76 +22,16 @@ VERSION = 1  # of the pictures and files: raise it whenever the same settings gi
 STANDS_OUT = 165  # distance in RGB
 FEW_IMAGES = 400  # are drawn sooner than worker processes have started
 
-# Columns: the fields of Build, in their order.
-_BUILDS = """
-songbird   24 0.25 0.18 0.03 0.75 0.40 0.05 1.1 0.50  0.15   0 0.72 0.20
-finch      28 0.27 0.20 0.02 0.80 0.62 0.15 1.3 0.42  0.35   0 0.68 0.16
-warbler    18 0.22 0.17 0.02 0.85 0.24 0.00 1.2 0.45  0.00   5 0.68 0.24
-crested    34 0.24 0.18 0.03 0.85 0.40 0.10 1.3 0.62 -0.10   0 0.68 0.20 1.5
-wren       16 0.27 0.19 0.00 1.10 0.22 0.28 1.2 0.34 -0.20  62 0.56 0.24
-tern        6 0.20 0.18 0.04 1.45 0.28 0.12 1.2 0.50  0.75   0 0.92 0.10 0 1
-gull       10 0.24 0.16 0.08 1.20 0.32 0.20 2.4 0.34  0.00   0 0.98 0.24 0 1
-swallow    30 0.19 0.17 0.00 0.45 0.28 0.05 1.1 0.62  1.00   0 0.98 0.07
-heron      28 0.20 0.13 0.55 3.00 0.34 0.00 1.2 0.22  0.00   0 0.76 0.62 0 1
-duck        4 0.29 0.18 0.16 1.30 0.36 0.22 4.5 0.24 -0.40  18 0.66 0.12 0 1
-plover     12 0.25 0.19 0.02 0.80 0.26 0.05 1.4 0.28 -0.20   0 0.74 0.46 0 1
-curlew     14 0.23 0.14 0.20 3.20 0.24 1.10 1.6 0.26 -0.20   0 0.72 0.58 0 1
-hawk       54 0.24 0.18 0.02 0.80 0.46 0.55 2.2 0.60  0.05  -6 0.84 0.18
-woodpecker 58 0.20 0.18 0.06 1.50 0.34 0.00 1.2 0.46 -0.60  -6 0.70 0.12
-kingfisher 44 0.26 0.25 0.00 2.00 0.32 0.00 1.2 0.24 -0.10   0 0.62 0.07 0.6
-crow       26 0.25 0.18 0.06 1.35 0.46 0.28 1.9 0.52 -0.20   0 0.82 0.24
-dove       18 0.27 0.14 0.08 0.80 0.24 0.15 1.8 0.66 -0.35   0 0.72 0.12
-parrot     56 0.23 0.20 0.02 0.75 0.58 0.75 2.6 0.88 -0.65  -6 0.74 0.10
-quail      12 0.31 0.17 0.04 0.65 0.38 0.20 1.6 0.16 -0.20 -16 0.58 0.22 0.8
-"""
-BUILDS = {name: Build(*map(float, numbers)) for name, *numbers in map(str.split, _BUILDS.strip().splitlines())}
 
-# Columns: the fields of Family, in their order; in the last two parts its species vary.
-_FAMILIES = """
-Tern         tern       silver slate  white  white  white  orange orange bar   crown
-Sparrow      songbird   brown  umber  buff   cream  buff   slate  pink   crown belly
-Warbler      warbler    olive  olive  yellow yellow yellow black  slate  eye   bar
-Gull         gull       grey   grey   white  white  white  yellow yellow tail  beak
-Jay          crested    blue   navy   silver white  blue   black  slate  tail  eye
-Heron        heron      slate  slate  grey   white  silver yellow olive  crown beak
-Woodpecker   woodpecker black  black  white  white  cream  slate  grey   bar   crown
-Kingfisher   kingfisher teal   blue   orange white  teal   black  red    belly bar
-Teal         duck       brown  umber  grey   rufous green  slate  orange eye   beak
-Hawk         hawk       brown  brown  cream  white  brown  slate  yellow tail  belly
-Plover       plover     buff   brown  white  white  buff   black  orange beak  bar
-Parrot       parrot     green  green  yellow green  red    buff   grey   bar   tail
-Finch        finch      red    umber  pink   red    red    buff   brown  bar   belly
-Wren         wren       rufous brown  buff   cream  rufous brown  pink   tail  crown
-Swallow      swallow    navy   navy   cream  rufous navy   black  black  belly tail
-Crow         crow       black  black  black  slate  black  black  black  beak  eye
-Dove         dove       grey   buff   pink   pink   grey   slate  red    bar   tail
-Quail        quail      brown  umber  buff   slate  slate  black  olive  belly eye
-Curlew       curlew     buff   brown  cream  buff   cream  umber  slate  crown tail
-Oriole       songbird   black  black  orange orange black  slate  slate  bar   belly
-Bunting      finch      navy   navy   blue   blue   blue   silver black  crown bar
-Vireo        warbler    green  olive  white  cream  grey   slate  blue   eye   crown
-Cardinal     crested    red    rufous red    red    red    orange brown  tail  bar
-Egret        heron      white  white  white  white  white  yellow black  beak  crown
-Flicker      woodpecker brown  umber  cream  cream  grey   slate  grey   belly tail
-Eider        duck       white  black  black  cream  white  olive  olive  crown beak
-Falcon       hawk       slate  slate  white  buff   slate  black  yellow bar   eye
-Dotterel     plover     grey   slate  rufous white  white  black  yellow bar   crown
-Lory         parrot     blue   green  red    red    blue   orange grey   eye   tail
-Grosbeak     finch      black  black  white  red    black  cream  slate  beak  bar
-Creeper      wren       umber  umber  white  white  umber  slate  slate  crown bar
-Martin       swallow    violet umber  white  white  violet black  slate  tail  bar
-Chough       crow       navy   black  navy   navy   navy   red    red    eye   beak
-Pigeon       dove       white  slate  slate  teal   slate  pink   red    tail  beak
-Thrush       songbird   olive  brown  white  cream  olive  yellow pink   belly crown
-Ibis         curlew     violet teal   violet rufous rufous pink   red    beak  bar
-Waxwing      crested    buff   slate  yellow buff   buff   black  black  bar   tail
-Petrel       gull       black  umber  black  black  black  slate  pink   beak  eye
-Kookaburra   kingfisher umber  teal   white  white  cream  slate  grey   crown tail
-Redstart     warbler    slate  slate  orange orange slate  black  black  crown eye
-"""
+def _table(name: str) -> list[list[str]]:
+    """The rows of a table beside this file, whose columns are the fields of the class that they describe, in order."""
+    return [line.split() for line in Path(__file__).with_name(name).read_text().splitlines()[1:]]
+
+
+BUILDS = {name: Build(*map(float, numbers)) for name, *numbers in _table("builds.txt")}
 FAMILIES = tuple(
     Family(name, BUILDS[build], *looks, varies=(first, second))
-    for name, build, *looks, first, second in map(str.split, _FAMILIES.strip().splitlines())
+    for name, build, *looks, first, second in _table("families.txt")
 )
 
 # For each part: the colour of its family that it is seen against, and marks: kind, colours to try, adjective.
@@ -176,23 +116,17 @@ def _draw_species(settings: dict[str, int], root: Path, index: int) -> list[tupl
     return drawn
 
 
-def _draw_all(settings: dict[str, int], root: Path, workers: int, progress: bool) -> list[tuple[str, BirdImage]]:
-    total = settings["species"] * settings["images_per_species"]
-    draw, drawn = partial(_draw_species, settings, root), []
-    pool = ProcessPoolExecutor(workers) if workers > 1 and total >= FEW_IMAGES else nullcontext()
-    with tqdm(total=total, desc="drawing birds", disable=not progress) as bar, pool:
-        for images in getattr(pool, "map", map)(draw, range(settings["species"])):
-            drawn += images
-            bar.update(len(images))
-    return drawn
-
-
 def _write(settings: dict[str, int], root: Path, workers: int, progress: bool) -> None:
-    """Writes the whole set into the new folder `root`."""
     (root / "images").mkdir(parents=True)
     (root / "parts").mkdir()
-    drawn = list(enumerate(_draw_all(settings, root, workers, progress), 1))
     per_species, species = settings["images_per_species"], catalogue(settings["species"])
+    draw, numbers = partial(_draw_species, settings, root), range(len(species))
+    bar = {"desc": "drawing birds", "unit": " species", "disable": not progress}
+    if workers > 1 and len(species) * per_species >= FEW_IMAGES:
+        images = process_map(draw, numbers, max_workers=workers, chunksize=1, **bar)
+    else:
+        images = map(draw, tqdm(numbers, **bar))
+    drawn = list(enumerate(itertools.chain.from_iterable(images), 1))
     classes = [
         {"name": f"{i:03d}.{s.name}", "family": s.family.name, "traits": {p: getattr(s, p) for p in MARKED_PARTS}}
         for i, s in enumerate(species, 1)
@@ -216,19 +150,6 @@ def _write(settings: dict[str, int], root: Path, workers: int, progress: bool) -
     (root / "birds.json").write_text(json.dumps(settings | {"classes": classes}, indent=1) + "\n")
 
 
-def _is_written(root: Path, settings: dict[str, int]) -> bool:
-    """Whether `root` holds the set of these settings; raises FileExistsError if it holds anything else."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    try:
-        found = {name: json.loads((root / "birds.json").read_text())[name] for name in settings}
-    except (OSError, ValueError, KeyError):
-        found = "something else than a bird set"
-    if found != settings:
-        raise FileExistsError(f"{root} holds {found}, not {settings}: choose another folder, or remove this one first")
-    return True
-
-
 def write_birds(
     root: str | Path,
     *,
@@ -241,16 +162,8 @@ def write_birds(
 ) -> Path:
     """Writes a bird set in the folder format of CUB-200-2011, or finds it written already; returns the folder.
 
-    The bytes depend on the arguments only, not on the number of workers. An interrupted run leaves no `root`.
-
-    Args:
-        root: folder to write; images.txt is directly inside it.
-        species: number of species, 2 or more.
-        images_per_species: number of images of each, 2 or more, every second of them for training.
-        size: width and height of the images in pixels, 32 or more.
-        seed: seed of poses, scenes and light; the species are always the same.
-        workers: processes to draw with; None is as many as there are processors, and 0 or 1 is this process alone.
-        progress: whether to show a progress bar.
+    The bytes depend on the arguments only, not on the number of workers, of which None is one for each processor. The
+    seed is that of poses, scenes and light: the species are always the same. An interrupted run leaves no `root`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -260,9 +173,16 @@ def write_birds(
     for name, value, least in (("images_per_species", images_per_species, 2), ("size", size, 32), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
-    settings = {"version": VERSION, "species": species, "images_per_species": images_per_species}
-    root, settings = Path(root), settings | {"size": size, "seed": seed}
-    if _is_written(root, settings):
+    root, settings = Path(root), {"version": VERSION, "species": species, "images_per_species": images_per_species}
+    settings |= {"size": size, "seed": seed}
+    if root.is_file() or (root.exists() and any(root.iterdir())):
+        try:
+            found = {name: json.loads((root / "birds.json").read_text())[name] for name in settings}
+        except (OSError, ValueError, KeyError):
+            found = "something else than a bird set"
+        if found != settings:
+            advice = "choose another folder, or remove this one first"
+            raise FileExistsError(f"{root} holds {found}, not {settings}: {advice}")
         return root
     partial_root = root.with_name(f".{root.name}.{os.getpid()}.partial")
     try:

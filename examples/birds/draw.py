@@ -127,7 +127,6 @@ class Skeleton:
         return size * (self.shift + self.scale * (self.flip * np.real(world) - 1j * np.imag(world)))
 
     def to_world(self, pixel: np.ndarray, size: int) -> np.ndarray:
-        """The inverse of `to_pixels`."""
         flat = (pixel / size - self.shift) / self.scale
         return self.flip * flat.real - 1j * flat.imag
 
@@ -255,9 +254,8 @@ class Painter(Brush):
             albedo[:] += share * (np.array(self.colour(name), np.float32) - albedo)
 
         if belly.kind == "patch":
-            tint(
-                belly.colour, smooth_step(-up, 0.2, 0.45) * smooth_step(along, 3, 7) * (1 - smooth_step(along, 19, 23))
-            )
+            share = smooth_step(-up, 0.2, 0.45) * smooth_step(along, 3, 7) * (1 - smooth_step(along, 19, 23))
+            tint(belly.colour, share)
         tint(family.breast, smooth_step(along, 19, 25))
         tint(family.back, smooth_step(up, 0.05, 0.4))
         on_head = smooth_step(along, nape - 5, nape + 1)
@@ -293,5 +291,4 @@ def draw_bird(species: Species, rng: np.random.Generator, size: int) -> BirdImag
     bones = Skeleton(species.family.build, rng)
     individual, scene, twig = (np.random.default_rng(seed) for seed in rng.integers(2**63, size=3))
     painter = Painter(species, bones, individual, size)
-    layer, light, waterside = painter.layer, painter.paint(), species.family.build.waterside
-    return compose(size, layer, light, bones, painter.locations(), waterside, scene, twig)
+    return compose(size, painter, painter.paint(), scene, twig)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 if TYPE_CHECKING:
-    from birds.draw import Skeleton
+    from birds.draw import Painter, Skeleton
 
 Colour = tuple[int, int, int]
 
@@ -164,13 +164,6 @@ def _meadow(rng: np.random.Generator, n: int) -> np.ndarray:
 BACKDROPS = {"sky": _sky, "foliage": _foliage, "water": _water, "meadow": _meadow}
 
 
-def paint_backdrop(rng: np.random.Generator, habitat: str, size: int) -> Image.Image:
-    """A blurred backdrop of `size` x `size` pixels; `habitat` is a key of BACKDROPS."""
-    small = np.clip(BACKDROPS[habitat](rng, BACKDROP_PIXELS), 0, 255).astype(np.uint8)
-    picture = Image.fromarray(small).filter(ImageFilter.GaussianBlur(1.2))
-    return picture.resize((size, size), Image.Resampling.BICUBIC)
-
-
 def _limb(draw: ImageDraw.ImageDraw, knots: np.ndarray, widths: np.ndarray, bark: Colour) -> None:
     """A tapering branch along complex `knots`, lit from above."""
     curve = spline(knots, 8)
@@ -186,9 +179,8 @@ def _leaf(draw: ImageDraw.ImageDraw, base: complex, along: complex, green: Colou
     outline = spline(np.array([0, 0.3 + 0.24j, 0.65 + 0.2j, 1, 0.65 - 0.2j, 0.3 - 0.24j, 0]), 4) * along + base
     draw.polygon(pixels(outline), green)
     draw.polygon(pixels(outline[: len(outline) // 2 + 1]), mix(green, (236, 244, 180), 0.22))
-    draw.line(
-        pixels(np.array([base, base + 0.92 * along])), mix(green, (20, 36, 10), 0.45), max(1, round(abs(along) / 22))
-    )
+    vein, thick = np.array([base, base + 0.92 * along]), max(1, round(abs(along) / 22))
+    draw.line(pixels(vein), mix(green, (20, 36, 10), 0.45), thick)
 
 
 def paint_perch(canvas: Image.Image, rng: np.random.Generator, kind: str, feet: complex, unit: float) -> None:
@@ -214,15 +206,12 @@ def paint_perch(canvas: Image.Image, rng: np.random.Generator, kind: str, feet: 
         soil = mix((96, 118, 52), (140, 122, 78), tone)
         edge = spline(x + 1j * y)
         draw.polygon([*pixels(edge), (1.05 * side, side), (-0.05 * side, side)], soil)
-        _grass(draw, rng, edge, unit * 0.16, soil)
-
-
-def _grass(draw: ImageDraw.ImageDraw, rng: np.random.Generator, edge: np.ndarray, tall: float, soil: Colour) -> None:
-    for place, height, lean, lit in rng.uniform((0, 0.4, -0.5, -0.25), (1, 1, 0.5, 0.35), (36, 4)):
-        foot = edge[int(place * (len(edge) - 1))] + 1j * tall * 0.4 + place * 3
-        blade = mix(soil, (20, 40, 10), -lit) if lit < 0 else mix(soil, (210, 220, 130), lit)
-        tip = foot + tall * height * (lean - 1j)
-        draw.polygon(pixels(np.array([foot - tall * 0.06, tip, foot + tall * 0.06])), blade)
+        tall = unit * 0.16  # grass
+        for place, height, lean, lit in rng.uniform((0, 0.4, -0.5, -0.25), (1, 1, 0.5, 0.35), (36, 4)):
+            foot = edge[int(place * (len(edge) - 1))] + 1j * tall * 0.4 + place * 3
+            blade = mix(soil, (20, 40, 10), -lit) if lit < 0 else mix(soil, (210, 220, 130), lit)
+            tip = foot + tall * height * (lean - 1j)
+            draw.polygon(pixels(np.array([foot - tall * 0.06, tip, foot + tall * 0.06])), blade)
 
 
 def paint_twig(layer: Image.Image, rng: np.random.Generator) -> None:
@@ -258,23 +247,19 @@ def develop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def compose(
-    size: int,
-    layer: Image.Image,
-    light: np.ndarray,
-    bones: Skeleton,
-    places: dict[str, complex],
-    waterside: bool,
-    scene: np.random.Generator,
-    twig: np.random.Generator,
+    size: int, painter: Painter, light: np.ndarray, scene: np.random.Generator, twig: np.random.Generator
 ) -> BirdImage:
-    """Puts a bird, painted on a supersampled `layer`, its parts at `places` of its world, into a scene of `size`."""
+    """Puts a bird, painted on a supersampled layer, into a scene of `size`."""
+    layer, bones = painter.layer, painter.bones
     zoom = layer.width // size
     bird = np.asarray(layer.reduce(zoom), np.float32).copy()
     bird[..., :3] *= np.asarray(Image.fromarray(light).resize((size, size), Image.Resampling.BILINEAR))[..., None]
     bird = Image.fromarray(np.clip(bird, 0, 255).astype(np.uint8))
     habitat = str(scene.choice(list(BACKDROPS)))
-    picture = paint_backdrop(scene, habitat, size)
-    perch = "ground" if habitat == "meadow" else "rock" if waterside else "branch"
+    small = np.clip(BACKDROPS[habitat](scene, BACKDROP_PIXELS), 0, 255).astype(np.uint8)
+    picture = Image.fromarray(small).filter(ImageFilter.GaussianBlur(1.2))
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    perch = "ground" if habitat == "meadow" else "rock" if painter.build.waterside else "branch"
     behind, covered = Image.new("RGBA", layer.size), np.zeros((size, size), bool)
     paint_perch(behind, scene, perch, complex(bones.to_pixels(bones.feet, layer.width)), bones.scale * layer.width)
     behind = behind.reduce(zoom)
@@ -290,7 +275,7 @@ def compose(
     columns, rows = np.flatnonzero(alpha.any(0)), np.flatnonzero(alpha.any(1))
     box = (float(columns[0]), float(rows[0]), float(np.ptp(columns) + 1), float(np.ptp(rows) + 1))
     parts = {}
-    for part, place in places.items():
+    for part, place in painter.locations().items():
         spot = complex(bones.to_pixels(place, size))
         visible = 0 <= spot.real < size and 0 <= spot.imag < size and not covered[int(spot.imag), int(spot.real)]
         parts[part] = (spot.real, spot.imag, True) if visible else (0.0, 0.0, False)

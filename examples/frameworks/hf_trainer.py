@@ -53,9 +53,8 @@ def top1(found: EvalPrediction) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> float:
     parser = make_parser(__doc__)
     parser.add_argument("--cpu", action="store_true", help="needed for several processes without a GPU")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/trainer"), help="where the net goes; default: %(default)s"
-    )
+    about = "where the net goes; default: %(default)s"
+    parser.add_argument("--out", type=Path, default=Path("runs/trainer"), help=about)
     args = parser.parse_args(arguments)
     settings = TrainingArguments(
         str(args.out), num_train_epochs=args.epochs, learning_rate=2e-3, per_device_train_batch_size=24,

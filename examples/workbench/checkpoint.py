@@ -42,10 +42,7 @@ class Progress:
 
 @dataclass
 class RunState:
-    """The parts of a run that change with it: all have state_dict and load_state_dict.
-
-    Images need no random state: their crops are seeded one by one. `sums` are those of the begun epoch's figures.
-    """
+    """The parts of a run that change with it. Images need no random state: their crops are seeded one by one."""
 
     accelerator: Accelerator
     net: torch.nn.Module
@@ -53,7 +50,7 @@ class RunState:
     scheduler: Any
     sampler: Any
     progress: Progress = field(default_factory=Progress)
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of the begun epoch's figures
 
     def count(self, figures: dict[str, Tensor]) -> None:
         """Add those of a step to the epoch's."""
@@ -73,11 +70,7 @@ class RunState:
         return files
 
     def load(self, checkpoint: Path) -> None:
-        """Restore all.
-
-        Raises:
-            SystemExit: another number of processes saved it.
-        """
+        """Restore all, by as many processes as saved it."""
         process, shared = PartialState(), load(checkpoint / "state.pt")
         saved, here = shared["processes"], process.num_processes
         if saved != here:
@@ -101,10 +94,8 @@ class RunState:
     def _generators(self) -> dict[str, Any]:
         """Of this process, how to get and to set their states."""
         device = self.accelerator.device.type
-        found = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
-        if device != "cpu":
-            found[device] = getattr(torch, device).get_rng_state, getattr(torch, device).set_rng_state
-        return found
+        sources = {"cpu": torch} | ({} if device == "cpu" else {device: getattr(torch, device)})
+        return {name: (source.get_rng_state, source.set_rng_state) for name, source in sources.items()}
 
 
 @dataclass
@@ -149,25 +140,22 @@ class Checkpoints:
         process.wait_for_everyone()
 
     def newest(self) -> Path | None:
-        """The newest that loads, None if there is none at all; one that doesn't is told of and set aside.
-
-        Raises:
-            SystemExit: none loads.
-        """
+        """The newest that loads, None if there is none at all; one that doesn't is told of and set aside."""
         broken = []
         for name in reversed(self.names()):
+            checkpoint = self.folder / name
             try:
-                for rank in range(load(self.folder / name / "state.pt")["processes"]):
-                    load(self.folder / name / f"process-{rank}.pt")
+                for rank in range(load(checkpoint / "state.pt")["processes"]):
+                    load(checkpoint / f"process-{rank}.pt")
             except BROKEN as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                print(f"the checkpoint {self.folder / name} cannot be loaded: {reason}", flush=True)
-                broken.append(self.folder / name)
+                print(f"the checkpoint {checkpoint} cannot be loaded: {reason}", flush=True)
+                broken.append(checkpoint)
                 continue
             for path in broken:  # out of the way of new ones, and of counting as one to keep
                 shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
                 path.replace(path.with_suffix(".damaged"))
-            return self.folder / name
+            return checkpoint
         if broken:
             raise SystemExit(f"no checkpoint in {self.folder} can be loaded: restore one, or remove the folder")
         return None

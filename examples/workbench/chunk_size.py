@@ -22,11 +22,7 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def with_chunk_size(settings: Settings, folder: Path, make_net: Callable[[Settings], nn.Module]) -> Settings:
-    """The settings with numbers for "auto": those that the run in `folder` began with, or what the first process picks.
-
-    Raises:
-        SystemExit: no chunk size fits, or this torch can't tell.
-    """
+    """The settings with numbers for "auto": those that the run in `folder` began with, or what one process picks."""
     if settings.chunk_size != AUTO:
         return settings
     numbers = [0, 0]
@@ -45,11 +41,6 @@ def with_chunk_size(settings: Settings, folder: Path, make_net: Callable[[Settin
 
 
 def estimate(settings: Settings, make_net: Callable[[Settings], nn.Module]) -> ChunkChoice:
-    """For a step of this process.
-
-    Raises:
-        SystemExit: no chunk size fits, or this torch can't tell.
-    """
     processes = PartialState().num_processes
     try:
         return pick_chunk_size(

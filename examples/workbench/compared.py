@@ -1,5 +1,6 @@
 """A trained net before its test images: features, predictions, and for each image the one to compare it with."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from workbench.datasets.bad_images import ending_at_bad_images
 from workbench.datasets.lists import Image, ImageSet
 from workbench.image_files import load_image
 from workbench.images import eval_loader
+from workbench.metrics import predict
 from workbench.model_folder import Model
-from workbench.scores import predict
 from workbench.settings import Settings
 
 Place = tuple[float, float]
@@ -32,32 +33,28 @@ class Outcome(NamedTuple):
     labels: Tensor  # [N]
 
 
-def open_run(folder: Path, root: str | None) -> tuple[Model, Settings, ImageSet]:
-    """A model of train_cub.py, the settings of its run, and its data, or that at `root`, if given.
-
-    Raises:
-        SystemExit: the folder has no model of train_cub.py, or the data has other classes.
-    """
+def open_run(folder: Path, root: str | None) -> tuple[Model, Settings, ImageSet, DataLoader[Any]]:
+    """A model of train_cub.py, its run's settings, its data (or that at `root`), and this process's test images."""
     model = model_folder.load(folder)
-    settings = Settings(**model_folder.load_run(folder)["settings"])
+    try:
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{folder}: no model folder of train_cub.py, such as RUN/best: {error}") from None
+    settings = Settings(**about["settings"])
     data = open_data(settings, root)
     if data.classes != model.classes:
         raise SystemExit(f"{data.name} has other classes than {folder} was trained on: give its --data")
-    return model, settings, data
-
-
-def load_tests(model: Model, settings: Settings, data: ImageSet) -> DataLoader[Any]:
-    """This process's share of the test images, as the model wants them."""
-    return eval_loader(data.test, model.transform, settings.eval_batch, settings.workers, settings.loader_timeout)
+    loading = settings.eval_batch, settings.workers, settings.loader_timeout
+    return model, settings, data, eval_loader(data.test, model.transform, *loading)
 
 
 @torch.no_grad()
 def run_tests(folder: Path, root: str | None, device: torch.device) -> Outcome:
     """A model in eval mode, on the device, and what it makes of its test images; folder and data as for `open_run`."""
-    model, settings, data = open_run(folder, root)
+    model, settings, data, tests = open_run(folder, root)
     net = model.net.to(device)
     with ending_at_bad_images():
-        features, labels = predict(net.backbone, load_tests(model, settings, data), device)
+        features, labels = predict(net.backbone, tests, device)
     return Outcome(model, settings, data, features, net.head(features.to(device)).float().cpu(), labels)
 
 
@@ -68,11 +65,7 @@ def nearest(features: Tensor, queries: Tensor, allowed: Tensor) -> Tensor:
 
 
 class BirdMarks:
-    """Where two of the embedded birds differ, in the pixels of the image that the net sees.
-
-    Raises:
-        FileNotFoundError: `data` isn't the embedded birds: where its species differ is not annotated.
-    """
+    """Where two of the embedded birds differ, in the pixels of the image that the net sees."""
 
     def __init__(self, data: ImageSet, transform: dict[str, int]) -> None:
         root = data.test[0].path.parents[2]
@@ -90,10 +83,7 @@ class BirdMarks:
             return None
 
     def differing(self, image: Image, other: Image) -> list[Place]:
-        """The parts of `image` in which its species differs from the other's, if it is of the same family.
-
-        Parts that are hidden, or outside the crop, are left out.
-        """
+        """The visible parts of `image` in which its species differs from the other's, if both are of one family."""
         mine, theirs = (self.species[self.classes[each.label]] for each in (image, other))
         if mine.family.name != theirs.family.name:
             return []

@@ -7,12 +7,11 @@ from types import TracebackType
 
 def end_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Says how an exception that nothing caught ended the command; of Ctrl-C, in a line."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    print("\ninterrupted", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(130)  # as shells have it; threads of the libraries imported by halves are not waited for
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # as shells have it; threads of the libraries imported by halves are not waited for
+    sys.__excepthook__(kind, error, trace)
 
 
 sys.excepthook = end_interrupted

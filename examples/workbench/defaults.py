@@ -4,77 +4,50 @@ from typing import Any, NamedTuple
 
 
 class Known(NamedTuple):
-    """What the choices are made from.
+    """What the choices are made from."""
 
-    Attributes:
-        images: in training.
-        classes: number of them.
-        typical: images of the median class.
-        side: the median of the images' shorter sides, in pixels.
-        pretrained: whether the backbone's weights are learned before.
-        gpu: whether there is one.
-        frozen: whether the head is trained alone.
-    """
-
-    images: int
+    images: int  # in training
     classes: int
-    typical: int
-    side: int
+    typical: int  # images of the median class
+    side: int  # the median of the images' shorter sides, in pixels
     pretrained: bool
     gpu: bool
-    frozen: bool = False
+    frozen: bool = False  # the head is trained alone
 
 
-Choice = tuple[Any, str]
-
-
-def choose(known: Known) -> dict[str, Choice]:
+def choose(known: Known) -> dict[str, tuple[Any, str]]:
     """Name of a flag: its value, why. `image_size` is for a backbone that takes any."""
-    n_classes, n_samples = batch(known)
+    many = known.images >= 2000
+    total = 64 if many else 32
+    n_classes = min(known.classes, total // 4)  # four images of each in the paper
+    # Of few classes more, though not more than a usual class has: a partner would be the image itself.
+    n_samples = max(4, min(total // n_classes, known.typical))
     batches = max(1, known.images // (n_classes * n_samples))
     steps = 400 if known.frozen else 2000
+    if many and known.gpu:
+        backbone = "resnet50", "for 2,000 images or more"
+    else:
+        backbone = "resnet18", f"small enough for {'a machine without GPU' if many else 'fewer than 2,000 images'}"
+    if known.side >= 224:
+        image_size = 224, "usual for pretrained backbones; more, as the paper's 448, tells finer details and costs more"
+    else:
+        # 64: a ResNet's last map is 32 times smaller than the image, and one with a single place has no heat map.
+        size = max(64, -(-known.side // 32) * 32)
+        image_size = size, f"the images' median shorter side is {known.side} pixels; a multiple of 32, at least 64"
+    if known.frozen:
+        lr = 0.01, "chosen on validation images of photographs and of drawn birds, see docs/settings.md"
+    elif known.pretrained:
+        lr = 3e-4, "usual for AdamW with pretrained weights"
+    else:
+        lr = 1e-3, "usual for AdamW from scratch"
     return {
-        "backbone": backbone(known),
-        "image_size": image_size(known),
+        "backbone": backbone,
+        "image_size": image_size,
         "n_classes": (n_classes, f"classes in a batch, of {known.classes}"),
         "n_samples": (n_samples, f"images of each of these, the median class having {known.typical}"),
         "epochs": (
             max(10, min(100, round(steps / batches))),
             f"about {steps:,} steps, {batches} an epoch, but 10 to 100 epochs",
         ),
-        "lr": learning_rate(known),
+        "lr": lr,
     }
-
-
-def learning_rate(known: Known) -> Choice:
-    if known.frozen:
-        return 0.01, "chosen on validation images of photographs and of drawn birds, see docs/settings.md"
-    if known.pretrained:
-        return 3e-4, "usual for AdamW with pretrained weights"
-    return 1e-3, "usual for AdamW from scratch"
-
-
-def backbone(known: Known) -> Choice:
-    if known.images < 2000:
-        return "resnet18", "small enough for fewer than 2,000 images"
-    if not known.gpu:
-        return "resnet18", "small enough for a machine without GPU"
-    return "resnet50", "for 2,000 images or more"
-
-
-def image_size(known: Known) -> Choice:
-    if known.side >= 224:
-        return 224, "usual for pretrained backbones; more, as the paper's 448, tells finer details and costs more"
-    # 64: a ResNet's last map is 32 times smaller than the image, and one with a single place has no heat map.
-    size = max(64, -(-known.side // 32) * 32)
-    return size, f"the images' median shorter side is {known.side} pixels; a multiple of 32, at least 64"
-
-
-def batch(known: Known) -> tuple[int, int]:
-    """About 32 images, or 64 of 2,000 or more: how many classes, and images of each, which are four in the paper.
-
-    Few classes take more of each instead, though not more than a usual class has: an image's partner would be itself.
-    """
-    total = 32 if known.images < 2000 else 64
-    classes = min(known.classes, total // 4)
-    return classes, max(4, min(total // classes, known.typical))

@@ -11,17 +11,13 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
 def join_processes(device: str) -> PartialState:
-    """Join the processes that torchrun started, if it did; to be called before anything else of accelerate.
-
-    Raises:
-        SystemExit: there is no GPU for each process.
-    """
+    """Join the processes that torchrun started, if it did; to be called before anything else of accelerate."""
     if "LOCAL_RANK" not in os.environ:
         return PartialState(cpu=device == "cpu")
     started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -89,9 +85,3 @@ def average_gradients(net: nn.Module) -> nn.Module:
         return net
     # static_graph: don't wait for gradients of what the loss doesn't depend on, such as the baseline's mutual vector.
     return DistributedDataParallel(net, static_graph=True)
-
-
-def share_buffers(net: nn.Module) -> None:
-    """Give all processes the first one's buffers: each has its own running statistics of BatchNorm from training."""
-    for buffer in net.buffers():
-        broadcast(buffer)

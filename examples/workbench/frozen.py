@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from workbench.datasets import Image, cache_folder
@@ -23,14 +22,13 @@ def features_of(
     """Features [N,D] on the CPU of images prepared as for testing; only those not seen before are computed.
 
     They are kept in the user's cache folder, in a file for each backbone, weights and transform, by the content of the
-    images: another split of the same images, or images that moved, need nothing anew.
-
-    Args:
-        backbone: maps images to [B,D]; left in eval mode.
-        transform: as of a model folder, see `images.eval_transform`.
+    images: another split of the same images, or images that moved, need nothing anew. Leaves the backbone in eval mode.
     """
     file = cache_folder() / "features" / f"{_digest_of(backbone, transform)}.safetensors"
-    known = _read(file)
+    try:
+        known = load_file(file)
+    except (OSError, SafetensorError):  # none yet, or a damaged one: it is made again
+        known = {}
     names = [hashlib.sha256(image.path.read_bytes()).hexdigest() for image in images]
     new = {name: image for name, image in zip(names, images, strict=True) if name not in known}
     if new:
@@ -41,26 +39,17 @@ def features_of(
         with torch.inference_mode():
             batches = [backbone(batch.to(device)).float().cpu() for batch, *_ in tqdm(loader, desc="features")]
         known |= dict(zip(new, torch.cat(batches), strict=True))
-        _write(file, known)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.partial")  # a run that is stopped leaves no half file
+        save_file({name: value.clone() for name, value in known.items()}, partial)
+        partial.replace(file)
     return torch.stack([known[name] for name in names])
 
 
-class FeatureBatches:
-    """(features, labels, indices) of batches of rows, as a loader of images gives them.
-
-    Args:
-        images: whose labels these are.
-        features: [N,D], of these images.
-        batches: lists of rows, such as a sampler; None for all rows in order.
-    """
-
-    def __init__(self, images: Sequence[Image], features: Tensor, batches: Iterable[list[int]] | None = None) -> None:
-        self.features, self.labels = features, torch.tensor([image.label for image in images])
-        self.batches = [list(range(len(images)))] if batches is None else batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for rows in self.batches:
-            yield self.features[rows], self.labels[rows], torch.tensor(rows)
+def feature_loader(images: Sequence[Image], features: Tensor, batches: Iterable[list[int]]) -> DataLoader[Any]:
+    """(features, labels, indices) of these batches of rows, as a loader of the images gives them."""
+    rows = TensorDataset(features, torch.tensor([image.label for image in images]), torch.arange(len(images)))
+    return DataLoader(rows, batch_sampler=batches, generator=torch.Generator())
 
 
 def _digest_of(backbone: nn.Module, transform: Mapping[str, Any]) -> str:
@@ -69,17 +58,3 @@ def _digest_of(backbone: nn.Module, transform: Mapping[str, Any]) -> str:
         total.update(name.encode())
         total.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:32]
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError):  # none yet, or a damaged one: it is made again
-        return {}
-
-
-def _write(file: Path, features: dict[str, Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")  # a run that is stopped leaves no half file
-    save_file({name: value.clone() for name, value in features.items()}, partial)
-    partial.replace(file)

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import timm
@@ -16,11 +16,7 @@ from workbench.distributed import highest
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU, if there is one.
-
-    Raises:
-        SystemExit: torch has no such device.
-    """
+    """The device of that name; "auto" is the GPU, if there is one."""
     there = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(there if name == "auto" else name)
@@ -33,15 +29,10 @@ def check_device(name: str) -> torch.device:
 
 
 def check_backbone(name: str) -> Any:
-    """timm's configuration of a model, None if it has no weights.
-
-    Raises:
-        SystemExit: timm has no such model; the message has near names.
-    """
+    """timm's configuration of a model, None if it has no weights."""
     if name.startswith("local-dir:"):  # a net of this name could not be saved without the path
-        raise SystemExit(
-            f"--backbone {name}: give the architecture that the folder's config.json names, and the folder as --weights"
-        )
+        advice = "give the architecture that the folder's config.json names, and the folder as --weights"
+        raise SystemExit(f"--backbone {name}: {advice}")
     if name.startswith("hf-hub:"):
         return None  # only the Hub knows it
     if not timm.is_model(name):
@@ -52,11 +43,7 @@ def check_backbone(name: str) -> Any:
 
 @contextmanager
 def making_the_net(backbone: str, *, pretrained: bool, instead: str) -> Iterator[None]:
-    """To be entered while a net is made: its arguments may be wrong, and its weights are downloaded.
-
-    Raises:
-        SystemExit: it can't be made; one line, with what to do.
-    """
+    """To be entered while a net is made: its arguments may be wrong, and its weights are downloaded."""
     try:
         yield
     except Exception as error:  # of the backbone, the Hub's client, the network, the file system: each raises its own
@@ -69,46 +56,37 @@ def making_the_net(backbone: str, *, pretrained: bool, instead: str) -> Iterator
         ) from None
 
 
-class Shutdown:
-    """While entered, notes SIGTERM and SIGINT instead of following them, so that the step can be finished and saved.
+@contextmanager
+def noting_signals() -> Iterator[SimpleNamespace]:
+    """Notes SIGTERM and SIGINT instead of following them, as `signal`, so that the step can be finished and saved."""
+    noted = SimpleNamespace(signal=0)
 
-    Attributes:
-        signal: the number of the last one, 0 if there was none.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "Shutdown":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells' background jobs want it
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def note(number: int, _: FrameType | None) -> None:
         # Later ones change nothing: torchrun passes on what the terminal has sent to all processes already.
-        if not self.signal:
+        if not noted.signal:
             said = f"\n{signal.Signals(number).name}: finishing the step and saving (SIGKILL ends at once)\n"
             os.write(2, said.encode())  # not print(), which fails if the signal came in the midst of another print()
-        self.signal = number
+        noted.signal = number
+
+    heeded = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}  # nohup and background jobs ignore some
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def nonfinite(terms: dict[str, Tensor], parameters: Iterable[nn.Parameter]) -> str:
     """What is infinite or NaN of the loss's terms and the gradients, "" if nothing is; the same on all processes.
 
-    To be called by all processes between backward and update, so that no weight ever sees such a step. It waits for
-    the device once a step, which should cost little: the kernels of update and next forward pass are queued faster
-    than they run.
+    To be called by all processes between backward and update, so that no weight ever sees such a step. It waits for the
+    device once a step, which should cost little: kernels are queued faster than they run.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     figures = {name: value.detach().float() for name, value in terms.items()}
     if gradients:
-        figures["norm of the gradients"] = torch.stack(torch._foreach_norm(gradients)).float().norm()
+        figures["norm of the gradients"] = torch.nn.utils.get_total_norm(gradients).float()
     values = torch.stack(list(figures.values()))
     if not highest([not bool(values.isfinite().all())])[0]:
         return ""
@@ -117,11 +95,7 @@ def nonfinite(terms: dict[str, Tensor], parameters: Iterable[nn.Parameter]) -> s
 
 @contextmanager
 def advice_on_memory(net: nn.Module, batch: int, size: int, chunk_size: int) -> Iterator[None]:
-    """To be entered around the training: where a GPU's memory runs out, the command ends with what to do.
-
-    Raises:
-        SystemExit: it did.
-    """
+    """To be entered around the training: where a GPU's memory runs out, the command ends with what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -130,6 +104,5 @@ def advice_on_memory(net: nn.Module, batch: int, size: int, chunk_size: int) -> 
         what = f"The step was one of {batch} images of {size} x {size} pixels, through the backbone {chunks}: {less};"
         if not net.training:
             what = "That was the test, not a training step: take fewer images at a time;"
-        raise SystemExit(
-            f"\n{error}\n{what} less is also needed with --amp bf16, smaller images or fewer --n-classes"
-        ) from None
+        also = "less is also needed with --amp bf16, smaller images or fewer --n-classes"
+        raise SystemExit(f"\n{error}\n{what} {also}") from None

@@ -12,11 +12,7 @@ LEAST = 4  # cells a side: a map of 2 x 2 says left or right, and looks as if it
 
 
 def map_size(net: APINet, images: Tensor) -> tuple[int, int]:
-    """Height and width of the last feature map of images [B,3,H,W].
-
-    Raises:
-        ValueError: it has fewer than 4 x 4 cells, or the backbone has none; the message says what to do.
-    """
+    """Height and width of the last feature map of images [B,3,H,W]; a ValueError if it is coarse or there is none."""
     with torch.no_grad():
         height, width = features_and_maps(net.eval().backbone, images[:1])[1].shape[-2:]
     if min(height, width) < LEAST:

@@ -34,10 +34,7 @@ class BadImageError(ValueError):
 def load_image(path: str | Path) -> PIL.Image.Image:
     """Decode an image to RGB, upright as its EXIF says.
 
-    There is no replacement picture: the published loader puts a white one in place of a broken image, unnoticed.
-
-    Raises:
-        BadImageError: the file is missing, can't be read, is no image, or a broken one.
+    What can't be decoded is a BadImageError. The published loader puts a white picture in its place, unnoticed.
     """
     try:
         return _decode(path)
@@ -53,10 +50,14 @@ def _decode(path: str | Path) -> PIL.Image.Image:
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the limits here are lower
         opened = PIL.Image.open(file, formats=FORMATS)
-        _check_size(*opened.size)
-        kind = opened.format
+        width, height = opened.size
+        if min(width, height) < MIN_SIDE:
+            raise BadImageError(f"is {width} x {height} pixels: a placeholder, no picture")
+        if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+            limits = f"at most {MAX_SIDE} a side and {MAX_PIXELS} in all"
+            raise BadImageError(f"is {width} x {height} pixels, {limits} are decoded: scale it down")
         image = PIL.ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+    if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
         # 16-bit grey, by its names in Pillow's versions: convert() would turn all above 255 white.
         image = PIL.Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -65,14 +66,6 @@ def _decode(path: str | Path) -> PIL.Image.Image:
     if image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns of a transparent palette that goes straight to RGB
     return image.convert("RGB")
-
-
-def _check_size(width: int, height: int) -> None:
-    if min(width, height) < MIN_SIDE:
-        raise BadImageError(f"is {width} x {height} pixels: a placeholder, no picture")
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        limits = f"at most {MAX_SIDE} a side and {MAX_PIXELS} in all"
-        raise BadImageError(f"is {width} x {height} pixels, {limits} are decoded: scale it down")
 
 
 def _reason(path: str | Path, error: Exception) -> str:

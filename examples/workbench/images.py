@@ -11,13 +11,12 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from accelerate import PartialState
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from apinet_head import BalancedBatchSampler
@@ -28,10 +27,8 @@ from workbench.image_files import load_image
 class ImageDataset(Dataset[tuple[Any, int, int]]):
     """(transformed image, label, index) triples.
 
-    Args:
-        resize: squash images to resize x resize before the transform. Given the transform's own `squash`, items are
-            the same as without, and a cache holds small pictures.
-        cache: keep decoded (and resized) images in memory from their first use on; each worker has its own cache.
+    With `resize`, images are squashed to resize x resize before the transform: given the transform's own `squash`, the
+    items are the same. With `cache`, each worker keeps the decoded and resized images in memory.
     """
 
     def __init__(
@@ -101,12 +98,7 @@ def train_loader(
 
 
 def eval_loader(
-    images: Sequence[Image],
-    config: Mapping[str, Any],
-    batch: int,
-    workers: int,
-    timeout: float = 0,
-    cache: bool = False,
+    images: Sequence[Image], config: Mapping[str, Any], batch: int, workers: int, timeout: float, cache: bool = False
 ) -> DataLoader[Any]:
     """This process's share of the images, in order, prepared as a model folder's classes.json says."""
     with PartialState().split_between_processes(list(images)) as mine:
@@ -114,7 +106,7 @@ def eval_loader(
     return DataLoader(dataset, batch_size=batch, num_workers=workers, timeout=timeout if workers else 0)
 
 
-class PlacedBatches(Sampler[list[tuple[int, int]]]):
+class PlacedBatches:
     """The sampler's batches, as (index, seed) pairs for `AugmentedImages`: each place in the epoch has its own seed.
 
     A place, not an image: an image that comes twice in an epoch is to be cropped in two ways.
@@ -123,19 +115,14 @@ class PlacedBatches(Sampler[list[tuple[int, int]]]):
     def __init__(self, sampler: BalancedBatchSampler) -> None:
         self.sampler = sampler
 
-    def __len__(self) -> int:
-        return len(self.sampler)
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         sampler = self.sampler
         for number, batch in enumerate(sampler, start=sampler.n_batches - len(sampler)):
             first = (number * sampler.world_size + sampler.rank) * len(batch)
-            yield [(index, self._seed(first + place)) for place, index in enumerate(batch)]
-
-    def _seed(self, place: int) -> int:
-        # A hash, for torch's generator takes 32 bits of a seed, and sums of the three would meet each other.
-        text = f"{self.sampler.seed} {self.sampler.epoch} {place}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+            # Hashes, for torch's generator takes 32 bits of a seed, and sums of the three would meet each other.
+            texts = [f"{sampler.seed} {sampler.epoch} {first + place}" for place in range(len(batch))]
+            seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in texts]
+            yield list(zip(batch, seeds, strict=True))
 
 
 class AugmentedImages(Dataset[Any]):
@@ -144,22 +131,16 @@ class AugmentedImages(Dataset[Any]):
     def __init__(self, images: Dataset[Any]) -> None:
         self.images = images
 
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
     def __getitem__(self, place: tuple[int, int]) -> Any:
         index, seed = place
-        # timm's transforms draw from these, torchvision's from torch's.
-        before = random.getstate(), np.random.get_state()
+        before = random.getstate()  # timm's transforms draw from this generator, torchvision's from torch's
         try:
             with torch.random.fork_rng(devices=[]):
                 random.seed(seed)
-                np.random.seed(seed)
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
                 return self.images[index]
         finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+            random.setstate(before)
 
 
 def leave_signals_to_the_parent(_: int) -> None:

@@ -1,6 +1,5 @@
-"""Figures of a trained net by class, from what it took its test images for."""
+"""Figures of a trained net: what it takes its test images for, scores, and its errors by class and by family."""
 
-import math
 import os
 import platform
 import re
@@ -11,9 +10,71 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from scipy.stats import binomtest
+from timm.utils import accuracy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from apinet_head import __version__
+from workbench.images import to_device
+
+
+def predict(net: nn.Module, loader: DataLoader[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logits [N,C] and labels [N] of the images of all processes' loaders, on the CPU; leaves the net in eval mode."""
+    net.eval()
+    logits, labels = [], []
+    bar = tqdm(loader, desc="testing", leave=False, disable=not PartialState().is_main_process)
+    with torch.inference_mode():  # not around what follows: older releases of torch gather nothing in it
+        for images, targets, _ in bar:
+            logits.append(net(to_device(images, device)).float())
+            labels.append(targets)
+    parts = gather_object([(torch.cat(logits).cpu(), torch.cat(labels))])
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 in percent."""
+    top1, top5 = accuracy(logits, labels, topk=(1, 5))
+    return {"test_top1": float(top1), "test_top5": float(top5)}
+
+
+def confusion(logits: Tensor, labels: Tensor, classes: list[str], families: list[str]) -> dict[str, Any]:
+    """How the errors are spread: within a family (terns taken for terns), across families, and between which classes.
+
+    `families_by_chance` is the share of errors that would fall within families if every wrong class were as likely.
+    With no families, each class is a family of its own.
+    """
+    families = families or [str(label) for label in range(len(classes))]
+    predicted = logits.argmax(1)
+    wrong = predicted != labels
+    errors = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    within = sum(count for (a, b), count in errors.items() if families[a] == families[b])
+    siblings = torch.tensor([families.count(name) - 1.0 for name in families])
+    return {
+        "images": len(labels),
+        "errors": errors.total(),
+        "errors_within_families": within,
+        "errors_across_families": errors.total() - within,
+        "families_by_chance": float((siblings[labels[wrong]] / (len(classes) - 1)).mean()) if errors else 0.0,
+        "most_confused": [
+            {"true": classes[a], "predicted": classes[b], "images": count} for (a, b), count in errors.most_common(10)
+        ],
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    errors = f"{found['errors']} errors"
+    if found["families_by_chance"]:  # else there are none that could fall within a family
+        errors += (
+            f": {found['errors_within_families']} within a family, {found['errors_across_families']} across "
+            f"(by chance {100 * found['families_by_chance']:.0f} % would fall within)"
+        )
+    scored = f"top-1 {found['test_top1']:.2f} %, top-5 {found['test_top5']:.2f} % of {found['images']} images"
+    pairs = [f"  {each['images']:4d} x {each['true']} taken for {each['predicted']}" for each in found["most_confused"]]
+    return "\n".join([scored, errors, "most confused:", *pairs])
 
 
 def confusions(labels: list[int], predicted: list[int], classes: int) -> Tensor:
@@ -37,23 +98,20 @@ def summary(confusion: Tensor) -> dict[str, Any]:
     }
 
 
-def interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def interval(correct: int, total: int) -> tuple[float, float]:
     """Wilson's score interval of a share: where it lies if the images are independent draws."""
-    share, scale = correct / total, 1 + z**2 / total
-    middle = (share + z**2 / (2 * total)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    found = binomtest(correct, total).proportion_ci(method="wilson")
+    return found.low, found.high
 
 
 def by_class(classes: list[str], train_labels: list[int], confusion: Tensor) -> list[dict[str, Any]]:
     """A row for each class, worst first, those without test images last."""
     train = Counter(train_labels)
     rows = []
-    for row, name in enumerate(classes):
-        counts = confusion[row].clone()
-        total, right = int(counts.sum()), int(counts[row])
+    for row, (name, counts) in enumerate(zip(classes, confusion.tolist(), strict=True)):
+        total, right = sum(counts), counts[row]
         counts[row] = 0
-        other = int(counts.argmax())
+        other = counts.index(max(counts))
         rows.append(
             {
                 "class": name,
@@ -62,7 +120,7 @@ def by_class(classes: list[str], train_labels: list[int], confusion: Tensor) -> 
                 "right": right,
                 "accuracy": right / total if total else None,
                 "taken_for": classes[other] if counts[other] else None,
-                "taken_for_count": int(counts[other]),
+                "taken_for_count": counts[other],
             }
         )
     return sorted(rows, key=lambda each: (each["accuracy"] is None, each["accuracy"], each["class"]))
@@ -87,9 +145,8 @@ def machine(device: str) -> str:
     else:
         info = Path("/proc/cpuinfo")
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-        name = f"{found[1].strip() if found else platform.machine()}, {os.cpu_count()} cores" + (
-            "" if device == "cpu" else f", {device}"
-        )
+        name = f"{found[1].strip() if found else platform.machine()}, {os.cpu_count()} cores"
+        name += "" if device == "cpu" else f", {device}"
     return (
         f"{name}; {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}, "
         f"timm {timm.__version__}, apinet-head {__version__}; {date.today()}"

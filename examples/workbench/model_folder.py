@@ -43,11 +43,6 @@ def save(folder: Path, model: Model) -> None:
 
 
 def load(folder: Path) -> Model:
-    """The model of a folder.
-
-    Raises:
-        SystemExit: there is none, or it is damaged; one line.
-    """
     if not (folder / "classes.json").is_file():
         raise SystemExit(f"{folder}: not a model folder, it has no classes.json; give the one that a training wrote")
     try:
@@ -60,15 +55,3 @@ def load(folder: Path) -> Model:
     if net.head.num_classes != len(classes):
         raise SystemExit(f"{folder}: the net has {net.head.num_classes} classes, classes.json {len(classes)}")
     return Model(net, classes, transform)
-
-
-def load_run(folder: Path) -> dict[str, Any]:
-    """What train_cub.py noted of a model: its settings and metrics.
-
-    Raises:
-        SystemExit: the model is not one of train_cub.py.
-    """
-    try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder}: no model folder of train_cub.py, such as RUN/best: {error}") from None

@@ -7,16 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # no window, also where there is a screen
-
-import matplotlib.pyplot as plt
+import matplotlib.style
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from jinja2 import Environment, FileSystemLoader, StrictUndefined  # torch needs it too
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -85,11 +82,10 @@ def write(file: Path, metrics: dict[str, Any], confused: ConfusedPairs) -> None:
 
 def render(file: Path, **content: Any) -> None:
     """Fill in the template: with `metrics` it is the report of a training, else that of `pairs` with their figures."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "setting": setting, "picture": picture}
-    text = environment.get_template("report.html.jinja").render(**{"metrics": None, **content})
+    text = environment.get_template("report.html.jinja").render(**{"metrics": None} | content)
     file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -108,9 +104,8 @@ def picture(shown: Picture, heated: bool = False) -> str:
     """As a URI, with its heat or without."""
     drawn = overlay(shown.pixels, shown.heat if heated else None)
     image = PIL.Image.fromarray((255 * np.clip(drawn, 0, 1)).round().astype(np.uint8))
-    buffer = io.BytesIO()
-    size = (224, round(224 * image.height / image.width))
-    image.resize(size, PIL.Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=88)
+    image = image.resize((224, round(224 * image.height / image.width)), PIL.Image.Resampling.BICUBIC)
+    image.save(buffer := io.BytesIO(), "JPEG", quality=88)
     return uri(buffer.getvalue(), "jpeg")
 
 
@@ -129,10 +124,10 @@ def draw_curves(history: Sequence[dict[str, float]]) -> dict[str, str]:
         left.set(xlabel="epoch", ylabel="training loss", ylim=(0, 1.05 * max(row["loss"] for row in history)))
         tested = [row for row in history if "test_accuracy" in row]
         right.plot(epochs, [100 * row["train_accuracy"] for row in history], color="tab:gray", label="training batches")
+        accuracies = [100 * row["test_accuracy"] for row in tested]
         right.plot(
-            [row["epoch"] for row in tested], [100 * row["test_accuracy"] for row in tested], "o-", markersize=4,
-            color="tab:blue", label="test images",
-        )  # fmt: skip
+            [row["epoch"] for row in tested], accuracies, "o-", markersize=4, color="tab:blue", label="test images"
+        )
         right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102))
         right.legend(loc="best", frameon=False)
         for axes in (left, right):
@@ -151,12 +146,12 @@ def draw_matrix(confusion: Tensor, classes: list[str]) -> dict[str, str]:
         axes = figure.subplots()
         drawn = axes.imshow(shares, vmin=0, vmax=1, cmap=COLOURS[theme], interpolation="nearest")
         figure.colorbar(drawn, ax=axes, label="share of the true class", fraction=0.045, pad=0.02)
+        numbered = ", numbered from 0 by name"
         if len(classes) <= NAMED:
             # No mathematics: a name may have dollars in it.
-            names = [name if len(name) <= 24 else f"{name[:23]}…" for name in classes]
+            names, numbered = [name if len(name) <= 24 else f"{name[:23]}…" for name in classes], ""
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
             axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
-        numbered = "" if len(classes) <= NAMED else ", numbered from 0 by name"
         axes.set(xlabel=f"predicted class{numbered}", ylabel=f"true class{numbered}")
 
     return _themed(draw, (size + 1, size))
@@ -166,13 +161,11 @@ def _themed(draw: Callable[[Any, str], None], size: tuple[float, float]) -> dict
     """URIs of a figure for a light page and of one for a dark page, of which the browser shows the fitting one."""
     uris = {}
     for theme, style in THEMES.items():
-        with plt.style.context(style), warnings.catch_warnings():
+        with matplotlib.style.context(style), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # names in scripts that the font lacks
-            figure = plt.figure(figsize=size, layout="constrained")
+            figure = Figure(figsize=size, layout="constrained")
             draw(figure, theme)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=110, transparent=True, bbox_inches="tight")
-            plt.close(figure)
+            figure.savefig(buffer := io.BytesIO(), format="png", dpi=110, transparent=True, bbox_inches="tight")
         uris[theme] = uri(buffer.getvalue(), "png")
     return uris
 
@@ -182,17 +175,21 @@ def show_pairs(
 ) -> ConfusedPairs:
     """The most confused pairs of classes, each with a wrong image, and what the net looks at when it compares it.
 
-    Args:
-        model: on the CPU.
-        train, test: both prepared for testing.
-        likely: [N,C], the probabilities of the test images.
-        baseline: the net's gates were not trained, so that its most active channels are shown.
+    Both sets of images are prepared for testing; `likely` [N,C] are the probabilities of the test images.
     """
     net, classes, transform = model
     labels, predicted = torch.tensor(test.labels), likely.argmax(1)
     example = test[0][0][None]
+    if baseline:
+        which = f"the {CHANNELS} most active channels, for the baseline has no trained gates"
+    else:
+        which = (
+            f"the {CHANNELS} channels that its gates open most: the training images compared with the wrong one, and "
+            "the wrong one with that of the class it was taken for"
+        )
+    note = f"The colours, from blue to red, show where in an image its features are active, as the mean over {which}."
     try:
-        note, heated = f"{_about_heat(baseline)} {about_map(map_size(net, example), example)}", True
+        note, heated = f"{note} {about_map(map_size(net, example), example)}", True
     except ValueError as error:  # the map is coarse, or its channels are not those of the gates
         note, heated = f"There are no heat maps: {error}.", False
     found = []
@@ -211,16 +208,6 @@ def show_pairs(
             pictures = list(map(Picture, unnormalized(images, transform), heats, files, captions))
         found.append(Confused(classes[a], classes[b], there, back, pictures))
     return ConfusedPairs(found, note)
-
-
-def _about_heat(baseline: bool) -> str:
-    which = (
-        f"the {CHANNELS} most active channels, for the baseline has no trained gates"
-        if baseline
-        else f"the {CHANNELS} channels that its gates open most: the training images compared with the wrong one, and "
-        "the wrong one with that of the class it was taken for"
-    )
-    return f"The colours, from blue to red, show where in an image its features are active, as the mean over {which}."
 
 
 def _heats(net: APINet, images: Tensor, baseline: bool) -> list[Tensor | None]:

@@ -33,13 +33,7 @@ UNTRAINED = {"settings.json", "tensorboard", "state", "lock"}  # left by a run t
 class RunFolder:
     """The folder of a run, new or begun by the same command; nothing is written before `begin`.
 
-    Args:
-        settings: as they go into settings.json, with `describe(data)` for the data.
-        keep: how many checkpoints to keep.
-        harmless: settings with which a run may go on that began with others.
-
-    Raises:
-        SystemExit: the folder holds a run of other settings or data, or something else.
+    `settings` go into settings.json; a run may go on with others of the `harmless` ones than it began with.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], harmless: Collection[str] = (), keep: int = 2) -> None:
@@ -55,11 +49,7 @@ class RunFolder:
             raise SystemExit(f"{path} holds another run:\n  {listing}\nChoose another folder, or remove this one.")
 
     def begin(self) -> None:
-        """Make the folder of a run that is about to train: one that fails before that must not leave its settings.
-
-        Raises:
-            SystemExit: another process trains in it.
-        """
+        """Make the folder of a run that is about to train: one that fails before that must not leave its settings."""
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path)
@@ -86,35 +76,27 @@ class RunFolder:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            names = self.checkpoints.names()
-            good = (
-                f"The last checkpoint is {self.checkpoints.folder / names[-1]}" if names else "There is no checkpoint"
-            )
+            good = "There is no checkpoint"
+            if names := self.checkpoints.names():
+                good = f"The last checkpoint is {self.checkpoints.folder / names[-1]}"
             way_on = "with this mended, the same command goes on from there"
             raise SystemExit(f"cannot write to {self.path}: {error}\n{good}; {way_on}") from error
 
     def after_step(self, state: RunState, signal: int, minutes: float) -> None:
-        """Save what the rest of the run depends on if the last time was so many minutes ago; save and end at a signal.
-
-        What one process wants, all do.
-        """
+        """Save if the last time was so many minutes ago; save and end at a signal. What one process wants, all do."""
         due = 0 < 60 * minutes < time.monotonic() - self._saved
-        stop, due = highest([signal, due and state.progress.batch < state.sampler.n_batches])
-        if stop or due:
-            self._save(state)
-        self._end_if(stop, state)
+        self._save(state, signal, due and state.progress.batch < state.sampler.n_batches)
 
     def after_epoch(self, state: RunState, signal: int) -> None:
         """Save; end at a signal, which came during the test."""
-        self._save(state)
-        self._end_if(highest([signal])[0], state)
+        self._save(state, signal, True)
 
-    def _save(self, state: RunState) -> None:
-        with self.writing():
-            self.checkpoints.save(state)
-        self._saved = time.monotonic()
-
-    def _end_if(self, stop: float, state: RunState) -> None:
+    def _save(self, state: RunState, signal: int, due: bool) -> None:
+        stop, due = highest([signal, due])
+        if stop or due:
+            with self.writing():
+                self.checkpoints.save(state)
+            self._saved = time.monotonic()
         if stop:
             where = self.checkpoints.folder / state.progress.name
             said = f"stopped by signal {stop:.0f}, saved as {where}; the same command goes on from there"
@@ -141,11 +123,7 @@ class RunFolder:
 
 
 def lock(path: Path) -> IO[str]:
-    """An open file by which no other process trains in this folder, until this one ends, in whatever way.
-
-    Raises:
-        SystemExit: another one does.
-    """
+    """An open file by which no other process trains in this folder, until this one ends, in whatever way."""
     file = (path / "lock").open("w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which processes that load images would keep
@@ -170,9 +148,8 @@ def is_untrained(path: Path) -> bool:
 
 def describe(data: ImageSet) -> dict[str, Any]:
     """What tells a data set from another: its counts, and a hash of its images' names and labels in order."""
-    # File names that are not UTF-8 count byte by byte.
     lines = [f"{image.path.parent.name}/{image.path.name} {image.label}" for image in [*data.train, *data.test]]
-    sha = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+    sha = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
     return {"training images": len(data.train), "test images": len(data.test), "sha256 of their list": sha}
 
 

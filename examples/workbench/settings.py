@@ -18,8 +18,7 @@ AUTO = "auto"
 
 def setting(default: Any, help: str, choices: Any = None, group: str = "", least: float = 0, most: float = inf) -> Any:
     """A field: `group` is the title of the flags from here on, numbers are from `least` to `most`."""
-    about = {"help": help, "choices": choices, "group": group, "range": (least, most)}
-    return field(default=default, metadata=about)
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group, "range": (least, most)})
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     for item in fields(Settings):
         about = item.metadata
         group = parser.add_argument_group(about["group"]) if about["group"] else group
-        default = preset.get(item.name, item.default)
-        kind: dict[str, Any] = {"choices": about["choices"], "type": type(default)}
+        default, demo = preset.get(item.name, item.default), DEMO.get(item.name, item.default)
+        kind: dict[str, Any] = {"choices": about["choices"]}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif item.name == "chunk_size":
@@ -124,10 +123,11 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
             kind |= {"nargs": "?", "const": LIST, "metavar": "FILE"}
         elif not isinstance(default, str):
             kind["type"] = number(type(default), *about["range"])
-        flag = f"--{item.name.replace('_', '-')}"
-        group.add_argument(flag, default=default, help=f"{about['help']}{_defaults(item.name, item.default)}", **kind)
+        shown = f"{item.default}" if demo == item.default else f"paper: {item.default}, demo: {demo}"
+        shown = f" ({shown})".replace("%", "%%") if shown else ""
+        group.add_argument(f"--{item.name.replace('_', '-')}", default=default, help=f"{about['help']}{shown}", **kind)
     chosen = vars(parser.parse_args(arguments))
-    chosen.pop("preset")
+    del chosen["preset"]
     try:
         dict(json.loads(chosen["backbone_args"]))
     except (TypeError, ValueError) as error:
@@ -142,15 +142,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     return Settings(**chosen)
 
 
-def _defaults(name: str, paper: Any) -> str:
-    """For --help: the default of each preset."""
-    demo = DEMO.get(name, paper)
-    shown = f"{paper}" if demo == paper else f"paper: {paper}, demo: {demo}"
-    return f" ({shown})".replace("%", "%%") if shown else ""
-
-
 def chunk_size(text: str) -> int | str:
-    """The value of --chunk-size."""
     return text if text == AUTO else number(int, 0)(text)
 
 
@@ -169,7 +161,6 @@ def number(kind: type, least: float, most: float = inf) -> Callable[[str], Any]:
 
 
 def run_folder(settings: Settings) -> Path:
-    """Where the run writes."""
     data = Path(settings.data).name if settings.data else "birds"
     return Path(settings.output or f"runs/{data}-{settings.method}-{settings.backbone}-seed{settings.seed}")
 

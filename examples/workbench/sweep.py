@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -32,20 +31,16 @@ def make_parser(about: str | None, seeds: int, folder: str) -> argparse.Argument
         description=about, epilog="Further flags go to train_cub.py, such as --data.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--seeds", type=number(int, 1), default=seeds, help="runs of each (default: %(default)s)")
-    jobs = os.cpu_count() or 1
-    parser.add_argument("--jobs", type=number(int, 1), default=jobs, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path(folder), help="their folder (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder of the results (default: that of the runs)")
+    add, jobs = parser.add_argument, os.cpu_count() or 1
+    add("--seeds", type=number(int, 1), default=seeds, help="runs of each (default: %(default)s)")
+    add("--jobs", type=number(int, 1), default=jobs, help="runs at a time (default: %(default)s)")
+    add("--runs", type=Path, default=Path(folder), help="their folder (default: %(default)s)")
+    add("--output", type=Path, help="folder of the results (default: that of the runs)")
     return parser
 
 
 def run_all(options: argparse.Namespace, variants: Mapping[str, Sequence[str]], flags: list[str]) -> Results:
-    """Train with the own flags of each variant, for each seed, `options.jobs` at a time; what was finished is kept.
-
-    Raises:
-        SystemExit: a run failed (its output is the message), or a folder holds a run of other settings.
-    """
+    """Train with the own flags of each variant, for each seed, `options.jobs` at a time; what was finished is kept."""
     # Seed by seed, so that an interrupted sweep has something of every variant.
     jobs = {
         f"{name}-seed{seed}": [*flags, *own, "--seed", str(seed), "--output", str(options.runs / f"{name}-seed{seed}")]
@@ -54,7 +49,9 @@ def run_all(options: argparse.Namespace, variants: Mapping[str, Sequence[str]], 
     }
     options.runs.mkdir(parents=True, exist_ok=True)
     settings = {name: parse(job) for name, job in jobs.items()}
-    waiting = [name for name in jobs if not _is_finished(options.runs / name, settings[name])]
+    for name, one in settings.items():
+        RunFolder(options.runs / name, asdict(one), HARMLESS)  # ends here if it is another run's
+    waiting = [name for name in jobs if not (options.runs / name / "result.json").exists()]
     running: dict[str, subprocess.Popen[bytes]] = {}
     bar = tqdm(total=sum(one.epochs for one in settings.values()), desc="training", unit="epoch")
     try:
@@ -80,18 +77,7 @@ def run_all(options: argparse.Namespace, variants: Mapping[str, Sequence[str]], 
 def read_log(path: Path) -> list[dict[str, str]]:
     """The rows of a run's log.csv, none if it has not got that far."""
     file = path / "log.csv"
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def spread(values: Sequence[float], digits: int | None = None) -> str:
-    """ "mean ± standard deviation", or the one value there is."""
-    if digits is None:
-        digits = 2 if max(map(abs, values)) < 10 else 1
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 
 
 def origin(data: ImageSet, settings: Settings, results: Results) -> str:
@@ -106,11 +92,6 @@ def origin(data: ImageSet, settings: Settings, results: Results) -> str:
         f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}. "
         "Mean ± standard deviation over the seeds; differences are taken seed by seed."
     )
-
-
-def _is_finished(path: Path, settings: Settings) -> bool:
-    RunFolder(path, asdict(settings), HARMLESS)  # ends here if it is another run's
-    return (path / "result.json").exists()
 
 
 def _start(flags: list[str], log: Path) -> "subprocess.Popen[bytes]":

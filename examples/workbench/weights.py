@@ -21,19 +21,12 @@ def named(file: Path) -> str:
 
 
 def load_weights(backbone: nn.Module, file: Path) -> str:
-    """Load the weights of a .pth or .safetensors file, and say how they were found.
+    """Load the weights of a .pth or .safetensors file, or of a folder as the Hub has it, and say how they were found.
 
     The file may be of timm or torchvision, or a .pth of another implementation whose modules come in the same order,
     with or without a classifier; a checkpoint with the weights as `state_dict`, `model` or an average of it
-    (`..._ema`); with prefixes of DDP and torch.compile; or the model.safetensors of an `APINet`.
-
-    Args:
-        backbone: a timm model without classifier (`num_classes=0`); left as it was if the weights are not for it.
-        file: read with `weights_only=True`, so that loading runs no code from it; or a folder as timm and the Hub have
-            it, with model.safetensors or pytorch_model.bin in it.
-
-    Raises:
-        SystemExit: the file cannot be read, or lacks weights of the backbone; one line.
+    (`..._ema`); with prefixes of DDP and torch.compile; or the model.safetensors of an `APINet`. A backbone that the
+    weights are not for is left as it was.
     """
     file = _inside(file)
     found, wanted = _read(file), {name: value for name, value in backbone.state_dict().items() if COUNTER not in name}
@@ -46,13 +39,13 @@ def load_weights(backbone: nn.Module, file: Path) -> str:
         if all(name in tensors and tensors[name].shape == value.shape for name, value in wanted.items()):
             backbone.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
             return f"all {len(wanted)} tensors of the backbone are those of {file.name}, found {how}"
-    missing = [name for name in wanted if name not in found]
-    reshaped = [
-        f"{name} {list(found[name].shape)} instead of {list(value.shape)}"
-        for name, value in wanted.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    fit, faults = len(wanted) - len(missing) - len(reshaped), {"missing": missing, "of another shape": reshaped}
+    faults: dict[str, list[str]] = {"missing": [], "of another shape": []}
+    for name, value in wanted.items():
+        if name not in found:
+            faults["missing"].append(name)
+        elif found[name].shape != value.shape:
+            faults["of another shape"].append(f"{name} {list(found[name].shape)} instead of {list(value.shape)}")
+    fit = len(wanted) - sum(map(len, faults.values()))
     about = "; ".join(f"{fault}: {listed(names, 3)}" for fault, names in faults.items() if names)
     raise SystemExit(
         f"{file} fits {fit} of the backbone's {len(wanted)} tensors by name, nor do they match in order; "
@@ -78,18 +71,14 @@ def _read(file: Path) -> dict[str, Tensor]:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise SystemExit(f"{file} cannot be read as weights: {reason[0]}") from None
     own = "backbone."  # of an APINet
-    inside = {name.removeprefix(own): value for name, value in found.items() if name.startswith(own)}
-    return inside or found
+    return {name.removeprefix(own): value for name, value in found.items() if name.startswith(own)} or found
 
 
 def _converted(found: Mapping[str, Tensor], backbone: nn.Module) -> Mapping[str, Tensor]:
     """What timm makes of the names that a model's authors published."""
-    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    if convert is None:
-        return {}
     try:
-        return convert(dict(found), backbone)
-    except Exception:  # it is not written for the names of other files
+        return sys.modules[type(backbone).__module__].checkpoint_filter_fn(dict(found), backbone)
+    except Exception:  # there is none, or it is not written for the names of this file
         return {}
 
 
@@ -98,11 +87,7 @@ def _in_order(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Mapp
     rows = [(name, value) for name, value in found.items() if COUNTER not in name]
     if not 0 <= len(rows) - len(wanted) <= CLASSIFIER:
         return {}
-    pairs = list(zip(wanted.items(), rows[: len(wanted)], strict=True))
-    if any(_kind(name) != _kind(other) for (name, _), (other, _) in pairs):
+    pairs = list(zip(wanted, rows[: len(wanted)], strict=True))
+    if any(name.rpartition(".")[2] != other.rpartition(".")[2] for name, (other, _) in pairs):  # weight, bias, ...
         return {}
-    return {name: value for (name, _), (_, value) in pairs}
-
-
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]  # weight, bias, running_mean, ...
+    return {name: value for name, (_, value) in pairs}

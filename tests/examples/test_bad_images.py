@@ -17,9 +17,8 @@ import check_images
 import score
 import train_cub
 from workbench import image_files, images
-from workbench.datasets import READERS, decode
-from workbench.datasets.bad_images import read_list
-from workbench.datasets.decode import why_bad
+from workbench.datasets import READERS, bad_images
+from workbench.datasets.bad_images import read_list, why_bad
 from workbench.image_files import BadImageError, load_image
 
 # One batch has every training image, so that the first step meets a bad one.
@@ -194,9 +193,9 @@ def kill(path: Path) -> str | None:
 
 
 def test_process_that_dies_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "why_bad", kill)
+    monkeypatch.setattr(bad_images, "why_bad", kill)
     with pytest.raises(SystemExit, match=r"a process died while decoding one of the \d+ images from .* to .*"):
-        decode.find_bad([Path(str(number)) for number in range(40)], workers=1)
+        bad_images.find_bad([Path(str(number)) for number in range(40)], workers=1)
 
 
 def test_lists_that_do_not_fit(folder: Path, tmp_path: Path, capsys) -> None:
@@ -240,4 +239,4 @@ def test_classes_that_are_short_of_images(bad: int, what: str, folder: Path, tmp
 
 
 def test_checked_and_trained_alike() -> None:
-    assert images.load_image is decode.load_image is load_image
+    assert images.load_image is bad_images.load_image is load_image

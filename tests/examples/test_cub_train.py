@@ -12,7 +12,7 @@ import demo
 import score
 import train_cub
 from apinet_head import APINet
-from workbench import model_folder, scores
+from workbench import metrics, model_folder
 from workbench.datasets import open_data
 from workbench.settings import HARMLESS, PRESETS, Settings, differences, parse, run_folder
 
@@ -95,18 +95,18 @@ def test_confusion_counts():
     classes = ["001.Red_Tern", "002.Blue_Tern", "003.Red_Gull"]
     labels = torch.tensor([0, 0, 0, 1, 2, 2])
     logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 2, 0]), 3).float()
-    found = scores.confusion(logits, labels, classes, ["Tern", "Tern", "Gull"])
+    found = metrics.confusion(logits, labels, classes, ["Tern", "Tern", "Gull"])
     assert (found["errors"], found["errors_within_families"], found["errors_across_families"]) == (3, 1, 2)
     assert found["families_by_chance"] == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert {"true": "001.Red_Tern", "predicted": "002.Blue_Tern", "images": 1} in found["most_confused"]
-    top = scores.scores(logits, labels)
+    top = metrics.scores(logits, labels)
     assert top["test_top1"] == pytest.approx(50)
-    assert "1 within a family, 2 across (by chance 33 % would" in scores.report(top | found)
+    assert "1 within a family, 2 across (by chance 33 % would" in metrics.report(top | found)
 
-    alone = scores.confusion(logits, labels, classes, [])
+    alone = metrics.confusion(logits, labels, classes, [])
     assert (alone["errors_within_families"], alone["errors_across_families"]) == (0, 3)
     assert alone["families_by_chance"] == 0
-    assert "\n3 errors\n" in scores.report(top | alone)
+    assert "\n3 errors\n" in metrics.report(top | alone)
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,7 @@ ARCHIVES: dict[str, Archive] = {"cub": CUB, "cars": CARS, "aircraft": AIRCRAFT, 
 
 
 def read(dataset: str, root: str | Path, *, complete: bool = True) -> ImageSet:
-    """As the reader of that name does.
-
-    Raises:
-        SystemExit: the folder is not such a data set, or not all of it; one line.
-    """
+    """As the reader of that name does; its errors end the command."""
     try:
         return READERS[dataset](root, complete=complete)
     except (OSError, ValueError) as error:
@@ -45,25 +41,18 @@ def read(dataset: str, root: str | Path, *, complete: bool = True) -> ImageSet:
 
 
 def open_data(settings: "Settings", root: str | None = None) -> ImageSet:
-    """The images at `root`, or else those that the settings name, less the bad ones that they leave out.
-
-    Says so when it draws birds, and how many images it leaves out.
-
-    Raises:
-        SystemExit: there are no such images.
-    """
+    """The images at `root`, or else those that the settings name, less the bad ones that they leave out."""
     root = root or settings.data
     if root:
         data = read(settings.dataset, root, complete=not settings.skip_bad)
         return leave_out(data, Path(settings.skip_bad), Path(root), settings.n_samples) if settings.skip_bad else data
     from birds import VERSION, write_birds  # here, for only the demo needs what draws them
 
-    name = f"birds-v{VERSION}-{settings.species}x{settings.images_per_species}-{settings.image_size}px"
-    folder = cache_folder() / name
+    species, images, size = settings.species, settings.images_per_species, settings.image_size
+    folder = cache_folder() / f"birds-v{VERSION}-{species}x{images}-{size}px"
     if not folder.exists():
         print(f"No --data given: drawing the embedded birds into {folder} (kept for the next run)", flush=True)
-    numbers = {"species": settings.species, "images_per_species": settings.images_per_species}
-    write_birds(folder, size=settings.image_size, **numbers)
+    write_birds(folder, species=species, images_per_species=images, size=size)
     return replace(read_cub(folder), name="embedded birds")
 
 

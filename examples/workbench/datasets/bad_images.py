@@ -1,21 +1,59 @@
-"""The list of bad images, which check_images.py writes, and what a run with --skip-bad leaves out by it.
+"""Bad images: found before training, listed by check_images.py, left out by runs with --skip-bad.
 
-A line per image: its path, seen from the folder given as the data, and the reason, with a tab between.
+The list has a line per image: its path, seen from the folder given as the data, and the reason, with a tab between.
+There is no torch here, so that a check starts at once, and so do its processes.
 """
 
 import csv
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from workbench.datasets.lists import ImageSet, some
-from workbench.image_files import BadImageError
+from workbench.image_files import ADVICE, BadImageError, load_image
 
 LIST = "bad_images.txt"
+CHUNK = 8  # images given to a process at a time
 UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names need not be UTF-8
+
+
+def why_bad(path: Path) -> str | None:
+    """The reason for which `load_image` refuses a file, None if it takes it."""
+    try:
+        load_image(path)
+    except BadImageError as error:
+        return str(error).removeprefix(f"{path} ").removesuffix(ADVICE)
+    return None
+
+
+def find_bad(paths: list[Path], workers: int) -> list[tuple[Path, str]]:
+    """The bad ones of the files with the reasons, in order; with 0 workers, without processes beside this one."""
+    bad: list[tuple[Path, str]] = []
+    with tqdm(total=len(paths), unit=" images") as bar, ProcessPoolExecutor(max(1, workers)) as pool:
+        reasons = pool.map(why_bad, paths, chunksize=CHUNK) if workers else map(why_bad, paths)
+        try:
+            for path, reason in zip(paths, reasons, strict=True):
+                bad += [(path, reason)] if reason else []
+                bar.update()
+        except BrokenProcessPool:
+            suspects = paths[bar.n : bar.n + CHUNK * workers]
+            raise SystemExit(
+                f"a process died while decoding one of the {len(suspects)} images from {shown(str(suspects[0]))} to "
+                f"{shown(str(suspects[-1]))}: for want of memory (take fewer --workers), or by a fault in a decoder"
+            ) from None
+    return bad
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_list(file: Path, root: Path, bad: Iterable[tuple[Path, str]]) -> None:
@@ -36,26 +74,18 @@ def read_list(file: Path, root: Path) -> dict[str, int]:
 
 
 def leave_out(data: ImageSet, file: Path, root: Path, n_samples: int) -> ImageSet:
-    """The data set without the images of the list; prints how many those are, and which classes are short of images.
-
-    Raises:
-        SystemExit: the list is of other data, an image is missing that it doesn't have, or a class has no training
-            image left, or the test none at all.
-    """
+    """The data set without the images of the list; prints how many those are, and which classes are short of images."""
     listed = read_list(file, root)
     paths = {os.path.abspath(image.path) for image in data.train + data.test}
     for path, line in listed.items():
         if path not in paths:
-            raise SystemExit(
-                f"{file}, line {line}: {shown(path)} is no image of {root}; make the list anew: check_images.py"
-            )
+            problem = f"{shown(path)} is no image of {root}; make the list anew: check_images.py"
+            raise SystemExit(f"{file}, line {line}: {problem}")
     parts = (data.train, data.test)
     train, test = ([image for image in part if os.path.abspath(image.path) not in listed] for part in parts)
-    missing = [str(image.path) for image in train + test if not os.path.lexists(image.path)]
-    if missing:
-        raise SystemExit(
-            f"{shown(some('image', missing))} not there and not in {file}; make it anew with check_images.py"
-        )
+    if missing := [str(image.path) for image in train + test if not os.path.lexists(image.path)]:
+        missing = shown(some("image", missing))
+        raise SystemExit(f"{missing} not there and not in {file}; make it anew with check_images.py")
     before, left = Counter(image.label for image in data.train), Counter(image.label for image in train)
     gone = [data.classes[label] for label in before if not left[label]]
     if gone or not test:
@@ -63,8 +93,7 @@ def leave_out(data: ImageSet, file: Path, root: Path, n_samples: int) -> ImageSe
         raise SystemExit(f"without the bad images of {file}, {root} has no {lacking}: replace some of them")
     counts = [len(data.train) - len(train), len(data.test) - len(test)]
     print(f"{sum(counts)} bad images left out: {counts[0]} of training, {counts[1]} of testing ({file})", flush=True)
-    for label in sorted(left):
-        number = left[label]
+    for label, number in sorted(left.items()):
         if number < min(before[label], n_samples):
             what = "pairs the image with itself" if number == 1 else "repeats images"
             few = f"{data.classes[label]} has {number} of {before[label]} training images left"

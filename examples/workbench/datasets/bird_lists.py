@@ -1,13 +1,14 @@
 """CUB-200-2011 and NABirds: birds, in four lists that both have."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
-from workbench.datasets.lists import Archive, ImageSet, Inside, check_ids, check_known, check_trained, flag, read_lines
+from workbench.datasets import lists
+from workbench.datasets.lists import Archive, Image, ImageSet, Inside, check_ids, check_known, flag, read_lines
 
+Names = dict[int, str]  # by class id
 IMAGES, LABELS, SPLIT, CLASSES = "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"
 CUB = Archive(
     "CUB-200-2011",
@@ -26,54 +27,6 @@ NABIRDS = Archive(
 )
 
 
-class BirdLists:
-    """The lists of images, their classes and parts of the split, and the names of classes, checked against each other.
-
-    Args:
-        image_id: what an image id is: int or str.
-        more: further files that must be there; `self.more` has their paths.
-    """
-
-    def __init__(self, archive: Archive, root: str | Path, image_id: Callable[[str], Any], *more: str) -> None:
-        found = archive.find(root, IMAGES, LABELS, SPLIT, CLASSES, *more)
-        self.archive, self.image_id = archive, image_id
-        self.root, self.images, self.labels, self.split, self.classes, *self.more = found
-        inside = Inside(self.root, "images")
-        form = "<image_id> <path under images/>"
-        self.paths = read_lines(self.images, form, lambda image, path: (image_id(image), inside(path)))
-        self.class_ids = self._read_images(self.labels, "<class_id>", int)
-        self.in_train = self._read_images(self.split, "<is_training_image>", flag)
-        self.names = read_lines(self.classes, "<class_id> <class_name>", lambda label, name: (int(label), name))
-        check_ids(self.images, self.paths, self.labels, self.class_ids)
-        check_ids(self.images, self.paths, self.split, self.in_train)
-        check_known(self.labels, self.used, self.classes, self.names, "class id")
-
-    def _read_images(self, file: Path, column: str, value: Callable[[str], Any]) -> dict[Any, Any]:
-        return read_lines(file, f"<image_id> {column}", lambda image, text: (self.image_id(image), value(text)))
-
-    @property
-    def used(self) -> list[int]:
-        """The ids of the classes that have images, in order."""
-        return sorted(set(self.class_ids.values()))
-
-    def image_set(self, families: Mapping[int, str], *, complete: bool) -> ImageSet:
-        """The classes that have images, with {class id: family}, and their images in the order of image ids.
-
-        If it is to be `complete`, missing images are an error.
-        """
-        trained = {self.class_ids[image_id] for image_id in self.paths if self.in_train[image_id]}
-        check_trained(self.split, trained, self.classes, self.used, "class id")
-        label_of = {class_id: label for label, class_id in enumerate(self.used)}
-        rows = {image_id: (self.paths[image_id], label_of[self.class_ids[image_id]]) for image_id in self.paths}
-        images = sorted(self.archive.images_at(self.root / "images", rows, self.images, complete=complete), key=_id)
-        train, test = ([one for one in images if self.in_train[_id(one)] == part] for part in (True, False))
-        names, groups = ([table[class_id] for class_id in label_of] for table in (self.names, families))
-        return ImageSet(self.archive.name, names, train, test, groups)
-
-
-_id = attrgetter("image_id")
-
-
 def read_cub(root: str | Path, *, complete: bool = True) -> ImageSet:
     """Read the lists of CUB-200-2011, and check them against each other and the images on disk.
 
@@ -85,9 +38,12 @@ def read_cub(root: str | Path, *, complete: bool = True) -> ImageSet:
         ValueError: a list is malformed, two don't fit together, or an image's path leaves root; the message names
             the files and the place.
     """
-    lists = BirdLists(CUB, root, int)
-    check_known(lists.classes, lists.names, lists.labels, lists.used, "class id")
-    return lists.image_set({class_id: family(name) for class_id, name in lists.names.items()}, complete=complete)
+
+    def families(labels: Path, used: list[int], classes: Path, names: Names) -> Names:
+        check_known(classes, names, labels, used, "class id")
+        return {class_id: family(name) for class_id, name in names.items()}
+
+    return _read(CUB, root, int, families, complete=complete)
 
 
 def family(class_name: str) -> str:
@@ -97,11 +53,38 @@ def family(class_name: str) -> str:
 
 def read_nabirds(root: str | Path, *, complete: bool = True) -> ImageSet:
     """Read NABirds; of its classes, those that have images, which are the hierarchy's leaves; else as `read_cub`."""
-    lists = BirdLists(NABIRDS, root, str, HIERARCHY)
-    (hierarchy,) = lists.more
-    form = "<class_id> <class_id of its parent>"
-    parents = read_lines(hierarchy, form, lambda child, parent: (int(child), int(parent)))
-    check_known(lists.labels, lists.used, hierarchy, parents, "class id")
-    check_known(hierarchy, (parents[class_id] for class_id in lists.used), lists.classes, lists.names, "class id")
-    family_of = {class_id: lists.names[parents[class_id]] for class_id in lists.used}
-    return lists.image_set(family_of, complete=complete)
+
+    def families(labels: Path, used: list[int], classes: Path, names: Names, hierarchy: Path) -> Names:
+        form = "<class_id> <class_id of its parent>"
+        parents = read_lines(hierarchy, form, lambda child, parent: (int(child), int(parent)))
+        check_known(labels, used, hierarchy, parents, "class id")
+        check_known(hierarchy, (parents[class_id] for class_id in used), classes, names, "class id")
+        return {class_id: names[parents[class_id]] for class_id in used}
+
+    return _read(NABIRDS, root, str, families, HIERARCHY, complete=complete)
+
+
+def _read(
+    archive: Archive, root: str | Path, kind: type, families: Callable[..., Names], *more: str, complete: bool
+) -> ImageSet:
+    """What the four lists hold; `kind` is what an image id is, and `more` are files that `families` takes."""
+    root, images, labels, split, classes, *more_files = archive.find(root, IMAGES, LABELS, SPLIT, CLASSES, *more)
+    inside = Inside(root, "images")
+    paths = read_lines(images, "<image_id> <path under images/>", lambda image, path: (kind(image), inside(path)))
+    class_ids = read_lines(labels, "<image_id> <class_id>", lambda image, label: (kind(image), int(label)))
+    in_train = read_lines(split, "<image_id> <is_training_image>", lambda image, text: (kind(image), flag(text)))
+    names = read_lines(classes, "<class_id> <class_name>", lambda label, name: (int(label), name))
+    used = sorted(set(class_ids.values()))
+    check_ids(images, paths, labels, class_ids)
+    check_ids(images, paths, split, in_train)
+    check_known(labels, used, classes, names, "class id")
+    family_of = families(labels, used, classes, names, *more_files)
+    lists.check_trained(split, {class_ids[image] for image in paths if in_train[image]}, classes, used, "class id")
+    label_of = {class_id: label for label, class_id in enumerate(used)}
+    rows = {image: (path, label_of[class_ids[image]]) for image, path in paths.items()}
+    found = archive.images_at(root / "images", rows, images, complete=complete)
+    parts: dict[bool, list[Image]] = {True: [], False: []}
+    for image in sorted(found, key=attrgetter("image_id")):
+        parts[in_train[image.image_id]].append(image)
+    columns = [[table[class_id] for class_id in used] for table in (names, family_of)]
+    return ImageSet(archive.name, columns[0], parts[True], parts[False], columns[1])

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import PIL.Image
 
-from workbench.datasets.bad_images import shown
-from workbench.datasets.decode import find_bad
+from workbench.datasets.bad_images import find_bad, shown
 from workbench.datasets.lists import Image, ImageSet, counted, listed
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -49,9 +48,6 @@ def read(source: Path, test_share: float = 0.25, seed: int = 0) -> Split:
     """Training and test images: those that the CSV or the folders train/ and test/ (or val/) give, or else split here.
 
     Names of classes that differ in case or spaces are one class, and so are train/, Train/ and training/.
-
-    Raises:
-        SystemExit: there are no such images; the message says what was looked for.
     """
     if source.is_file():
         train, test, notes = read_csv(source)
@@ -61,15 +57,21 @@ def read(source: Path, test_share: float = 0.25, seed: int = 0) -> Split:
         raise SystemExit(f"{source}: no such folder or CSV file")
     names, more = _one_spelling(item.label for item in train + test)
     train, test = ([item._replace(label=names[item.label]) for item in part] for part in (train, test))
-    notes = [*notes, *more]
-    return Split(train, test, notes) if test else _split(train, test_share, seed, notes)
+    if test:
+        return Split(train, test, notes + more)
+    train, test = _split(train, test_share, seed)
+    held_out = f"{test_share:.0%} of each class are held out as test images, by the seed {seed}"
+    return Split(train, test, [*notes, *more, held_out])
 
 
 def _read_parts(source: Path) -> Split:
     """Of a folder: train/ and test/, or all as training images."""
     # A class may be called "train": it has images, where the split's folder has folders.
-    parts = {name: _parts(source, name) for name in (*TRAIN_NAMES, *TEST_NAMES)}
-    trains, tests = ([path for name in names for path in parts[name]] for names in (TRAIN_NAMES, TEST_NAMES))
+    folders = sorted(path for path in source.iterdir() if path.name.lower() in TRAIN_NAMES + TEST_NAMES)
+    folders = [path for path in folders if _class_folders(path)]
+    trains, tests = (
+        [path for name in names for path in folders if path.name.lower() == name] for names in (TRAIN_NAMES, TEST_NAMES)
+    )
     if not trains and not tests:
         return Split(read_folder(source), [], _other_files(source))
     if len(trains) != 1:
@@ -78,11 +80,6 @@ def _read_parts(source: Path) -> Split:
     notes = [f"{left} is not used: the test images are those of {tests[0]}" for left in tests[1:]]
     notes += [note for folder in (*trains, *tests[:1]) for note in _other_files(folder)]
     return Split(read_folder(trains[0]), read_folder(tests[0]) if tests else [], notes)
-
-
-def _parts(source: Path, name: str) -> list[Path]:
-    """The folders of that name, in any case, that have folders in them."""
-    return [path for path in sorted(source.iterdir()) if path.name.lower() == name and _has_folders(path)]
 
 
 def _one_spelling(labels: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -100,12 +97,8 @@ def _one_spelling(labels: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def read_folder(folder: Path) -> list[Item]:
-    items = [
-        Item(path, shown(each.name))  # names need not be text
-        for each in sorted(folder.iterdir())
-        if each.is_dir() and not _hidden(Path(each.name))
-        for path in images_below(each)
-    ]
+    # Names need not be text.
+    items = [Item(path, shown(each.name)) for each in _class_folders(folder) for path in images_below(each)]
     if not items:
         raise SystemExit(f"{folder}: no images in folders of classes, as in {folder / 'some_class' / 'image.jpg'}")
     return items
@@ -113,8 +106,7 @@ def read_folder(folder: Path) -> list[Item]:
 
 def images_below(folder: Path) -> list[Path]:
     """What is named as an image in a folder and those in it, sorted; hidden files are not."""
-    paths = sorted(folder.rglob("*"))
-    return [path for path in paths if path.suffix.lower() in SUFFIXES and not _hidden(path.relative_to(folder))]
+    return [path for path in _visible(folder, folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
 
 
 def read_csv(file: Path) -> Split:
@@ -139,7 +131,13 @@ def read_csv(file: Path) -> Split:
                 raise SystemExit(f"{where}: a path and a label are needed, got {shown(str(row))}")
             if part not in (*TRAIN_NAMES, *TEST_NAMES):
                 raise SystemExit(f"{where}: the split must be train or test, got {part!r}")
-            parts[part in TRAIN_NAMES].append(Item(_inside(root, row["path"], where), row["label"]))
+            path = (root / row["path"]).resolve()
+            if not path.is_relative_to(root):
+                advice = "put the CSV in the folder of the images"
+                raise SystemExit(f"{where}: {row['path']} leads out of the folder {root}: {advice}")
+            if not path.is_file():
+                raise SystemExit(f"{where}: {row['path']}: no such file")
+            parts[part in TRAIN_NAMES].append(Item(path, row["label"]))
     except csv.Error as error:
         raise SystemExit(f"{file}, line {rows.line_num + 1}: {error}") from None
     if not parts[True]:
@@ -170,31 +168,25 @@ def by_class(items: Iterable[Item]) -> dict[str, list[Item]]:
 
 
 def sound(split: Split, workers: int, skip_bad: bool) -> Split:
-    """The split without images that can't be decoded; every one of them is tried, before hours of training.
-
-    Raises:
-        SystemExit: there are such images, and they are not to be skipped.
-    """
+    """The split without images that can't be decoded; every one of them is tried, before hours of training."""
     bad = dict(find_bad(sorted({item.path for item in split.train + split.test}), workers))
     for path, reason in bad.items():
         print(shown(f"bad image: {path} {reason}"))
     if bad and not skip_bad:
         raise SystemExit(f"{counted(len(bad), 'bad image')}: to be replaced, or left out with --skip-bad")
     train, test = ([item for item in part if item.path not in bad] for part in (split.train, split.test))
-    return Split(train, test, [*split.notes, *([f"left out: {counted(len(bad), 'bad image')}"] if bad else [])])
+    left_out = [f"left out: {counted(len(bad), 'bad image')}"] if bad else []
+    return Split(train, test, split.notes + left_out)
 
 
 def warnings(train: list[Item], test: list[Item]) -> list[str]:
     """What is wrong with the data, but no reason to stop."""
     sizes = {name: len(members) for name, members in by_class(train).items()}
-    found = [
-        f"{listed(names)}: {what}"
-        for names, what in (
-            ([name for name in sizes if sizes[name] < 2], "one training image, nobody of its class to pair it with"),
-            (sorted(set(sizes) - set(by_class(test))), "no test image, so that nothing is known of how it is told"),
-        )
-        if names
-    ]
+    found = []
+    if alone := [name for name in sizes if sizes[name] < 2]:
+        found.append(f"{listed(alone)}: one training image, nobody of its class to pair it with")
+    if untested := sorted(set(sizes) - set(by_class(test))):
+        found.append(f"{listed(untested)}: no test image, so that nothing is known of how it is told")
     if max(sizes.values()) >= UNEVEN * min(sizes.values()):
         largest, smallest = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
         found.append(
@@ -204,42 +196,40 @@ def warnings(train: list[Item], test: list[Item]) -> list[str]:
     return found + _same_files(train, test)
 
 
-def short_side(paths: list[Path], seed: int = 0, count: int = 200) -> int:
-    """The median of the images' shorter sides, of so many of them, by what their headers say."""
-    chosen = random.Random(seed).sample(paths, min(count, len(paths)))
+def short_side(paths: list[Path]) -> int:
+    """The median of the images' shorter sides, of 200 of them, by what their headers say."""
     sides = []
-    for path in chosen:
+    for path in random.Random(0).sample(paths, min(200, len(paths))):
         with PIL.Image.open(path) as image:
             sides.append(min(image.size))
     return round(statistics.median(sides))
 
 
-def _split(items: list[Item], test_share: float, seed: int, notes: Iterable[str] = ()) -> Split:
+def _split(items: list[Item], test_share: float, seed: int) -> tuple[list[Item], list[Item]]:
     """The same share of each class for testing, at least one image where a class has two, drawn by seed."""
-    rng = random.Random(seed)
-    train: list[Item] = []
-    test: list[Item] = []
+    rng, train, test = random.Random(seed), [], []
     for members in by_class(items).values():
         members = sorted(members)
         rng.shuffle(members)
         count = min(len(members) - 1, max(1, round(test_share * len(members))))
         test += members[:count]
         train += members[count:]
-    return Split(
-        train, test, [*notes, f"{test_share:.0%} of each class are held out as test images, by the seed {seed}"]
-    )
+    return train, test
 
 
 def _same_files(train: list[Item], test: list[Item]) -> list[str]:
     """Of files with the same content: those in training and test, and those of two classes."""
-    digests = _digests({item.path for item in train + test})
+    sizes = {path: path.stat().st_size for path in {item.path for item in train + test}}
+    lengths = Counter(sizes.values())
+    # Files of a length of their own are not read.
+    alike = [path for path, size in sizes.items() if lengths[size] > 1]
+    digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in alike}
     seen = {digests[item.path]: item.path for item in train if item.path in digests}
     leaks = [item.path for item in test if digests.get(item.path) in seen]
     found = [f"{path} of the test images is the training image {seen[digests[path]]}" for path in leaks[:NAMED]]
     if len(leaks) > NAMED:
-        found.append(
-            f"the same holds for {counted(len(leaks) - NAMED, 'more test image')}: the accuracy will be too good"
-        )
+        more = counted(len(leaks) - NAMED, "more test image")
+        found.append(f"the same holds for {more}: the accuracy will be too good")
     labels = defaultdict(set)
     for item in train + test:
         labels[digests.get(item.path, str(item.path))].add(item.label)
@@ -249,35 +239,21 @@ def _same_files(train: list[Item], test: list[Item]) -> list[str]:
     return found
 
 
-def _digests(paths: set[Path]) -> dict[Path, str]:
-    """Of the files that are as long as another one; no others are read."""
-    lengths = Counter(path.stat().st_size for path in paths)
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if lengths[path.stat().st_size] > 1}
+def _class_folders(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder, folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
 
 
-def _inside(root: Path, given: str, where: str) -> Path:
-    path = (root / given).resolve()
-    if not path.is_relative_to(root):
-        raise SystemExit(f"{where}: {given} leads out of the folder {root}: put the CSV in the folder of the images")
-    if not path.is_file():
-        raise SystemExit(f"{where}: {given}: no such file")
-    return path
+def _visible(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """Without what systems and tools leave beside the images: .ipynb_checkpoints, ._photo.jpg, __MACOSX."""
 
+    def hidden(path: Path) -> bool:
+        return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
 
-def _has_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(each.is_dir() and not _hidden(Path(each.name)) for each in folder.iterdir())
-
-
-def _hidden(path: Path) -> bool:
-    """Left behind by systems and tools, beside the images: .ipynb_checkpoints, ._photo.jpg, __MACOSX."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return sorted(path for path in paths if not hidden(path))
 
 
 def _other_files(folder: Path) -> list[str]:
-    names = [
-        str(path.relative_to(folder))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix.lower() not in SUFFIXES and not _hidden(path.relative_to(folder))
-    ]
+    files = [path for path in _visible(folder, folder.rglob("*")) if path.is_file()]
+    names = [str(path.relative_to(folder)) for path in files if path.suffix.lower() not in SUFFIXES]
     left = f"{folder}: {counted(len(names), 'file')} left aside, not named as images: {listed(names)}"
     return [left] if names else []

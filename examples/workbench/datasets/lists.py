@@ -47,11 +47,7 @@ class Archive:
     folders: tuple[str, ...] = ()
 
     def find(self, root: str | Path, *files: str | tuple[str, ...]) -> tuple[Path, ...]:
-        """The data set's folder, which is root or one of `folders` in it, and its files; a tuple is a choice of places.
-
-        Raises:
-            FileNotFoundError: files are missing; says which, and where to get the data set.
-        """
+        """The data set's folder, root or one of `folders` in it, and its files; a tuple is a choice of places."""
         choices = {names[0]: names for names in ((file,) if isinstance(file, str) else file for file in files)}
         found: dict[Path, dict[str, Path]] = {}
         for folder in (Path(root), *(Path(root) / name for name in self.folders)):
@@ -59,25 +55,19 @@ class Archive:
             found[folder] = {file: path for file, paths in places.items() for path in reversed(paths) if path.is_file()}
         # The folder with the most of the files: when one is missing, the message is about the right place.
         root = max(found, key=lambda folder: len(found[folder]))
-        missing = [file for file in choices if file not in found[root]]
-        if missing:
+        if missing := [file for file in choices if file not in found[root]]:
             problem = f"{root} has no {', '.join(missing)}" if root.is_dir() else f"{root} is no folder"
             expected = f"expected {self.expected}, with {', '.join(choices)} and {self.images}"
             raise FileNotFoundError(f"{problem}; {expected}. {self.source}")
         return root, *found[root].values()
 
     def images_at(self, folder: Path, rows: Mapping[Any, Any], listing: Path, *, complete: bool) -> list[Image]:
-        """The images of {image_id: (path in folder, label)}, as a listing has them.
-
-        Raises:
-            FileNotFoundError: they are to be `complete`, and some are not on disk.
-        """
+        """The images of {image_id: (path in folder, label)}, as a listing has them; `complete`: all must be on disk."""
         paths = [path for path, _ in rows.values()] if complete else []
         # One listing per folder instead of a question per image: quick, and exact about case on macOS too.
         folders = {path.parent: folder / path.parent for path in paths}
         there = {parent: set(os.listdir(path)) if path.is_dir() else set() for parent, path in folders.items()}
-        missing = [str(path) for path in paths if path.name not in there[path.parent]]
-        if missing:
+        if missing := [str(path) for path in paths if path.name not in there[path.parent]]:
             lacking = f"{folder} lacks {some('image', missing)} of the {len(paths)} in {listing}"
             raise FileNotFoundError(f"{lacking} (upper and lower case count); unpack the archive anew. {self.source}")
         return [Image(folder / path, label, image_id) for image_id, (path, label) in rows.items()]
@@ -96,13 +86,7 @@ def read_lines(file: Path, form: str, parse: Parse) -> dict[Any, Any]:
 
 
 def read_mat(file: Path, names: Sequence[str], parse: Parse, *, struct: str | None = None) -> dict[Any, Any]:
-    """What `parse` makes of the entries of these variables, taken together: (key, value).
-
-    With `struct`, they are the fields of this array of structures.
-
-    Raises:
-        ValueError: the file is no MATLAB file or a broken one, or the variables are missing or don't fit together.
-    """
+    """What `parse` makes of the entries of these variables, taken together, or of these fields of array `struct`."""
     from scipy.io import loadmat  # here, so that the other data sets do without SciPy
 
     try:
@@ -114,8 +98,7 @@ def read_mat(file: Path, names: Sequence[str], parse: Parse, *, struct: str | No
     if struct in there:
         table = loaded[struct]
         there = list(table.dtype.names or ()) if isinstance(table, np.ndarray) else []
-    missing = [name for name in names if name not in there]
-    if missing:
+    if missing := [name for name in names if name not in there]:
         inside = f" in {struct!r}" if struct else ""
         raise ValueError(f"{file} has no {', '.join(missing)}{inside}, only {', '.join(there) or 'none'}; replace it")
     columns = [np.atleast_1d(table[name]).tolist() for name in names]
@@ -162,18 +145,6 @@ def whole(value: Any) -> int:
     return int(value)
 
 
-def inner(text: Any, folder: str) -> PurePosixPath:
-    """The path that a list gives to a file in `folder`."""
-    if not isinstance(text, str):
-        raise ValueError(f"must be a path, not {text!r}")
-    windows = PureWindowsPath(text)  # knows both separators and drive letters
-    if windows.anchor or ".." in windows.parts:
-        raise ValueError(f"the path leaves {folder}/")
-    if not windows.name:
-        raise ValueError("the path is empty")
-    return PurePosixPath(text)
-
-
 class Inside:
     """Takes the paths that a list gives to files in `folder` of the data set's folder `root`, if they stay in root.
 
@@ -186,7 +157,14 @@ class Inside:
         self._parents: dict[PurePosixPath, str] = {}  # what they really are: to ask for each image anew would be slow
 
     def __call__(self, text: Any) -> PurePosixPath:
-        path = inner(text, self.folder)
+        if not isinstance(text, str):
+            raise ValueError(f"must be a path, not {text!r}")
+        windows = PureWindowsPath(text)  # knows both separators and drive letters
+        if windows.anchor or ".." in windows.parts:
+            raise ValueError(f"the path leaves {self.folder}/")
+        if not windows.name:
+            raise ValueError("the path is empty")
+        path = PurePosixPath(text)
         if path.parent not in self._parents:
             self._parents[path.parent] = os.path.realpath(self.root / self.folder / path.parent)
         real = os.path.join(self._parents[path.parent], path.name)
@@ -197,7 +175,6 @@ class Inside:
 
 
 def check_ids(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[Any], what: str = "image id") -> None:
-    """Both lists must have the same ids."""
     ids, other_ids = set(ids), set(other_ids)
     check_known(file, ids, other, other_ids, what)
     check_known(other, other_ids, file, ids, what)
@@ -205,22 +182,19 @@ def check_ids(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[A
 
 def check_known(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[Any], what: str = "image id") -> None:
     """The other list must have all ids of the one."""
-    unknown = set(ids) - set(other_ids)
-    if unknown:
+    if unknown := set(ids) - set(other_ids):
         raise ValueError(f"{some(what, unknown)} of {file} not in {other}; unpack the archive anew")
 
 
 def check_apart(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[Any], what: str = "image id") -> None:
     """No image may be for training and for testing."""
-    shared = set(ids) & set(other_ids)
-    if shared:
+    if shared := set(ids) & set(other_ids):
         raise ValueError(f"{some(what, shared)} of {file} also in {other}; unpack the archive anew")
 
 
 def check_trained(split: Path, trained: Iterable[Any], names: Path, classes: Iterable[Any], what: str) -> None:
     """Every class must have training images."""
-    untrained = set(classes) - set(trained)
-    if untrained:
+    if untrained := set(classes) - set(trained):
         lacking = f"{split} has no training images for {some(what, untrained)}"
         raise ValueError(f"{lacking}; each class of {names} needs at least one")
 

@@ -31,31 +31,24 @@ DOGS = Archive(
 def read_cars(root: str | Path, *, complete: bool = True) -> ImageSet:
     """Read Stanford Cars; images come in the order of the lists. Errors and `complete` as in `read_cub`."""
     root, meta, train, test = CARS.find(root, CAR_NAMES, CAR_TRAIN, CAR_TEST)
-    classes = list(read_mat(meta, ["class_names"], _class_name))
-    parts = []
-    for folder, listing in (("cars_train", train), ("cars_test", test)):
-        rows = _read_annotations(listing, Inside(root, folder), len(classes))
-        parts.append(CARS.images_at(root / folder, rows, listing, complete=complete))
-    check_trained(train, [classes[image.label] for image in parts[0]], meta, classes, "class name")
-    return ImageSet(CARS.name, classes, *parts, families=[name.split()[0] for name in classes])
 
+    def parse_class(name: Any) -> tuple[str, None]:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"must be a name, not {name!r}")
+        return name, None
 
-def _class_name(name: Any) -> tuple[str, None]:
-    if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"must be a name, not {name!r}")
-    return name, None
-
-
-def _read_annotations(file: Path, inside: Inside, num_classes: int) -> dict[Any, Any]:
-    """{path from the data set's folder: (path in the images' folder, label)}."""
-
-    def parse(name: Any, class_id: Any) -> tuple[str, Any]:
-        if not 1 <= whole(class_id) <= num_classes:
-            raise ValueError(f"class {class_id} is not one of 1 to {num_classes}")
+    def parse_image(name: Any, class_id: Any) -> tuple[str, Any]:
+        if not 1 <= whole(class_id) <= len(classes):
+            raise ValueError(f"class {class_id} is not one of 1 to {len(classes)}")
         path = inside(name)
         return f"{inside.folder}/{path}", (path, whole(class_id) - 1)
 
-    return read_mat(file, ["fname", "class"], parse, struct="annotations")
+    classes, parts = list(read_mat(meta, ["class_names"], parse_class)), []
+    for listing, inside in ((train, Inside(root, "cars_train")), (test, Inside(root, "cars_test"))):
+        rows = read_mat(listing, ["fname", "class"], parse_image, struct="annotations")
+        parts.append(CARS.images_at(root / inside.folder, rows, listing, complete=complete))
+    check_trained(train, [classes[image.label] for image in parts[0]], meta, classes, "class name")
+    return ImageSet(CARS.name, classes, *parts, families=[name.split()[0] for name in classes])
 
 
 def read_dogs(root: str | Path, *, complete: bool = True) -> ImageSet:
