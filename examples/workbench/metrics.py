@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from apinet_head import __version__
+from workbench.datasets.lists import counted
 from workbench.images import to_device
 
 
@@ -147,7 +148,8 @@ def machine(device: str) -> str:
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
         name = f"{found[1].strip() if found else platform.machine()}, {os.cpu_count()} cores"
         name += "" if device == "cpu" else f", {device}"
+    threads = counted(torch.get_num_threads(), "thread")
     return (
-        f"{name}; {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"timm {timm.__version__}, apinet-head {__version__}; {date.today()}"
+        f"{name}; {threads}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
+        f"apinet-head {__version__}; {date.today()}"
     )
