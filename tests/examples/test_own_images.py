@@ -12,14 +12,13 @@ import pytest
 import torch
 from colours import SHORT
 from PIL import Image
-from scipy.stats import binomtest
 
 import train_own
 from compare import table
 from solar_cells import write_folders
 from workbench.datasets import folders
 from workbench.defaults import Known, choose
-from workbench.metrics import by_class, confusions, interval, ranked_pairs, summary
+from workbench.metrics import by_class, confusions, ranked_pairs, summary
 
 
 def save(path, colour=(10, 20, 30), size=(32, 32)):
@@ -263,9 +262,12 @@ def test_confusions_and_their_figures_by_hand():
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 5), (5, 5), (3, 10), (560, 656)])
-def test_interval_is_wilsons(correct, total):
-    expected = binomtest(correct, total).proportion_ci(0.95, method="wilson")
-    assert interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-4)
+def test_interval_of_the_accuracy_is_wilsons(correct, total):
+    share = correct / total
+    low, high = summary(torch.tensor([[correct, total - correct], [0, 0]]))["accuracy_interval"]
+    assert low <= share <= high
+    for bound in (low, high):  # from which the share is 1.96 standard deviations away
+        assert (bound - share) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / total, rel=1e-3, abs=1e-12)
 
 
 def test_pairs_are_ranked_by_both_directions():

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.io import loadmat
 
 Parse = Callable[..., tuple[Any, Any]]
 
@@ -87,8 +88,6 @@ def read_lines(file: Path, form: str, parse: Parse) -> dict[Any, Any]:
 
 def read_mat(file: Path, names: Sequence[str], parse: Parse, *, struct: str | None = None) -> dict[Any, Any]:
     """What `parse` makes of the entries of these variables, taken together, or of these fields of array `struct`."""
-    from scipy.io import loadmat  # here, so that the other data sets do without SciPy
-
     try:
         loaded = loadmat(file, squeeze_me=True)
     except Exception as error:  # a broken file lets SciPy stumble anywhere: ValueError, TypeError, zlib.error, ...
