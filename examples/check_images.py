@@ -13,6 +13,7 @@ from pathlib import Path
 
 from workbench.datasets import ARCHIVES, read
 from workbench.datasets.bad_images import LIST, find_bad, processors, shown, write_list
+from workbench.settings import number
 
 
 def main(arguments: list[str] | None = None) -> list[tuple[Path, str]]:
@@ -21,7 +22,9 @@ def main(arguments: list[str] | None = None) -> list[tuple[Path, str]]:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set, as for train_cub.py --data")
     parser.add_argument("--dataset", choices=ARCHIVES, default="cub", help="which it is (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=LIST, metavar="FILE", help="the list (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=processors(), help="processes (default: %(default)s); 0: none")
+    parser.add_argument(
+        "--workers", type=number(int, 0), default=processors(), help="processes (default: %(default)s); 0: none"
+    )
     options = parser.parse_args(arguments)
 
     data = read(options.dataset, options.data, complete=False)
