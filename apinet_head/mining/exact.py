@@ -7,7 +7,7 @@ the origin, as in trained features, this exceeds the differences of their distan
 import torch
 from torch import Tensor
 
-from apinet_head.mining.query import Query, flip
+from apinet_head.mining.query import Query
 
 ROUNDING = 32  # bound of the error of two costs in eps (|q|² + |q - k|²); measured: up to 12 each, for any D
 CANCELLED = 8  # cancellation is harmless while |q|² <= CANCELLED |q - k|²
@@ -15,25 +15,27 @@ CLOSEST = 8  # candidates compared again where reading the number needed would s
 AT_ONCE = 2**22  # numbers
 
 
-def slack(query: Query, best: Tensor, squares: Tensor, cancelled: float = CANCELLED) -> Tensor:
-    """By how much the cost of the true best may exceed the best cost [S,B] due to rounding; 0 where harmless."""
-    distance = flip(query.searches, best).clamp(min=0)
-    rounding = ROUNDING * torch.finfo(best.dtype).eps * (squares + distance)
-    return rounding.where((squares > cancelled * distance) & (squares < torch.inf) & (best < torch.inf), 0)
+def slack(distance: Tensor, squares: Tensor, cancelled: float = CANCELLED) -> Tensor:
+    """By how much the cost of the true best of queries [N] may exceed the best cost due to rounding; 0 where harmless.
+
+    Args:
+        distance: [N], squared distances of the best; infinite where there is no candidate.
+        squares: [N], |q|² of the queries.
+        cancelled: cancellation is harmless while |q|² is at most this times the distance.
+    """
+    rounding = ROUNDING * torch.finfo(distance.dtype).eps * (squares + distance.clamp(min=0))
+    return rounding.where((squares > cancelled * distance) & (squares < torch.inf) & distance.isfinite(), 0)
 
 
-def settle(query: Query, partner: Tensor, search: Tensor, row: Tensor, key: Tensor) -> None:
-    """Write the best of the candidates `key` of queries `row` in searches `search`, all [N], to partner [S,B]."""
+def settle(query: Query, how: str, partner: Tensor, row: Tensor, key: Tensor) -> None:
+    """Write the best of the candidates `key` [N] of the queries `row` [N] to partner [B]."""
     step = max(1, AT_ONCE // query.rows().shape[1])
     parts = zip(torch.split(row, step), torch.split(key, step), strict=True)
     distance = torch.cat([(query.features[i].double() - query.rows()[j].double()).square().sum(1) for i, j in parts])
-    for index, asked in enumerate(query.searches):
-        cost = distance if asked.how == "similar" else -distance
-        mine = search == index
-        best = torch.full(partner.shape[1:], torch.inf, dtype=cost.dtype, device=cost.device)
-        best.scatter_reduce_(0, row[mine], cost[mine], "amin")
-        mine &= cost <= best[row]
-        partner[index].scatter_reduce_(0, row[mine], key[mine], "amin", include_self=False)
+    cost = distance if how == "similar" else -distance
+    best = torch.full(partner.shape, torch.inf, dtype=cost.dtype).scatter_reduce_(0, row, cost, "amin")
+    is_best = cost <= best[row]
+    partner.scatter_reduce_(0, row[is_best], key[is_best], "amin", include_self=False)
 
 
 def best_of(query: Query, scale: Tensor | None, key: Tensor, is_candidate: Tensor) -> Tensor:
@@ -47,7 +49,9 @@ def best_of(query: Query, scale: Tensor | None, key: Tensor, is_candidate: Tenso
     step = None if torch.compiler.is_compiling() else max(1, AT_ONCE // per_query)
     parts = [slice(None)] if step is None else [slice(i, i + step) for i in range(0, count, step)]
     distance = torch.cat([_distances_of(query, scale, key, part) for part in parts], 1)
-    cost = flip(query.searches, distance).nan_to_num(0.0).where(is_candidate, torch.inf)
+    signed = zip(query.searches, distance.unbind(), strict=True)
+    cost = torch.stack([one if search.how == "similar" else -one for search, one in signed])
+    cost = cost.nan_to_num(0.0).where(is_candidate, torch.inf)
     best = is_candidate & (cost <= cost.amin(2, keepdim=True))
     return key.where(best, query.rows().shape[0]).amin(2)
 

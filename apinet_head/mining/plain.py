@@ -13,16 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apinet_head.mining.exact import CANCELLED, CLOSEST, best_of, settle, slack
-from apinet_head.mining.query import Found, Query, flip, is_eager_cpu, is_exporting
+from apinet_head.mining.query import Found, Query, is_eager_cpu, is_exporting
 from apinet_head.mining.rows import (
+    WHOLE,
     Rows,
     about_the_bulk,
     as_they_are,
-    is_worth_halving,
     no_autocast,
     no_reduced_precision,
-    subtract_products,
-    symmetric_products,
+    part_of,
 )
 
 SMALL = 2**27  # multiplications: 256 rows of 2048
@@ -46,17 +45,17 @@ def _mine(query: Query, tile: int | None) -> Found:
         if is_eager_cpu(query.features):
             return _mine_eager_cpu(query, tile)
         rows = about_the_bulk(query, tile, torch.float64 if is_small(query) else None)
-        return _search((_Best if rows.dtype == torch.float64 else _Closest)(query, rows, tile), tile)
+        return _search((_Best if rows.dtype == torch.float64 else _Closest)(query, rows, tile))
 
 
 def _mine_eager_cpu(query: Query, tile: int | None) -> Found:
     """`_mine` where values can be read: most batches need no preparation, and some need float64."""
     rows = as_they_are(query, tile)
     if rows is not None:
-        found = _search(near := _Near(query, rows, tile), tile)
+        found = _search(near := _Near(query, rows, tile))
         if not near.crowded:
             return found
-    return _search(_Best(query, about_the_bulk(query, tile, torch.float64), tile), tile)
+    return _search(_Best(query, about_the_bulk(query, tile, torch.float64), tile))
 
 
 def is_small(query: Query) -> bool:
@@ -67,59 +66,53 @@ def is_small(query: Query) -> bool:
     return query.features.device.type != "mps" and count * size * dim <= SMALL
 
 
-def _search(best: "_Best", tile: int | None) -> Found:
+def _search(best: "_Best") -> Found:
     """Compute all distances tile by tile, and keep the best partners."""
-    query, rows = best.query, best.rows
-    symmetric, usable = query.keys is None, rows.usable
+    query, rows, tile = best.query, best.rows, best.tile
+    (count, size), symmetric = query.shape(), query.keys is None
     # In this order of tiles each query sees its candidates in ascending order (as a column those before its own tile,
     # then as a row the others), so that of equal distances the one of the lowest index comes first.
-    for down in _parts(query.features, tile):
+    for down in _parts(0, count, tile):
         queries = rows.queries(down)
-        for across in _parts(query.rows(), tile, down.start if symmetric else 0):
+        for across in _parts(down.start if symmetric else 0, size, tile):
             if best.crowded:
                 break
-            mirrored = symmetric and across.start > down.start
-            if symmetric and not mirrored and is_worth_halving(queries):
-                products = symmetric_products(queries) if rows.products is None else rows.products
-                distance = torch.sub(rows.squares[across], products, alpha=2)
-            else:
-                distance = subtract_products(rows.squares[across], queries, rows.keys(across))
-            distance.add_(rows.query_squares[down, None])
-            if rows.odd:  # a non-finite query still gets a partner
-                distance.nan_to_num_(0.0, 0.0, 0.0)
-            cost = flip(query.searches, distance.expand(len(query.searches), -1, -1))
-            candidate = _candidates(query, down, across)
-            best.take(down, _masked(cost, candidate, None if usable is None else usable[across]), across.start)
-            if mirrored:
-                offer = _masked(cost, candidate, None if usable is None else usable[down, None])
-                best.take(across, offer.transpose(1, 2), down.start)
+            mirrored = symmetric and down != across
+            distance = rows.distances(queries, down, across)
+            for place, candidate in enumerate(_candidates(query, down, across)):
+                cost = distance if query.searches[place].how == "similar" else -distance
+                best.take(place, down, _masked(cost, candidate, rows.usable, across), across.start or 0)
+                if mirrored:
+                    best.take(place, across, _masked(cost.T, candidate.T, rows.usable, down), down.start)
     found = best.found()
     return Found(found.partner, found.valid & (query.labels >= 0)) if rows.unlabelled else found
 
 
-def _parts(rows: Tensor, tile: int | None, start: int = 0) -> list[slice]:
+def _parts(first: int | None, size: int, tile: int | None) -> list[slice]:
     if tile is None:
-        return [slice(0, rows.shape[0])]
-    return [slice(first, min(first + tile, rows.shape[0])) for first in range(start, rows.shape[0], tile)]
+        return [WHOLE]
+    return [slice(start, min(start + tile, size)) for start in range(first or 0, size, tile)]
 
 
-def _candidates(query: Query, down: slice, across: slice) -> Tensor:
-    """Candidate mask [S,rows,columns]: keys of the class that the search asks for, without the query itself."""
-    same = query.labels[down, None] == query.key_labels[across]
-    candidate = torch.stack([same if search.same_class else ~same for search in query.searches])
+def _candidates(query: Query, down: slice, across: slice) -> list[Tensor]:
+    """For each search the keys of the class that it asks for, without the query itself, [rows,columns] bool."""
+    same = part_of(query.labels, down)[:, None] == part_of(query.key_labels, across)
+    candidates = [same if search.same_class else ~same for search in query.searches]
     if query.key_offset is not None:
-        itself = down.start + query.key_offset - across.start
+        itself = (down.start or 0) + query.key_offset - (across.start or 0)
         if -same.shape[0] < itself < same.shape[1]:
-            candidate.diagonal(itself, 1, 2).fill_(False)
-    return candidate
+            for search, candidate in zip(query.searches, candidates, strict=True):
+                if search.same_class or query.keys is not None:  # in a batch, it is of its own class
+                    candidate.diagonal(itself).fill_(False)
+    return candidates
 
 
-def _masked(cost: Tensor, candidate: Tensor, usable: Tensor | None) -> Tensor:
-    return torch.where(candidate if usable is None else candidate & usable, cost, torch.inf)
+def _masked(cost: Tensor, candidate: Tensor, usable: Tensor | None, part: slice) -> Tensor:
+    return torch.where(candidate if usable is None else candidate & part_of(usable, part), cost, torch.inf)
 
 
 class _Best:
-    """The best partner so far of each query in each search, [S,B].
+    """The best partner so far of each query in each search.
 
     Attributes:
         crowded: whether the search is given up, as too many candidates are within rounding.
@@ -129,39 +122,38 @@ class _Best:
 
     def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
         self.query, self.rows, self.tile = query, rows, tile
-        if tile is None:  # `take` is called only once
-            return
-        shape, device = (len(query.searches), query.features.shape[0]), query.features.device
-        self.cost = torch.full(shape, torch.inf, dtype=rows.dtype, device=device)
-        self.partner = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.cost: list[Tensor] = []  # of each search, [B], as `partner`
+        self.partner: list[Tensor] = []
+        if tile is not None:
+            like, size = query.features, query.features.shape[0]
+            self.cost = [like.new_full((size,), torch.inf, dtype=rows.dtype) for _ in query.searches]
+            self.partner = [like.new_zeros(size, dtype=torch.int64) for _ in query.searches]
 
-    def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
-        """Update the queries from their costs [S,rows,columns] for the keys from `first` on.
+    def take(self, place: int, queries: slice, cost: Tensor, first: int) -> Tensor:
+        """Update the queries in search number `place` from their costs [rows,columns] for the keys from `first` on.
 
         Returns:
-            The lowest of these costs [S,rows].
+            The lowest of these costs [rows].
         """
-        if self.tile is None:
-            self.cost, self.partner = cost.min(2)
-            return self.cost
-        if is_eager_cpu(cost):
-            return self._take_few(queries, cost, first)
-        lowest, partner = cost.min(2)
-        better = lowest < self.cost[:, queries]
-        self.cost[:, queries] = lowest.where(better, self.cost[:, queries])
-        self.partner[:, queries] = (partner + first).where(better, self.partner[:, queries])
-        return lowest
-
-    def _take_few(self, queries: slice, cost: Tensor, first: int) -> Tensor:
-        """`take` on a CPU, where amin is ten times as fast as argmin, which is computed only for improved rows."""
-        lowest = cost.amin(2)
-        better = lowest < self.cost[:, queries]
-        self.cost[:, queries][better] = lowest[better]
-        self.partner[:, queries][better] = cost[better].argmin(1) + first
+        if self.tile is None:  # the only tile
+            lowest, partner = cost.min(1)
+            self.cost.append(lowest)
+            self.partner.append(partner)
+            return lowest
+        best, partner = self.cost[place][queries], self.partner[place][queries]  # views
+        if is_eager_cpu(cost):  # where amin is ten times as fast as argmin, which is computed for improved rows only
+            lowest = cost.amin(1)
+            better = lowest < best
+            partner[better] = cost[better].argmin(1) + first
+        else:
+            lowest, nearest = cost.min(1)
+            better = lowest < best
+            partner.copy_((nearest + first).where(better, partner))
+        best.copy_(lowest.where(better, best))
         return lowest
 
     def found(self) -> Found:
-        return Found(self.partner, self.cost < torch.inf)
+        return Found(torch.stack(self.partner), torch.stack(self.cost) < torch.inf)
 
 
 class _Near(_Best):
@@ -169,32 +161,37 @@ class _Near(_Best):
 
     def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
         super().__init__(query, rows, tile)
-        self.near: list[tuple[Tensor, ...]] = []
-
-    def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
-        lowest = super().take(queries, cost, first)
-        squares = self.rows.query_squares[queries]
         # A later tile may have a better candidate: collect with a safety factor.
-        cancelled = CANCELLED if self.tile is None else CANCELLED / 2
-        if (flip(self.query.searches, lowest) * cancelled < squares).any():
-            margin = slack(self.query, self.cost[:, queries], squares, cancelled)
-            bound = self.cost[:, queries] + margin
-            search, row = ((lowest <= bound) & (margin > 0)).nonzero(as_tuple=True)
-            costs = cost[search, row]
-            which, column = (costs <= bound[search, row, None]).nonzero(as_tuple=True)
+        self.cancelled = CANCELLED if tile is None else CANCELLED / 2
+        self.near: list[list[tuple[Tensor, ...]]] = [[] for _ in query.searches]
+
+    def take(self, place: int, queries: slice, cost: Tensor, first: int) -> Tensor:
+        lowest = super().take(place, queries, cost, first)
+        # One number for all queries, as most batches need no closer look.
+        if not float(self._distance(place, lowest).amin()) * self.cancelled > self.rows.largest_query_square:
+            best = part_of(self.cost[place], queries)
+            margin = slack(self._distance(place, best), part_of(self.rows.query_squares, queries), self.cancelled)
+            bound = best + margin
+            row = ((lowest <= bound) & (margin > 0)).nonzero()[:, 0]
+            costs = cost[row]
+            which, column = (costs <= bound[row, None]).nonzero(as_tuple=True)
             self.crowded |= which.numel() > CROWD * margin.numel()
-            if self.tile is not None or which.numel() > search.numel():
-                self.near.append((search[which], row[which] + queries.start, column + first, costs[which, column]))
+            if self.tile is not None or which.numel() > row.numel():
+                self.near[place].append((row[which] + (queries.start or 0), column + first, costs[which, column]))
         return lowest
 
+    def _distance(self, place: int, cost: Tensor) -> Tensor:
+        return cost if self.query.searches[place].how == "similar" else -cost
+
     def found(self) -> Found:
-        if self.near and not self.crowded:
-            search, row, key, cost = (torch.cat(parts) for parts in zip(*self.near, strict=True))
-            bound = self.cost + slack(self.query, self.cost, self.rows.query_squares)
-            near = cost <= bound[search, row]
-            rivals = torch.zeros_like(self.partner).index_put_((search, row), near.long(), accumulate=True)
-            near &= rivals[search, row] > 1
-            settle(self.query, self.partner, search[near], row[near], key[near])
+        for place, near in enumerate(self.near):
+            if near and not self.crowded:
+                row, key, cost = (torch.cat(parts) for parts in zip(*near, strict=True))
+                best = self.cost[place]
+                bound = best + slack(self._distance(place, best), self.rows.query_squares)
+                is_near = cost <= bound[row]
+                is_near &= row[is_near].bincount(minlength=len(best))[row] > 1
+                settle(self.query, self.query.searches[place].how, self.partner[place], row[is_near], key[is_near])
         return super().found()
 
 
@@ -203,36 +200,40 @@ class _Closest(_Best):
 
     def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
         super().__init__(query, rows, tile)
-        self.closest: dict[int, tuple[Tensor, Tensor]] = {}
+        self.closest: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in query.searches]
 
-    def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
+    def take(self, place: int, queries: slice, cost: Tensor, first: int) -> Tensor:
         costs, keys = _closest(cost)
-        keys = keys + first
+        keys, start = keys + first, queries.start or 0
         if self.tile is not None:  # merge with the best of the previous tiles, in lists of fixed length
-            before = self.closest.get(queries.start, (costs[..., :0], keys[..., :0]))
-            costs, order = torch.cat([before[0], costs], 2).sort(dim=2, stable=True)
-            keys = torch.cat([before[1], keys], 2).gather(2, order)
-            missing = max(0, CLOSEST + 1 - costs.shape[2])
-            costs = F.pad(costs[..., : CLOSEST + 1], (0, missing), value=torch.inf)
-            keys = F.pad(keys[..., : CLOSEST + 1], (0, missing))
-        self.closest[queries.start] = costs, keys
-        return costs[..., 0]
+            before = self.closest[place].get(start, (costs[:, :0], keys[:, :0]))
+            costs, order = torch.cat([before[0], costs], 1).sort(dim=1, stable=True)
+            keys = torch.cat([before[1], keys], 1).gather(1, order)
+            missing = max(0, CLOSEST + 1 - costs.shape[1])
+            costs = F.pad(costs[:, : CLOSEST + 1], (0, missing), value=torch.inf)
+            keys = F.pad(keys[:, : CLOSEST + 1], (0, missing))
+        self.closest[place][start] = costs, keys
+        return costs[:, 0]
 
     def found(self) -> Found:
-        lists = [self.closest[start] for start in sorted(self.closest)]
-        costs, keys = (torch.cat(parts, 1) for parts in zip(*lists, strict=True))
+        costs, keys = (
+            torch.stack(
+                [torch.cat([of_search[start][kind] for start in sorted(of_search)]) for of_search in self.closest]
+            )
+            for kind in (0, 1)
+        )
         is_candidate = costs < torch.inf
         return Found(best_of(self.query, self.rows.scale, keys, is_candidate), is_candidate.any(2))
 
 
 def _closest(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest costs along the last dimension and their indices; the first of the lowest comes first."""
-    lowest = cost.min(2, keepdim=True)  # the order of topk is undefined for equal values
+    """The lowest costs of each row and their indices; the first of the lowest comes first."""
+    lowest = cost.min(1, keepdim=True)  # the order of topk is undefined for equal values
     most = CLOSEST + 1
     if torch.compiler.is_compiling():  # sizes may be symbolic
         cost = F.pad(cost, (0, most), value=torch.inf)
     else:
-        most = min(most, cost.shape[2])
-    others = cost.topk(most, 2, largest=False)
+        most = min(most, cost.shape[1])
+    others = cost.topk(most, 1, largest=False)
     costs = others.values.masked_fill(others.indices == lowest.indices, torch.inf)
-    return torch.cat([lowest.values, costs], 2), torch.cat([lowest.indices, others.indices], 2)
+    return torch.cat([lowest.values, costs], 1), torch.cat([lowest.indices, others.indices], 1)

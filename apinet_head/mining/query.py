@@ -1,6 +1,6 @@
 """Input and output of the mining backends, and helpers that they share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,13 +50,6 @@ class Found(NamedTuple):
 
 
 Backend = Callable[[Query], Found]
-
-
-def flip(searches: Sequence[Search], values: Tensor) -> Tensor:
-    """Squared distances [S,...] as costs to minimise, or back: negated in searches for the farthest."""
-    if "dissimilar" not in [search.how for search in searches]:
-        return values
-    return torch.stack([v if s.how == "similar" else -v for s, v in zip(searches, values.unbind(0), strict=True)])
 
 
 def is_eager_cpu(rows: Tensor) -> bool:

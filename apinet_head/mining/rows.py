@@ -19,12 +19,21 @@ PIECE = 2**20  # numbers squared at a time on a CPU, where larger temporary tens
 SYMMETRIC_FROM = 12_000_000  # multiplications, on a CPU: 120 rows of 830
 
 
+WHOLE = slice(None)
+
+
+def part_of(rows: Tensor, part: slice) -> Tensor:
+    """rows[part], at no cost for all of them."""
+    return rows if part == WHOLE else rows[part]
+
+
 class Rows:
     """Queries and keys, prepared a tile at a time to avoid a copy of all of them.
 
     Attributes:
         squares: |k|² of the prepared keys [M].
         query_squares: |q|² of the prepared queries [B].
+        largest_query_square: of all queries, if known; infinity if some are not finite.
         usable: which keys may be partners at all, [M] bool; None if all may.
         unlabelled: whether there may be queries without a class.
         odd: whether there may be prepared rows that are not finite.
@@ -35,6 +44,7 @@ class Rows:
     usable: Tensor | None = None
     unlabelled, odd = True, False
     products: Tensor | None = None
+    largest_query_square = math.inf
 
     def __init__(
         self,
@@ -54,13 +64,22 @@ class Rows:
         self.query_squares = self.squares if query.keys is None else self._squares(query.features, tile)
 
     def queries(self, part: slice) -> Tensor:
-        return self._prepared(self.query.features[part])
+        return self._prepared(part_of(self.query.features, part))
 
-    def keys(self, part: slice) -> Tensor:
-        return self._prepared(self.query.rows()[part])
+    def distances(self, queries: Tensor, down: slice, across: slice) -> Tensor:
+        """Squared distances of the prepared queries of rows `down` from the keys of rows `across`."""
+        squares = part_of(self.squares, across)
+        if self.query.keys is None and down == across and is_worth_halving(queries):
+            products = symmetric_products(queries) if self.products is None else self.products
+            distance = torch.sub(squares, products, alpha=2)
+        else:
+            distance = subtract_products(squares, queries, self._prepared(part_of(self.query.rows(), across)))
+        distance.add_(part_of(self.query_squares, down)[:, None])
+        # A query that is not finite still gets a partner.
+        return distance.nan_to_num_(0.0, 0.0, 0.0) if self.odd else distance
 
     def _prepared(self, rows: Tensor) -> Tensor:
-        rows = rows.to(self.dtype)
+        rows = rows if rows.dtype == self.dtype else rows.to(self.dtype)
         if self.centre is None or self.scale is None:
             return rows
         # Rows whose square would overflow are clamped.
@@ -80,20 +99,25 @@ def as_they_are(query: Query, tile: int | None) -> Rows | None:
     rows = Rows(query, tile, torch.promote_types(query.features.dtype, torch.float32))
     labelled = None if int(query.key_labels.min()) >= 0 else query.key_labels >= 0
     rows.unlabelled = labelled is not None if query.keys is None else int(query.labels.min()) < 0
-    ordinary, rows.usable, rows.odd = _look(query.rows(), rows.squares, labelled)
-    if ordinary and query.keys is not None:
-        ordinary, _, odd = _look(query.features, rows.query_squares, None)
-        rows.odd |= odd
-    return rows if ordinary else None
+    largest, rows.usable = _look(query.rows(), rows.squares, labelled)
+    rows.odd = largest == math.inf
+    if largest is not None and query.keys is not None:
+        largest, _ = _look(query.features, rows.query_squares, None)
+        rows.odd |= largest == math.inf
+    if largest is None:
+        return None
+    rows.largest_query_square = largest
+    return rows
 
 
-def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Tensor | None, bool]:
-    """Whether the squares of finite rows are in a safe range; which are finite and asked for (None: all); any odd."""
+def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[float | None, Tensor | None]:
+    """The largest square, infinity if there are rows that are not finite or zero, and which rows are finite and asked
+    for (None: all); None and None if squares of finite rows are not in a safe range."""
     info = torch.finfo(squares.dtype)
     least, most = info.tiny / info.eps, info.max / 16
     low, high = (float(bound) for bound in squares.aminmax())
     if least < low and high < most:
-        return True, asked, False
+        return high, asked
     usable = (squares > least) & (squares < most)
     odd = usable.logical_not() if asked is None else usable.logical_not().logical_and_(asked)
     place = odd.nonzero()[:, 0]
@@ -102,8 +126,8 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[bool, Te
     if finite.any():  # only rows of zeros have a safe square then
         usable.index_put_((place,), finite)
         if (odd_rows[finite] != 0).any():
-            return False, None, True
-    return True, usable if asked is None else usable.logical_and_(asked), True
+            return None, None
+    return math.inf, usable if asked is None else usable.logical_and_(asked)
 
 
 def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = None) -> Rows:
