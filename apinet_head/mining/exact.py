@@ -27,40 +27,36 @@ def slack(distance: Tensor, squares: Tensor, cancelled: float = CANCELLED) -> Te
     return rounding.where((squares > cancelled * distance) & (squares < torch.inf) & distance.isfinite(), 0)
 
 
-def settle(query: Query, how: str, partner: Tensor, row: Tensor, key: Tensor) -> None:
+def settle(query: Query, nearest: bool, partner: Tensor, row: Tensor, key: Tensor) -> None:
     """Write the best of the candidates `key` [N] of the queries `row` [N] to partner [B]."""
     step = max(1, AT_ONCE // query.rows().shape[1])
     parts = zip(torch.split(row, step), torch.split(key, step), strict=True)
     distance = torch.cat([(query.features[i].double() - query.rows()[j].double()).square().sum(1) for i, j in parts])
-    cost = distance if how == "similar" else -distance
+    cost = distance if nearest else -distance
     best = torch.full(partner.shape, torch.inf, dtype=cost.dtype).scatter_reduce_(0, row, cost, "amin")
     is_best = cost <= best[row]
     partner.scatter_reduce_(0, row[is_best], key[is_best], "amin", include_self=False)
 
 
-def best_of(query: Query, scale: Tensor | None, key: Tensor, is_candidate: Tensor) -> Tensor:
-    """The best of the candidates `key` [S,B,K] by subtraction, the first of equal ones [S,B].
+def best_of(query: Query, nearest: bool, scale: Tensor | None, key: Tensor, is_candidate: Tensor) -> Tensor:
+    """The best of the candidates `key` [B,K] by subtraction, the first of equal ones [B].
 
     K is fixed for all queries, so that nothing synchronises. Arbitrary where there is no candidate.
     """
     key = key.where(is_candidate, 0)
-    searches, count, size = key.shape
-    per_query = searches * size * query.rows().shape[1]
-    step = None if torch.compiler.is_compiling() else max(1, AT_ONCE // per_query)
+    count, size = key.shape
+    step = None if torch.compiler.is_compiling() else max(1, AT_ONCE // (size * query.rows().shape[1]))
     parts = [slice(None)] if step is None else [slice(i, i + step) for i in range(0, count, step)]
-    distance = torch.cat([_distances_of(query, scale, key, part) for part in parts], 1)
-    signed = zip(query.searches, distance.unbind(), strict=True)
-    cost = torch.stack([one if search.how == "similar" else -one for search, one in signed])
-    cost = cost.nan_to_num(0.0).where(is_candidate, torch.inf)
-    best = is_candidate & (cost <= cost.amin(2, keepdim=True))
-    return key.where(best, query.rows().shape[0]).amin(2)
+    distance = torch.cat([_distances_of(query, scale, key[part], part) for part in parts])
+    cost = (distance if nearest else -distance).nan_to_num(0.0).where(is_candidate, torch.inf)
+    best = is_candidate & (cost <= cost.amin(1, keepdim=True))
+    return key.where(best, query.rows().shape[0]).amin(1)
 
 
 def _distances_of(query: Query, scale: Tensor | None, key: Tensor, part: slice) -> Tensor:
-    key = key[:, part]
     keys = query.rows().index_select(0, key.flatten()).view(*key.shape, -1)
-    difference = _wide(query.features[part], scale)[None, :, None] - _wide(keys, scale)
-    return difference.square().sum(3)
+    difference = _wide(query.features[part], scale)[:, None] - _wide(keys, scale)
+    return difference.square().sum(2)
 
 
 def _wide(rows: Tensor, scale: Tensor | None) -> Tensor:

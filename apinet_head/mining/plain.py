@@ -42,20 +42,21 @@ def mine_tiled(query: Query, *, tile: int | None = None) -> Found:
 def _mine(query: Query, tile: int | None) -> Found:
     device_type = query.features.device.type
     with no_autocast(device_type), no_reduced_precision(device_type):
-        if is_eager_cpu(query.features):
-            return _mine_eager_cpu(query, tile)
-        rows = about_the_bulk(query, tile, torch.float64 if is_small(query) else None)
-        return _search((_Best if rows.dtype == torch.float64 else _Closest)(query, rows, tile))
+        if not is_eager_cpu(query.features):
+            rows = about_the_bulk(query, tile, torch.float64 if is_small(query) else None)
+            return _search(_Best if rows.dtype == torch.float64 else _Closest, query, rows, tile)
+        # Where values can be read: most batches need no preparation, and some need float64.
+        as_given = as_they_are(query, tile)
+        if as_given is not None:
+            try:
+                return _search(_Near, query, as_given, tile)
+            except CrowdedError:
+                pass
+        return _search(_Best, query, about_the_bulk(query, tile, torch.float64), tile)
 
 
-def _mine_eager_cpu(query: Query, tile: int | None) -> Found:
-    """`_mine` where values can be read: most batches need no preparation, and some need float64."""
-    rows = as_they_are(query, tile)
-    if rows is not None:
-        found = _search(near := _Near(query, rows, tile))
-        if not near.crowded:
-            return found
-    return _search(_Best(query, about_the_bulk(query, tile, torch.float64), tile))
+class CrowdedError(Exception):
+    """Too many candidates are within rounding of each other."""
 
 
 def is_small(query: Query) -> bool:
@@ -66,26 +67,24 @@ def is_small(query: Query) -> bool:
     return query.features.device.type != "mps" and count * size * dim <= SMALL
 
 
-def _search(best: "_Best") -> Found:
+def _search(kind: "type[_Best]", query: Query, rows: Rows, tile: int | None) -> Found:
     """Compute all distances tile by tile, and keep the best partners."""
-    query, rows, tile = best.query, best.rows, best.tile
     (count, size), symmetric = query.shape(), query.keys is None
+    bests = [kind(query, rows, tile, search.how) for search in query.searches]
     # In this order of tiles each query sees its candidates in ascending order (as a column those before its own tile,
     # then as a row the others), so that of equal distances the one of the lowest index comes first.
     for down in _parts(0, count, tile):
         queries = rows.queries(down)
         for across in _parts(down.start if symmetric else 0, size, tile):
-            if best.crowded:
-                break
-            mirrored = symmetric and down != across
             distance = rows.distances(queries, down, across)
-            for place, candidate in enumerate(_candidates(query, down, across)):
-                cost = distance if query.searches[place].how == "similar" else -distance
-                best.take(place, down, _masked(cost, candidate, rows.usable, across), across.start or 0)
-                if mirrored:
-                    best.take(place, across, _masked(cost.T, candidate.T, rows.usable, down), down.start)
-    found = best.found()
-    return Found(found.partner, found.valid & (query.labels >= 0)) if rows.unlabelled else found
+            for best, candidate in zip(bests, _candidates(query, down, across), strict=True):
+                cost = distance if best.nearest else -distance
+                best.take(down, _masked(cost, candidate, rows.usable, across), across.start or 0)
+                if symmetric and down != across:
+                    best.take(across, _masked(cost.T, candidate.T, rows.usable, down), down.start)
+    partners, valids = zip(*(best.found() for best in bests), strict=True)
+    valid = torch.stack(valids)
+    return Found(torch.stack(partners), valid & (query.labels >= 0) if rows.unlabelled else valid)
 
 
 def _parts(first: int | None, size: int, tile: int | None) -> list[slice]:
@@ -112,35 +111,25 @@ def _masked(cost: Tensor, candidate: Tensor, usable: Tensor | None, part: slice)
 
 
 class _Best:
-    """The best partner so far of each query in each search.
+    """The best partner so far of each query in a search."""
 
-    Attributes:
-        crowded: whether the search is given up, as too many candidates are within rounding.
-    """
+    def __init__(self, query: Query, rows: Rows, tile: int | None, how: str) -> None:
+        self.query, self.rows, self.tile, self.nearest = query, rows, tile, how == "similar"
+        if tile is not None:  # else `take` is called once
+            size, device = query.features.shape[0], query.features.device
+            self.cost = torch.full((size,), torch.inf, dtype=rows.dtype, device=device)
+            self.partner = torch.zeros(size, dtype=torch.int64, device=device)
 
-    crowded = False
-
-    def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
-        self.query, self.rows, self.tile = query, rows, tile
-        self.cost: list[Tensor] = []  # of each search, [B], as `partner`
-        self.partner: list[Tensor] = []
-        if tile is not None:
-            like, size = query.features, query.features.shape[0]
-            self.cost = [like.new_full((size,), torch.inf, dtype=rows.dtype) for _ in query.searches]
-            self.partner = [like.new_zeros(size, dtype=torch.int64) for _ in query.searches]
-
-    def take(self, place: int, queries: slice, cost: Tensor, first: int) -> Tensor:
-        """Update the queries in search number `place` from their costs [rows,columns] for the keys from `first` on.
+    def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
+        """Update the queries from their costs [rows,columns] for the keys from `first` on.
 
         Returns:
             The lowest of these costs [rows].
         """
-        if self.tile is None:  # the only tile
-            lowest, partner = cost.min(1)
-            self.cost.append(lowest)
-            self.partner.append(partner)
-            return lowest
-        best, partner = self.cost[place][queries], self.partner[place][queries]  # views
+        if self.tile is None:
+            self.cost, self.partner = cost.min(1)
+            return self.cost
+        best, partner = self.cost[queries], self.partner[queries]  # views
         if is_eager_cpu(cost):  # where amin is ten times as fast as argmin, which is computed for improved rows only
             lowest = cost.amin(1)
             better = lowest < best
@@ -152,78 +141,74 @@ class _Best:
         best.copy_(lowest.where(better, best))
         return lowest
 
-    def found(self) -> Found:
-        return Found(torch.stack(self.partner), torch.stack(self.cost) < torch.inf)
+    def found(self) -> tuple[Tensor, Tensor]:
+        """Partners and valid, [B]."""
+        return self.partner, self.cost < torch.inf
 
 
 class _Near(_Best):
     """As `_Best`, with all candidates that rounding may hide behind the best; subtraction decides among those."""
 
-    def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
-        super().__init__(query, rows, tile)
+    def __init__(self, query: Query, rows: Rows, tile: int | None, how: str) -> None:
+        super().__init__(query, rows, tile, how)
         # A later tile may have a better candidate: collect with a safety factor.
         self.cancelled = CANCELLED if tile is None else CANCELLED / 2
-        self.near: list[list[tuple[Tensor, ...]]] = [[] for _ in query.searches]
+        self.near: list[tuple[Tensor, ...]] = []
 
-    def take(self, place: int, queries: slice, cost: Tensor, first: int) -> Tensor:
-        lowest = super().take(place, queries, cost, first)
+    def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
+        lowest = super().take(queries, cost, first)
         # One number for all queries, as most batches need no closer look.
-        if not float(self._distance(place, lowest).amin()) * self.cancelled > self.rows.largest_query_square:
-            best = part_of(self.cost[place], queries)
-            margin = slack(self._distance(place, best), part_of(self.rows.query_squares, queries), self.cancelled)
+        if not float(self._distance(lowest).amin()) * self.cancelled > self.rows.largest_query_square:
+            best = part_of(self.cost, queries)
+            margin = slack(self._distance(best), part_of(self.rows.query_squares, queries), self.cancelled)
             bound = best + margin
             row = ((lowest <= bound) & (margin > 0)).nonzero()[:, 0]
             costs = cost[row]
             which, column = (costs <= bound[row, None]).nonzero(as_tuple=True)
-            self.crowded |= which.numel() > CROWD * margin.numel()
+            if which.numel() > CROWD * margin.numel():
+                raise CrowdedError
             if self.tile is not None or which.numel() > row.numel():
-                self.near[place].append((row[which] + (queries.start or 0), column + first, costs[which, column]))
+                self.near.append((row[which] + (queries.start or 0), column + first, costs[which, column]))
         return lowest
 
-    def _distance(self, place: int, cost: Tensor) -> Tensor:
-        return cost if self.query.searches[place].how == "similar" else -cost
+    def _distance(self, cost: Tensor) -> Tensor:
+        return cost if self.nearest else -cost
 
-    def found(self) -> Found:
-        for place, near in enumerate(self.near):
-            if near and not self.crowded:
-                row, key, cost = (torch.cat(parts) for parts in zip(*near, strict=True))
-                best = self.cost[place]
-                bound = best + slack(self._distance(place, best), self.rows.query_squares)
-                is_near = cost <= bound[row]
-                is_near &= row[is_near].bincount(minlength=len(best))[row] > 1
-                settle(self.query, self.query.searches[place].how, self.partner[place], row[is_near], key[is_near])
+    def found(self) -> tuple[Tensor, Tensor]:
+        if self.near:
+            row, key, cost = (torch.cat(parts) for parts in zip(*self.near, strict=True))
+            bound = self.cost + slack(self._distance(self.cost), self.rows.query_squares)
+            near = cost <= bound[row]
+            near &= row[near].bincount(minlength=len(bound))[row] > 1
+            settle(self.query, self.nearest, self.partner, row[near], key[near])
         return super().found()
 
 
 class _Closest(_Best):
     """The few best candidates of each query, a fixed number, so that nothing synchronises."""
 
-    def __init__(self, query: Query, rows: Rows, tile: int | None) -> None:
-        super().__init__(query, rows, tile)
-        self.closest: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in query.searches]
+    def __init__(self, query: Query, rows: Rows, tile: int | None, how: str) -> None:
+        super().__init__(query, rows, tile, how)
+        self.closest: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def take(self, place: int, queries: slice, cost: Tensor, first: int) -> Tensor:
+    def take(self, queries: slice, cost: Tensor, first: int) -> Tensor:
         costs, keys = _closest(cost)
         keys, start = keys + first, queries.start or 0
         if self.tile is not None:  # merge with the best of the previous tiles, in lists of fixed length
-            before = self.closest[place].get(start, (costs[:, :0], keys[:, :0]))
+            before = self.closest.get(start, (costs[:, :0], keys[:, :0]))
             costs, order = torch.cat([before[0], costs], 1).sort(dim=1, stable=True)
             keys = torch.cat([before[1], keys], 1).gather(1, order)
             missing = max(0, CLOSEST + 1 - costs.shape[1])
             costs = F.pad(costs[:, : CLOSEST + 1], (0, missing), value=torch.inf)
             keys = F.pad(keys[:, : CLOSEST + 1], (0, missing))
-        self.closest[place][start] = costs, keys
+        self.closest[start] = costs, keys
         return costs[:, 0]
 
-    def found(self) -> Found:
-        costs, keys = (
-            torch.stack(
-                [torch.cat([of_search[start][kind] for start in sorted(of_search)]) for of_search in self.closest]
-            )
-            for kind in (0, 1)
-        )
+    def found(self) -> tuple[Tensor, Tensor]:
+        lists = [self.closest[start] for start in sorted(self.closest)]
+        costs, keys = (torch.cat(parts) for parts in zip(*lists, strict=True))
         is_candidate = costs < torch.inf
-        return Found(best_of(self.query, self.rows.scale, keys, is_candidate), is_candidate.any(2))
+        return best_of(self.query, self.nearest, self.rows.scale, keys, is_candidate), is_candidate.any(1)
 
 
 def _closest(cost: Tensor) -> tuple[Tensor, Tensor]:
