@@ -30,10 +30,10 @@ from workbench.datasets.lists import counted
 from workbench.guard import check_device
 from workbench.heat import map_size
 from workbench.images import ImageDataset, eval_transform
-from workbench.metrics import machine, scores
+from workbench.metrics import scores
 from workbench.run_folder import write_text
 from workbench.settings import Settings, parse
-from workbench.tables import markdown
+from workbench.tables import machine, markdown
 
 PICKS = {"gates": "gates", "plain": "activations, no gates", "random": "channels at random"}
 CHANCES = {"box": "chance: anywhere in the box", "image": "chance: anywhere in the image"}

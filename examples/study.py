@@ -43,8 +43,8 @@ from workbench.datasets.folders import read
 from workbench.frozen import features_of
 from workbench.guard import check_backbone
 from workbench.images import ImageDataset, eval_transform
-from workbench.metrics import machine
 from workbench.settings import number
+from workbench.tables import machine
 from workbench.weights import load_weights
 
 METHODS = ("api", "balanced", "shuffled", "supcon", "api-embedding", "balanced-embedding")

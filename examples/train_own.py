@@ -50,6 +50,7 @@ from workbench.model_card import make_card
 from workbench.model_folder import Model
 from workbench.run_folder import RunFolder, describe, lock
 from workbench.settings import number
+from workbench.tables import machine
 from workbench.weights import load_weights, named
 
 NOT_SETTINGS = ("source", "out", "overwrite", "weights")
@@ -210,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
             share = torch.tensor([image.label for image in data.train]).bincount() / len(data.train)
             net.head.classifier.bias.data += share.log().to(device)
         likely = predict(model, test_loader, device)[0].softmax(1)
-    found = measure(data, likely, progress.history) | {"machine": metrics.machine(str(device)), "settings": settings}
+    found = measure(data, likely, progress.history) | {"machine": machine(str(device)), "settings": settings}
     found["data"] = {"name": data.name, "train": len(data.train), "test": len(data.test), "notes": notes}
     trained = Model(net.cpu().eval(), data.classes, transform)
     with folder.writing():

@@ -1,14 +1,8 @@
 """Figures of a trained net: what it takes its test images for, scores, and its errors by class and by family."""
 
-import os
-import platform
-import re
 from collections import Counter
-from datetime import date
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -18,8 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from apinet_head import __version__
-from workbench.datasets.lists import counted
 from workbench.images import to_device
 
 
@@ -131,19 +123,3 @@ def ranked_pairs(confusion: Tensor) -> list[tuple[int, int, int, int]]:
         there, back = int(confusion[a, b]), int(confusion[b, a])
         found.append((a, b, there, back) if there >= back else (b, a, back, there))
     return sorted(found, key=lambda pair: (-pair[2] - pair[3], pair))
-
-
-def machine(device: str) -> str:
-    """What the training ran on."""
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-        name = f"{found[1].strip() if found else platform.machine()}, {os.cpu_count()} cores"
-        name += "" if device == "cpu" else f", {device}"
-    threads = counted(torch.get_num_threads(), "thread")
-    return (
-        f"{name}; {threads}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
-        f"apinet-head {__version__}; {date.today()}"
-    )

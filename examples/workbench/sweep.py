@@ -4,23 +4,20 @@ import argparse
 import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from tqdm import tqdm
 
 from workbench.datasets import ImageSet
 from workbench.run_folder import RunFolder
 from workbench.settings import HARMLESS, Settings, number, parse
+from workbench.tables import machine
 
 Results = dict[str, list[dict[str, Any]]]  # by the name of a variant, a result per seed
 
@@ -81,16 +78,15 @@ def read_log(path: Path) -> list[dict[str, str]]:
 
 
 def origin(data: ImageSet, settings: Settings, results: Results) -> str:
-    """Where a table's figures come from: date, data, budget, machine, versions."""
+    """Where a table's figures come from: data, budget, machine, versions, date."""
     runs = [run for of_name in results.values() for run in of_name]
     seeds = max(map(len, results.values()))
     return (
-        f"{date.today()}: {data.name}, {len(data.classes)} classes, {len(data.train)} training and {len(data.test)} "
+        f"{data.name}, {len(data.classes)} classes, {len(data.train)} training and {len(data.test)} "
         f"test images; {settings.backbone} {settings.backbone_args}, {settings.crop} x {settings.crop} pixels, "
         f"{settings.epochs} epochs, {seeds} seeds, {len(runs)} runs, {sum(run['seconds'] for run in runs) / 60:.0f} "
-        f"minutes of training in all; {platform.machine()} CPU with {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}. "
-        "Mean ± standard deviation over the seeds; differences are taken seed by seed."
+        "minutes of training in all, mean ± standard deviation over the seeds; differences are taken seed by seed. "
+        f"{machine('cpu')}."
     )
 
 

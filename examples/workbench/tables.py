@@ -1,7 +1,18 @@
-"""Tables of figures in Markdown."""
+"""Tables of figures in Markdown, and where the figures come from."""
 
+import os
+import platform
+import re
 import statistics
 from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+
+import timm
+import torch
+
+from apinet_head import __version__
+from workbench.datasets.lists import counted
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str:
@@ -16,3 +27,19 @@ def spread(values: Sequence[float], digits: int | None = None) -> str:
         digits = 2 if max(map(abs, values)) < 10 else 1
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def machine(device: str) -> str:
+    """What the training ran on."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+        name = f"{found[1].strip() if found else platform.machine()}, {os.cpu_count()} cores"
+        name += "" if device == "cpu" else f", {device}"
+    threads = counted(torch.get_num_threads(), "thread")
+    return (
+        f"{name}; {threads}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
+        f"apinet-head {__version__}; {date.today()}"
+    )

@@ -39,18 +39,13 @@ def load_weights(backbone: nn.Module, file: Path) -> str:
         if all(name in tensors and tensors[name].shape == value.shape for name, value in wanted.items()):
             backbone.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
             return f"all {len(wanted)} tensors of the backbone are those of {file.name}, found {how}"
-    faults: dict[str, list[str]] = {"missing": [], "of another shape": []}
-    for name, value in wanted.items():
-        if name not in found:
-            faults["missing"].append(name)
-        elif found[name].shape != value.shape:
-            faults["of another shape"].append(f"{name} {list(found[name].shape)} instead of {list(value.shape)}")
-    fit = len(wanted) - sum(map(len, faults.values()))
+    missing = [name for name in wanted if name not in found]
+    other = {name: value for name, value in wanted.items() if name in found and found[name].shape != value.shape}
+    reshaped = [f"{name} {list(found[name].shape)} instead of {list(value.shape)}" for name, value in other.items()]
+    faults = {"missing": missing, "of another shape": reshaped}
     about = "; ".join(f"{fault}: {listed(names, 3)}" for fault, names in faults.items() if names)
-    raise SystemExit(
-        f"{file} fits {fit} of the backbone's {len(wanted)} tensors by name, nor do they match in order; "
-        f"{about}; is it a file for this --backbone?"
-    )
+    fit = f"{len(wanted) - len(missing) - len(reshaped)} of the backbone's {len(wanted)} tensors by name"
+    raise SystemExit(f"{file} fits {fit}, nor do they match in order; {about}; is it a file for this --backbone?")
 
 
 def _inside(file: Path) -> Path:

@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench.datasets.aircraft import AIRCRAFT, read_aircraft
 from workbench.datasets.bad_images import leave_out, shown
 from workbench.datasets.bird_lists import CUB, NABIRDS, read_cub, read_nabirds
 from workbench.datasets.lists import Archive, Image, ImageSet
-from workbench.datasets.stanford import CARS, DOGS, read_cars, read_dogs
+from workbench.datasets.other_lists import AIRCRAFT, CARS, DOGS, read_aircraft, read_cars, read_dogs
 
 if TYPE_CHECKING:
     from workbench.settings import Settings
