@@ -48,7 +48,7 @@ class ChunkedBackbone(nn.Module):
     Raises:
         ValueError: chunk_size is below 1, or keep below 0.
         RuntimeError: in the backward pass, if weights or `train()` and `eval()` have changed since forward.
-        TypeError: chunk_size or keep is no int, or backbone no module.
+        TypeError: chunk_size or keep is not an int, or backbone is not a module.
 
     Examples:
         >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -233,7 +233,7 @@ def _randomness(modules: list[nn.Module]) -> list[tuple[Callable[[], Any], Calla
 
 
 def _join(*parts: Any) -> Any:
-    """Concatenates one leaf of the backbone's output over the chunks; what is no tensor must be equal in all."""
+    """Concatenates one leaf of the outputs of all chunks; leaves that are not tensors must be equal in all."""
     if all(isinstance(part, Tensor) and part.ndim for part in parts):
         return torch.cat(parts)
     if any(isinstance(part, Tensor) or part != parts[0] for part in parts):

@@ -210,6 +210,6 @@ def _fold_tokens(backbone: nn.Module, tokens: Tensor, images: Tensor) -> Tensor:
     if patches.shape[1] != height * width:
         raise ValueError(
             f"forward_features of {type(backbone).__name__} returns {tokens.shape[1]} tokens for {describe(images)}, "
-            f"{prefix} of them prefix tokens: the others are no grid of {height} x {width} patches"
+            f"{prefix} of them prefix tokens: the others do not form a grid of {height} x {width} patches"
         )
     return patches.transpose(1, 2).reshape(len(patches), -1, height, width)

@@ -31,7 +31,7 @@ class FeatureMemory(nn.Module):
 
     Raises:
         ValueError: size or dim is below 1, or dtype is not floating point.
-        TypeError: size or dim is no int.
+        TypeError: size or dim is not an int.
 
     Examples:
         >>> from apinet_head import mine_pairs

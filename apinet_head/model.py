@@ -381,7 +381,9 @@ class APINet(
 
 
 OTHERWISE = "deploy nn.Sequential(net.backbone, net.head.classifier)"
-NOT_FOUND = "{!r} is no folder with an APINet's config.json, nor the name of an APINet on the Hub that can be reached"
+NOT_FOUND = (
+    "{!r} is neither a folder with an APINet's config.json nor the name of an APINet on the Hub that can be reached"
+)
 BY_HAND = "save net.state_dict() with torch.save and create the net in your own code"
 LOSS_ARGS = ("margin", "rank_weight", "label_smoothing", "class_weight", "rows")
 

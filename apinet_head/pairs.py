@@ -162,7 +162,7 @@ def random_pairs(labels: Tensor, num_pairs: int, *, generator: torch.Generator |
         Pairs with P = `num_pairs`; not valid if B = 1 or if a label of the two is negative.
 
     Raises:
-        ValueError: labels are no integer vector, or empty; num_pairs is negative; generator is on another device.
+        ValueError: labels are not an integer vector, or empty; num_pairs is negative; generator is on another device.
         TypeError: an argument has the wrong type.
 
     Examples:

@@ -154,7 +154,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
         Raises:
             ValueError: entries are missing, or the sampler had other settings.
-            TypeError: the state is no dict, or an entry no int.
+            TypeError: the state is not a dict, or an entry is not an int.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"the state of a sampler is a dict, got {type(state).__name__}")

@@ -107,7 +107,7 @@ def step_memory(
     Raises:
         ValueError: a number is out of its range, the net has no chunks to set the size of, or it reads values of
             tensors, which fake ones don't have.
-        TypeError: net is no module, or a size or number no int.
+        TypeError: net is not a module, or a size or number is not an int.
         RuntimeError: this torch has no MemTracker.
 
     Examples:
@@ -165,7 +165,7 @@ def pick_chunk_size(
 
     Raises:
         ValueError: no chunk size fits, or memory is None without a CUDA device; or as in `step_memory`.
-        TypeError: memory or margin is no number; or as in `step_memory`.
+        TypeError: memory or margin is not a number; or as in `step_memory`.
         RuntimeError: as in `step_memory`.
 
     Examples:
@@ -234,7 +234,7 @@ def _least_recomputed(
         moments = [(kept, last), (kept - last, size if keep > 1 else 0), (size, size if keep < count(size) else 0)]
         return fixed + max(alive * per_alive + now * per_now for alive, now in moments if now)
 
-    most = min(3 if batch_size % least else 2, count(least))  # a smaller last chunk is no measure
+    most = min(3 if batch_size % least else 2, count(least))  # a smaller last chunk would mislead
     per_alive = (need((least, most)) - need((least, most - 1))) / least
     per_image = (need((None, 1)) - need((least, 1))) / max(1, batch_size - least)
     per_now, fixed, excess = per_image - per_alive, need((least, 1)) - per_image * least, 0.0

@@ -1,6 +1,6 @@
-"""Run the paper's ablation: what each part of API-Net is worth, one change at a time, with shared seeds and budget.
+"""Run the paper's ablation: what each part of API-Net contributes, one change at a time, with shared seeds and budget.
 
-Writes one table (Markdown, CSV) and one plot. Finished runs are kept: the same command goes on where it stopped.
+Writes one table (Markdown, CSV) and one plot. Finished runs are kept: the same command resumes an interrupted one.
 
 python examples/ablate.py --epochs 60                # all parts of the paper
 python examples/ablate.py --only memory --seeds 5    # partners from past batches too, with small batches
@@ -31,11 +31,11 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of the runs' folders; rows without a change share the same runs."""
+        """The name of the runs' folders; rows without a change share their runs."""
         return "-".join(flag.removeprefix("--") for flag in self.flags) or "default"
 
 
-# Not a part of the paper, so it runs only when asked for: memories of past batches matter where batches are small.
+# Not in the paper, so it runs only when asked for: memories of past batches matter where batches are small.
 MEMORY, SMALL_BATCHES = "memory", ["--n-classes", "8", "--n-samples", "2", "--epochs", "60"]
 SIZES = (64, 256, 512)
 
@@ -74,7 +74,7 @@ def _changed(**searches: str) -> tuple[str, ...]:
 
 
 def make_table(rows: Iterable[Row], results: Results) -> str:
-    """A line per row; the rows that are the unchanged method are in bold."""
+    """A line per row; rows of the unchanged method are in bold."""
     columns = ["part", "variant", "test top-1 (%)", "against API-Net", "training top-1 (%)", "time per run (s)"]
     lines, default = [], [run["test_top1"] for run in results["default"]]
     for row in rows:

@@ -1,4 +1,4 @@
-"""A page in the browser to drop an image on, by a model folder: python examples/app.py own-model
+"""A page in the browser that classifies images dropped on it: python examples/app.py own-model
 
 It is served on localhost only. Needs Gradio: pip install 'apinet-head[app]'
 """
@@ -42,8 +42,8 @@ def make_page(folder: Path, top: int = 5, device: str = "cpu") -> Any:
         gradio.Label(num_top_classes=min(top, len(classes)), label="Classes"),
         title=folder.resolve().name,
         live=True,  # classes at once, without a button
-        flagging_mode="never",  # nothing is kept
-        analytics_enabled=False,  # and nothing reported
+        flagging_mode="never",  # nothing is stored
+        analytics_enabled=False,  # or reported
     )
 
 

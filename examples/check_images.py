@@ -1,10 +1,10 @@
-"""Check a data set before training: decode every image of its lists as training does, and list the bad ones.
+"""Check a data set before training: decode all images in its lists as training does, and list the bad ones.
 
 python examples/check_images.py CUB_200_2011
 python examples/check_images.py stanford_cars --dataset cars --output bad_cars.txt
 
-The list of bad images, with reasons, is what `train_cub.py --skip-bad` takes. Exits with 1 if an image is bad, or
-the data set's own lists are. What is accepted is in image_files.py.
+The list of bad images, with reasons, is for `train_cub.py --skip-bad`. The exit status is 1 if an image is bad, or if
+the data set's own lists are. workbench/image_files.py says what is accepted.
 """
 
 import argparse

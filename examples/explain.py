@@ -1,9 +1,9 @@
-"""Pictures of what the gates see: for pairs of images, the channels that they open most, as heat maps.
+"""Pictures of what the gates see: for pairs of images, the channels with the largest gates, as heat maps.
 
 Without --pair, the hardest pairs of a run of train_cub.py: the test images whose probability of a wrong class exceeds
-that of the true one the most, each with the nearest test image (by features) of that wrong class. Of the images that
-are mistaken between the same two classes only the worst is taken, as long as there are others. With --pair, any two
-files, by any model folder. Writes a PNG per pair, and report.html with all of them.
+that of the true one the most, each with the nearest test image (by features) of that wrong class. Of images confused
+between the same two classes, only the worst is taken as long as there are others. With --pair, any two files and any
+model folder. Writes a PNG per pair, and report.html with all of them.
 
 python examples/explain.py runs/birds-api-resnet10t-seed0/best
 python examples/explain.py own-model --pair one.jpg other.jpg
@@ -47,7 +47,7 @@ class Side(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two images, and what the net makes of them."""
+    """Two images, and the net's outputs for them."""
 
     pixels: Tensor  # [2,3,H,W] in [0, 1]
     sides: list[Side]
@@ -68,7 +68,7 @@ def hardest_pairs(outcome: Outcome, count: int) -> list[tuple[int, int]]:
     true = probabilities.gather(1, labels[:, None])[:, 0]
     rival = probabilities.scatter(1, labels[:, None], -1).max(1)
     order = (rival.values - true).argsort(descending=True, stable=True)
-    # The first of each two classes, then the rest: six pictures of one confusion tell less than of six.
+    # The first of each pair of classes, then the rest: pictures of six confusions tell more than six of one.
     first: dict[frozenset[int], int] = {}
     for index in order.tolist():
         first.setdefault(frozenset((int(labels[index]), int(rival.indices[index]))), index)
@@ -79,9 +79,9 @@ def hardest_pairs(outcome: Outcome, count: int) -> list[tuple[int, int]]:
 
 
 def find_image(path: Path, classes: list[str], known: dict[Path, Image]) -> Image:
-    """An image file as the data set's, if it is one; else its folder may name its class, and the label is -1 if not."""
+    """The data set's image with this path; for other files, the folder may be the class, else the label is -1."""
     if not path.is_file():
-        raise SystemExit(f"--pair: {shown(str(path))} is no file")
+        raise SystemExit(f"--pair: {shown(str(path))} is not a file")
     folder = path.resolve().parent.name
     label = classes.index(folder) if folder in classes else -1
     return known.get(path.resolve(), Image(path, label, ""))
@@ -91,7 +91,7 @@ def find_image(path: Path, classes: list[str], known: dict[Path, Image]) -> Imag
 def make_pair(
     model: Model, pair: tuple[Image, Image], top_k: int, families: list[str], marks: BirdMarks | None
 ) -> Pair:
-    """What the net makes of two images."""
+    """The net's outputs for two images."""
     net, classes, transform = model
     prepare = eval_transform(transform)
     images = torch.stack([prepare(load_image(image.path)) for image in pair]).to(next(net.parameters()).device)
@@ -121,7 +121,7 @@ def make_pair(
 
 
 def draw(pair: Pair) -> Figure:
-    """Each image beside two rows of heat maps over it: the channels picked by the gates, and below those without."""
+    """Each image beside two rows of heat maps: channels picked by the gates, and below them by activations alone."""
     seen, k = pair.seen, pair.seen.channels.shape[1]
     gates, activations = seen.gates.gather(1, seen.channels), pair.activations
     rows = (
@@ -132,7 +132,7 @@ def draw(pair: Pair) -> Figure:
     margins = {"left": 0.01, "right": 0.99, "top": 0.88, "bottom": 0.02, "wspace": 0.1, "hspace": 0.3}
     halves: Any = figure.subfigures(2, 1, hspace=0.02)
     for index, (half, side) in enumerate(zip(halves, pair.sides, strict=True)):
-        # The second column is for the names of the rows.
+        # The second column holds the names of the rows.
         grid = half.add_gridspec(2, k + 2, width_ratios=[2.25, 0.08, *[1] * k], **margins)
         caption = f"{side.true or 'class unknown'}\ntaken for {side.predicted} ({100 * side.probability:.0f} %)"
         colour = "#15803d" if side.true == side.predicted else "#b91c1c"
@@ -154,7 +154,7 @@ def _tile(axes: Any, image: Any, marks: list[Place], title: str, colour: str) ->
     axes.set_title(title, fontsize=7.5, color=colour, pad=3, parse_math=False)
     axes.set_axis_off()
     for x, y in marks:
-        for edge, line in (("black", 2.2), ("white", 1)):  # seen on light and on dark
+        for edge, line in (("black", 2.2), ("white", 1)):  # visible on light and dark
             circle = Circle((x - 0.5, y - 0.5), 0.07 * image.shape[1], fill=False, color=edge, linewidth=line)
             axes.add_patch(circle)
 
@@ -171,14 +171,14 @@ def write(folder: Path, title: str, pairs: list[Pair]) -> None:
         content.append(pair._asdict() | {"title": pair_title, "figure": uri(small.getvalue(), "jpeg")})
     k = pairs[0].seen.channels.shape[1]
     note = (
-        f"Beside each image, upper row: the {k} channels that its gates open most, given the other image of the pair. "
-        f"Lower row: the {k} channels of the same net that are most active, without gates. Red is where in the image a "
-        "channel is active, each scaled by itself. A gate is one number per channel: it decides which channels are "
-        "looked at, not where they are active. * marks a channel in both rows. "
+        f"Beside each image, upper row: the {k} channels with the largest gates, given the other image of the pair. "
+        f"Lower row: the {k} most active channels of the same net, without gates. Red is where in the image a channel "
+        "is active; each map has its own scale. A gate is one number per channel: it decides which channels count, "
+        "not where they are active. * marks a channel in both rows. "
         f"{about_map(pairs[0].map_size, pairs[0].pixels)}"
     )
     if any(side.marks for pair in pairs for side in pair.sides):
-        note += " Circles: the visible parts in which the two species truly differ."
+        note += " Circles: the visible parts in which the two species differ."
     render(folder / "report.html", title=title, note=note, pairs=content)
 
 
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> Path:
         model.net.to(device)
         if not options.pair:
             advice = "its report.html has the most confused pairs, and --pair takes any two images"
-            raise SystemExit(f"{options.model} is no model of train_cub.py, whose test images are known: {advice}")
+            raise SystemExit(f"{options.model} is not from train_cub.py, so its test images are unknown: {advice}")
     else:
         outcome = run_tests(options.model, options.data, device)
         model, families, test = outcome.model, outcome.data.families, outcome.data.test

@@ -1,10 +1,10 @@
-"""A model folder as an ONNX file for images [N,3,H,W] of any N, checked with onnxruntime.
+"""Export a model folder as an ONNX file for images [N,3,H,W] of any N, checked with onnxruntime.
 
 python examples/export_onnx.py own-model
 
-The file's metadata has what is needed to use it without the model folder, as JSON: `classes`, the names by row of the
-logits, and `transform`, how images are prepared, with the mean and standard deviation of the backbone. Needs
-pip install 'apinet-head[export]'. docs/deploy.md has the other ways.
+The file's metadata has all that is needed to use it without the model folder, as JSON: `classes`, the names in the
+order of the logits, and `transform`, how images are prepared, with the mean and standard deviation of the backbone.
+Needs pip install 'apinet-head[export]'. docs/deploy.md has other ways.
 """
 
 import argparse
@@ -20,13 +20,13 @@ def export(folder: Path, file: Path) -> float:
     """The largest difference between the probabilities of the file and of the net, for random images."""
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 # torch.onnx needs it, and says so in other words
+        import onnxscript  # noqa: F401 # torch.onnx needs it, but its own error is less clear
     except ImportError as error:
         raise SystemExit(f"{error}: pip install 'apinet-head[export]'") from None
     net, classes, transform = model_folder.load(folder)
     model = net.to_deploy()
     shape = transform.get("input_size") or [3, transform["crop"], transform["crop"]]
-    # The exporter takes a dimension of 1 for one that is always 1.
+    # Two images: the exporter would take a dimension of 1 as constant.
     program = torch.onnx.export(
         model, (torch.randn(2, *shape),), dynamo=True, input_names=["images"], output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     file = options.output or options.model / "model.onnx"
     difference = export(options.model, file)
-    print(f"{file}: its probabilities differ from the net's by {difference:.1e} at most")
+    print(f"{file}: its probabilities differ from the net's by at most {difference:.1e}")
 
 
 if __name__ == "__main__":

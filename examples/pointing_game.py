@@ -3,8 +3,8 @@
 Every test image is compared with its nearest test image (by features) of another species of its family. A channel hits
 if the peak of its heat map is near a visible part in which the two species differ. Channels are picked by the gates of
 the pair, by the largest activations (without gates), or at random; a gate scales a whole map, so that it decides which
-channels are picked, not where a channel's peak is. Chance is a peak anywhere in the bird's box, or in the image. Of
-several models of one method, the hits are averaged image by image.
+channels are picked, not where a channel's peak is. Chance is a peak anywhere in the bird's box, or in the image. For
+several models of one method, hits are averaged image by image.
 
 python examples/pointing_game.py RUN/last [RUN/last ...]
 """
@@ -99,7 +99,7 @@ def play(outcome: Outcome, *, top_k: int, tolerance: float, seed: int) -> dict[s
     net, _, transform = outcome.model
     marks, generator = BirdMarks.of(outcome.data, transform), torch.Generator().manual_seed(seed)
     if marks is None:
-        raise SystemExit(f"{outcome.data.name}: where species differ is annotated in the embedded birds alone")
+        raise SystemExit(f"{outcome.data.name}: only the embedded birds have annotations of where species differ")
     device, test = next(net.parameters()).device, outcome.data.test
     images = ImageDataset(test, eval_transform(transform))
     try:
@@ -120,7 +120,7 @@ def play(outcome: Outcome, *, top_k: int, tolerance: float, seed: int) -> dict[s
         left, top, right, bottom = marks.box(test[index])
         radius = tolerance * max(right - left, bottom - top)
         row = {name: measures(hits(peaks(maps.cpu()), targets, radius)) for name, maps in heat.items()}
-        # Peaks thrown at random into the visible part of the bird's box, or anywhere.
+        # Peaks at random in the visible part of the bird's box, or anywhere.
         visible = (max(left, 0.0), max(top, 0.0), min(right, marks.crop), min(bottom, marks.crop))
         for name, region in {"box": visible, "image": (0.0, 0.0, marks.crop, marks.crop)}.items():
             p = chance(targets, radius, region)

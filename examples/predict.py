@@ -1,10 +1,10 @@
-"""The likeliest classes of images, or of all images in a folder, by a model folder of either training.
+"""Predict the most probable classes of images, or of all images in a folder, with a model of either training.
 
 python examples/predict.py own-model photo.jpg other.png
 python examples/predict.py own-model DIR --csv predictions.csv
 python examples/predict.py runs/CUB_200_2011-api-resnet101-seed0/last DIR --top 5 --device cuda --batch-size 128
 
-An image that can't be decoded is named and left out, and the command then ends with 1.
+Images that can't be decoded are named and skipped, and the exit status is then 1.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Files(Dataset[Any]):
 
 
 def find_images(sources: list[Path]) -> list[Path]:
-    """Files as they are given, and of folders all images in and below them, by their names, sorted."""
+    """The files given, and all images in and below the folders given, sorted by name."""
     paths = []
     for source in sources:
         if not source.exists():
@@ -61,7 +61,7 @@ def find_images(sources: list[Path]) -> list[Path]:
 
 
 def classify(model: Model, loader: Iterable[Any], top: int, device: torch.device) -> Iterator[tuple[Path, Any]]:
-    """Of each image its likeliest classes, (name, probability), or the error where it can't be decoded."""
+    """For each image its most probable classes, (name, probability), or the error if it can't be decoded."""
     net, classes = model.net.to(device), model.classes
     for batch in loader:
         found = {path: error for path, error in batch if isinstance(error, BadImageError)}
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextmanager
 def open_table(file: Path | None, top: int) -> Iterator[Any]:
-    """A writer of rows below the names of the columns; None without a file."""
+    """A csv writer that has written the header; None without a file."""
     if file is None:
         yield None
         return

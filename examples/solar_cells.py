@@ -3,12 +3,12 @@
 The 2,624 electroluminescence images of the ELPV data set (Deitsch et al., "Segmentation of photovoltaic module cells in
 uncalibrated electroluminescence images", 2021; Buerhop-Lutz et al., "A benchmark for visual identification of defective
 solar cells in electroluminescence imagery", 2018). They come with the package elpv-dataset: pip install
-'apinet-head[elpv]'. Their licence is CC BY-NC-SA 4.0: not for commercial use, and what is made from them, models
-included, is to be shared alike. Nothing of them is in this repository.
+'apinet-head[elpv]'. Their licence is CC BY-NC-SA 4.0: no commercial use, and what is made from them, models included,
+must be shared under the same licence. This repository contains none of them.
 
-Experts gave each cell a probability of being defective, 0, 1/3, 2/3 or 1, by how sure they were of what they saw. There
-are cells of monocrystalline and of polycrystalline silicon, which look different. Four classes are made of these: of
-either silicon functional (0 and 1/3) and defective (2/3 and 1). With --degrees, all four are classes, eight in all.
+Experts gave each cell a probability of being defective, 0, 1/3, 2/3 or 1, by how certain they were. There are cells of
+monocrystalline and of polycrystalline silicon, which look different. The four classes are functional (0 and 1/3) and
+defective (2/3 and 1) cells of either silicon. With --degrees, each probability is a class, eight in all.
 """
 
 import argparse
@@ -41,14 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--degrees", action="store_true", help="eight classes instead of four")
     options = parser.parse_args(arguments)
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
-        raise SystemExit(f"{options.folder} is there already: choose another folder")
+        raise SystemExit(f"{options.folder} exists already: choose another folder")
     try:
         from elpv_dataset.utils import load_dataset
     except ImportError:
         raise SystemExit("the photographs come with a package: pip install 'apinet-head[elpv]'") from None
     try:
         counts = write_folders(options.folder, *load_dataset(), degrees=options.degrees)
-    except OSError as error:  # the disk is full, or not to be written to
+    except OSError as error:  # the disk is full, or read-only
         raise SystemExit(f"{options.folder} cannot be written: {error}") from None
     for name, count in sorted(counts.items()):
         print(f"{name}: {count}")

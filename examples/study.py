@@ -1,4 +1,4 @@
-"""Does API-Net help on photographs, with pretrained weights? A study that goes on where it was stopped.
+"""Does API-Net help on photographs, with pretrained weights? A study that can be interrupted and resumed.
 
 python examples/study.py birds:5 birds:30 cells=DIR --weights tf_efficientnet_lite0=FILE --out runs/study
 python examples/study.py cells=DIR --weights tf_efficientnet_lite0=FILE --out runs/study --vary     # its settings
@@ -10,8 +10,8 @@ trainable embedding; so API-Net and cross-entropy also come with one ("-embeddin
 a frozen backbone or, with --fine-tune, with the backbone. A data set is a folder as train_own.py takes it, or drawn
 birds; ":5" takes 5 training images of each class.
 
-The test images stay the same. A seed stands for the training images, batches and first weights. On other seeds, by the
-accuracy on validation images, each method's learning rate is chosen. Every run is a line of runs.jsonl in --out, and is
+The test images stay the same. A seed decides the training images, batches and initial weights. Each method's learning
+rate is chosen on other seeds, by the accuracy on validation images. Every run is a line of runs.jsonl in --out, and is
 not run again; study.md has the tables, study.csv the figures, study.png the differences.
 """
 
@@ -50,9 +50,9 @@ from workbench.weights import load_weights
 METHODS = ("api", "balanced", "shuffled", "supcon", "api-embedding", "balanced-embedding")
 EMBEDDING = 512  # channels
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-# Of these are tried first, and more while the best is at an end: fewer of trainings that take a minute.
+# Tried first, then further ones while the best is at an end; fewer for trainings that take a minute.
 FIRST_FROZEN, FIRST_TUNED = slice(2, 7), slice(2, 5)
-CHOOSING = (1000, 1001, 1002)  # seeds on which learning rates are chosen, none of which is tested
+CHOOSING = (1000, 1001, 1002)  # seeds for choosing learning rates; not used for testing
 SPECIES, DRAWN = 20, 120  # of the birds; half of the images are test images
 BATCH = 32
 VARIED = ("steps", "dropout", "n_samples", "margin", "rank_weight", "mutual", "weighted", "frozen_steps")
@@ -134,7 +134,7 @@ def train(
 
 def batches(run: Run, labels: Tensor) -> BalancedBatchSampler:
     drawn_from = labels, run.n_classes, run.n_samples
-    if run.method == "shuffled":  # all images as one class, of which each batch takes its next ones
+    if run.method == "shuffled":  # all images as one class, drawn without replacement
         drawn_from = [0] * len(labels), 1, min(run.n_classes * run.n_samples, len(labels))
     return BalancedBatchSampler(*drawn_from, n_batches=run.steps, seed=run.seed)
 
@@ -147,7 +147,7 @@ def augmented(images: Tensor) -> Tensor:
 
 
 def split(labels: Tensor, per_class: int, seed: int) -> tuple[list[int], list[int]]:
-    """Rows to train with and to validate with: a quarter of each class for that, and of the rest all or so many."""
+    """Rows for training and for validation: a quarter of each class for validation, of the rest all or `per_class`."""
     rng, train_rows, validation_rows = random.Random(seed), [], []
     for label in range(int(labels.max()) + 1):
         rows = (labels == label).nonzero().flatten().tolist()
@@ -169,7 +169,7 @@ def execute(run: Run, pool: Pool, backbone: Any) -> dict[str, Any]:
     with torch.inference_mode():
         logits = torch.cat([net(part) for part in inputs.split(256)])
     share = labels.bincount(minlength=classes) / len(labels)
-    # From the uniform prior of balanced batches to that of the training images; of shuffled ones, the other way round.
+    # From the uniform prior of balanced batches to that of the training images; for shuffled ones the other way round.
     shift = share.log() * (-1 if (run.method == "shuffled") != run.weighted else 1)
     figures = {"seconds": seconds, **measure(logits, targets)}
     figures |= {f"adjusted_{name}": value for name, value in measure(logits + shift, targets).items()}
@@ -178,7 +178,7 @@ def execute(run: Run, pool: Pool, backbone: Any) -> dict[str, Any]:
 
 
 def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracies, calibration error and cross-entropy in nats, and how far the classes' shares are off."""
+    """Accuracies, calibration error, cross-entropy in nats, and the error of the predicted class shares."""
     likely, classes = logits.double().softmax(1), logits.shape[1]
     confidence, guess = likely.max(1)
     right = (guess == labels).double()
@@ -196,14 +196,14 @@ def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 class Study:
-    """The lines of runs.jsonl, and the runs that are not among them yet."""
+    """The runs in runs.jsonl; a run that is not there is run when asked for."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "runs.jsonl"
         text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
         whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # stopped in the midst of a line
+        if whole != text:  # interrupted while writing a line
             self.file.write_text(whole, encoding="utf-8")
         newer = {each.name: each.default for each in fields(Run) if each.default is not MISSING}
         rows = [newer | json.loads(line) for line in whole.splitlines()]
@@ -233,7 +233,7 @@ class Study:
 
 
 def variants(run: Run, names: Collection[str]) -> list[Run]:
-    """What users vary, one at a time; of all that, what is named, if anything is."""
+    """The settings that users vary, one at a time; only those in `names`, if there are any."""
     batch = run.n_classes * run.n_samples
     shared = [replace(run, steps=run.steps // 4), replace(run, steps=4 * run.steps), replace(run, dropout=0.0)]
     shared += [replace(run, n_samples=n, n_classes=batch // n) for n in (2, 4, 8)]
@@ -253,7 +253,7 @@ def read_source(source: str) -> tuple[ImageSet, int]:
     place, _, count = source.partition(":")
     name, _, folder = place.rpartition("=")
     if folder == "birds":
-        from birds.dataset import write_birds  # here, for only this data set needs what draws them
+        from birds.dataset import write_birds  # here, as only this data set needs them
 
         root = cache_folder() / f"study-birds-{SPECIES}x{DRAWN}-224px"
         data = read_cub(write_birds(root, species=SPECIES, images_per_species=DRAWN, size=224))

@@ -1,4 +1,4 @@
-"""Train API-Net, or its baseline, on one of the paper's five data sets or on the embedded birds.
+"""Train API-Net, or the cross-entropy baseline, on one of the paper's five data sets or on the embedded birds.
 
 python examples/train_cub.py                                          # the demo: embedded birds, minutes on a CPU
 python examples/train_cub.py --data CUB_200_2011                      # the paper's setup
@@ -44,7 +44,7 @@ COLUMNS += ["skipped", "left_out"]
 
 
 def make_net(settings: Settings, num_classes: int) -> APINet:
-    """The net of either method: the baseline is the same one, trained without pairs."""
+    """The net of both methods: the baseline is the same net, trained without pairs."""
     with making_the_net(settings.backbone, pretrained=settings.pretrained, instead="--no-pretrained"):
         return APINet(
             settings.backbone,
@@ -65,7 +65,7 @@ def make_net(settings: Settings, num_classes: int) -> APINet:
 
 
 def make_sampler(settings: Settings, data: ImageSet) -> BalancedBatchSampler:
-    """Batches of n_classes x n_samples images; of several processes, each has its own classes of them."""
+    """Batches of n_classes x n_samples images; each of several processes takes its own classes of a batch."""
     if settings.n_classes > len(data.classes):
         raise SystemExit(f"--n-classes {settings.n_classes}: {data.name} has {len(data.classes)} classes")
     try:
@@ -76,7 +76,7 @@ def make_sampler(settings: Settings, data: ImageSet) -> BalancedBatchSampler:
 
 
 def make_optimizer(settings: Settings, net: APINet, steps: int) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
-    """SGD, and the learning rate to zero by a cosine over all steps."""
+    """SGD, with a learning rate that decays to zero by a cosine over all steps."""
     # timm's "momentum" is plain SGD, as published; its "sgd" is Nesterov's.
     groups = net.parameter_groups(settings.lr, settings.backbone_lr or None, settings.weight_decay)
     optimizer = create_optimizer_v2(groups, opt="momentum", lr=settings.lr, momentum=settings.momentum)
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
 
-    # Data. Of several processes, the first one does first what is printed, drawn or downloaded once.
+    # Data. Of several processes, the first prints, draws and downloads before the others.
     processes = join_processes(settings.device)
     with first_process_first():
         check_device(settings.device)
@@ -116,8 +116,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     path = run_folder(settings)
     settings = with_chunk_size(settings, path, lambda plain: make_net(plain, len(data.classes)))
 
-    # Net, sampler, optimiser, schedule. The loaders stay as they are: accelerate would deal the sampler's batches out
-    # among the processes, but each batch is one set of classes to compare, and the sampler gives each its share.
+    # Net, sampler, optimiser, schedule. The loaders are not prepared by accelerate, which would distribute whole
+    # batches among the processes: the sampler gives each process its share of every batch.
     on_cpu = settings.device == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=settings.amp, log_with="tensorboard", project_dir=path)
     device = accelerator.device
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     loader = train_loader(dataset, sampler, device, *loading)
     test_loader = eval_loader(data.test, transform, settings.eval_batch, *loading, cache=cache)
 
-    # From where the folder is: from nothing, or exactly as the run left off.
+    # Start, or resume exactly where the run was interrupted.
     state = RunState(accelerator, net, optimizer, scheduler, sampler)
     folder.go_on(state, settings.epochs)
     accelerator.init_trackers("tensorboard")
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 optimizer.zero_grad()
                 accelerator.backward(figures["loss"])
 
-                # Step, unless it isn't finite. Gradients of fp16 may overflow: the scaler then takes a smaller scale.
+                # Step, unless it isn't finite. Gradients of fp16 may overflow: the scaler then reduces its scale.
                 wrong = nonfinite(figures, [] if accelerator.scaler else net.parameters())
                 if not wrong:
                     optimizer.step()
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                     if progress.skipped >= settings.skip_nonfinite:
                         end_at_nonfinite(place, wrong, [data.train[index].path for index in indices.tolist()], settings)
                     progress.skipped += 1
-                    accelerator.print(f"\n{place} is left out, {progress.skipped} so far, as it is not finite: {wrong}")
+                    accelerator.print(f"\n{place} is skipped, {progress.skipped} so far, as it is not finite: {wrong}")
                     for buffer, before in zip(net.buffers(), buffers, strict=True):
                         buffer.data.copy_(before)
 
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             progress.batch, progress.counted, progress.seconds, state.sums = 0, 0, 0.0, {}
             folder.after_epoch(state, noted.signal)
 
-        # The result: the net as it is after the last epoch, and what it confuses.
+        # The result: the net after the last epoch, and which classes it confuses.
         logits, labels = predict(net, test_loader, device)
     final = progress.history[-1]
     result = final | confusion(logits, labels, data.classes, data.families)
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def means(accelerator: Accelerator, state: RunState) -> dict[str, float]:
-    """The epoch's figures so far, of all processes; they go to TensorBoard."""
+    """The epoch's mean figures so far, over all processes; also logged to TensorBoard."""
     if not state.sums:
         return {}
     figures = accelerator.reduce(state.sums, "mean")
@@ -255,7 +255,7 @@ def record(folder: RunFolder, state: RunState, row: dict[str, float], model: Mod
 
 
 def save_model(folder: RunFolder, name: str, model: Model, settings: Settings, row: dict[str, float]) -> None:
-    """A model folder, with what the run was asked for and its figures in run.json; there is always a whole one."""
+    """Write a model folder, with the run's settings and figures in run.json; it is replaced atomically."""
     with folder.replaced(name) as partial:
         model_folder.save(partial, model)
         write_text(partial / "run.json", json.dumps({"metrics": row, "settings": asdict(settings)}, indent=2))
@@ -266,7 +266,7 @@ def end_at_nonfinite(place: str, wrong: str, paths: list[Path], settings: Settin
     listing = "\n  ".join(map(str, gather_object(paths)))
     end_all(
         f"{place} is not finite: {wrong}\nIts images:\n  {listing}\nNo weight was changed by it. Correct the images or "
-        f"the settings, or leave such steps out with --skip-nonfinite {settings.skip_nonfinite + 10}", 1,
+        f"the settings, or skip such steps with --skip-nonfinite {settings.skip_nonfinite + 10}", 1,
     )  # fmt: skip
 
 

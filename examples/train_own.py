@@ -1,7 +1,7 @@
 """Fine-tune on your own images: train_own.py DIR, a folder of class folders, or a CSV of path,label.
 
-Writes a model folder with the net, its classes, its metrics, a model card and a report to look at (report.html).
-Started again with the same command, an interrupted training goes on from its last checkpoint.
+Writes a model folder with the net, its classes, its metrics, a model card and an HTML report (report.html).
+An interrupted training resumes from its last checkpoint when started again with the same command.
 
 python examples/train_own.py DIR
 python examples/train_own.py DIR --backbone convnext_tiny --image-size 288 --out model
@@ -54,8 +54,8 @@ from workbench.tables import machine
 from workbench.weights import load_weights, named
 
 NOT_SETTINGS = ("source", "out", "overwrite", "weights")
-HARMLESS = {"workers", "device", "checkpoint_minutes"}  # an interrupted training may go on with others
-TESTS = 20  # times that the test images are looked at for the curves, at most; they choose nothing
+HARMLESS = {"workers", "device", "checkpoint_minutes"}  # an interrupted training may be resumed with others
+TESTS = 20  # evaluations on the test images for the curves, at most; they choose nothing
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--skip-bad", action="store_true", help="leave out images that cannot be decoded")
     add = parser.add_argument_group("model").add_argument
     add("--out", type=Path, default=Path("own-model"), help="model folder (default: %(default)s)")
-    add("--overwrite", action="store_true", help="write over the model in --out")
+    add("--overwrite", action="store_true", help="overwrite the model in --out")
     add("--no-pretrained", action="store_true", help="train from scratch, without weights from the network")
     add("--weights", type=Path, metavar="FILE", help="of the backbone, instead of timm's from the network")
     about = "train the head alone, on features that are computed once for each image and kept: far quicker"
@@ -87,8 +87,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--baseline", choices=("balanced", "shuffled"), default="", help=about)
     add(
         "--prior", choices=("equal", "images"), default="equal",
-        help="classes to expect after training on balanced batches: all equally often, or as often as among the "
-        "training images, by their logarithms on the classifier's bias (default: %(default)s)",
+        help="prior of the classes after training on balanced batches: equal, or the shares of the training images, "
+        "whose logarithms are added to the classifier's bias (default: %(default)s)",
     )  # fmt: skip
     add("--weight-decay", type=number(float, 0), default=0.05, help="of AdamW (default: %(default)s)")
     add("--amp", choices=("no", "fp16", "bf16"), default="no", help="mixed precision (default: %(default)s)")
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 0 < options.test_share < 1:
         parser.error(f"--test-share must be between 0 and 1, got {options.test_share}")
-    # What may be wrong with the flags is found before all images are looked at.
+    # Mistakes in the flags are found before all images are decoded.
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise SystemExit("train_own.py is for one process: start it with python, or take train_cub.py for several")
     device = check_device(options.device)
@@ -152,9 +152,9 @@ def main(arguments: list[str] | None = None) -> None:
             loader = feature_loader(data.train, features_of(net.backbone, data.train, *how), sampler)
             test_loader = feature_loader(data.test, features_of(net.backbone, data.test, *how), [range(len(test))])
 
-    # From where the folder is: from nothing, or exactly as the training left off.
+    # Start, or resume exactly where the training was interrupted.
     state = RunState(accelerator, net, optimizer, scheduler, sampler)
-    check_free(options.out, options.overwrite)  # once more: another training may have ended meanwhile
+    check_free(options.out, options.overwrite)  # again: another training may have finished meanwhile
     folder.go_on(state, options.epochs)
     progress = state.progress
     every, batch = -(-options.epochs // TESTS), options.n_classes * options.n_samples
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
                     figures = compute_loss(model, images, labels, options.baseline)
                 optimizer.zero_grad()
                 accelerator.backward(figures["loss"])
-                # Scaled gradients of fp16 may overflow, which the scaler answers by a smaller scale.
+                # Scaled gradients of fp16 may overflow; the scaler then reduces its scale.
                 if wrong := nonfinite(figures, [] if accelerator.scaler else net.parameters()):
                     paths = "\n  ".join(shown(str(data.train[index].path)) for index in indices.tolist())
                     end_all(
@@ -218,18 +218,18 @@ def main(arguments: list[str] | None = None) -> None:
         model_folder.save(options.out, trained)
         (options.out / "metrics.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
         write_predictions(options.out / "predictions.csv", data, likely)
-        # save_pretrained writes a card that knows nothing of this model, and only where there is none.
+        # save_pretrained writes a generic card, and only where there is none.
         make_card(found).save(options.out / "README.md")
         plain = ImageDataset(data.train, eval_transform(transform))
         pairs = report.show_pairs(trained, plain, test, likely, baseline=bool(options.baseline))
         report.write(options.out / "report.html", found, pairs)
-    shutil.rmtree(folder.path)  # the model is whole: nothing goes on from here
+    shutil.rmtree(folder.path)  # the model is complete: there is nothing to resume
     low, high = found["accuracy_interval"]
     print(f"test accuracy {found['accuracy']:.1%} ({low:.1%} to {high:.1%}); {options.out / 'report.html'}")
 
 
 def compute_loss(model: APINet | APIHead, images: Tensor, labels: Tensor, baseline: str) -> dict[str, Tensor]:
-    """The loss, and the share of the rows of logits that are right; of a head, for features in place of images."""
+    """The loss, and the accuracy over the rows of logits; for a head, `images` are features."""
     if baseline:
         logits, targets = model(images), labels
         loss = F.cross_entropy(logits, targets)
@@ -241,32 +241,32 @@ def compute_loss(model: APINet | APIHead, images: Tensor, labels: Tensor, baseli
 
 
 def make_sampler(options: argparse.Namespace, data: ImageSet) -> tuple[BalancedBatchSampler, str]:
-    """The batches, and what is true of an epoch of them."""
+    """The sampler, and a note on what an epoch of it contains."""
     labels = [image.label for image in data.train]
     shuffled, size = options.baseline == "shuffled", min(options.n_classes * options.n_samples, len(labels))
-    # Shuffled: all images as one class, of which each batch takes its next ones.
+    # Shuffled: all images as one class, drawn without replacement.
     drawn_from = ([0] * len(labels), 1, size) if shuffled else (labels, options.n_classes, options.n_samples)
     with catch_warnings():
-        simplefilter("ignore")  # of images without a partner: its advice is for code, and users are told here
+        simplefilter("ignore")  # the advice on images without a partner is for code; the note below is for users
         sampler = BalancedBatchSampler(*drawn_from, seed=options.seed)
     epoch = f"an epoch is {counted(sampler.n_batches, 'batch')}"
     if shuffled:
-        return sampler, f"{epoch} of {counted(size, 'image')}, none of which comes twice in it"
+        return sampler, f"{epoch} of {counted(size, 'image')}, none of which occurs twice"
     drawn = [row for batch in sampler for row in batch]
     seen = len(set(drawn))
-    note = f"{epoch} in which all classes come equally often; "
+    note = f"{epoch} in which all classes occur equally often; "
     note += f"the first one has {seen} of the {len(labels)} training images"
     if seen < len(drawn):
         note += ", some of them more than once"
     if len(set(Counter(labels).values())) > 1:
-        note += ". So the net learns to expect classes equally often: where they are not, it names rare ones too often"
+        note += ". So the net learns a uniform prior: it predicts rare classes too often where they are rare"
     if options.n_samples == 1 and not options.baseline:
-        note += ". Take --n-samples 2 or more: with 1, no image has another of its class to be paired with"
+        note += ". Use --n-samples 2 or more: with 1, no image has a partner of its class"
     return sampler, note
 
 
 def make_net(options: argparse.Namespace, classes: int) -> APINet:
-    """The net; a backbone of a fixed image size is made for the images."""
+    """The net; a backbone with a fixed image size is created for the size of the images."""
     arguments = {} if fixed_size(options.backbone) in (None, options.image_size) else {"img_size": options.image_size}
     how = {"pretrained": not options.no_pretrained and not options.weights}
     with making_the_net(options.backbone, instead="--weights takes a file, --no-pretrained", **how):
@@ -277,15 +277,15 @@ def make_net(options: argparse.Namespace, classes: int) -> APINet:
 
 
 def fixed_size(backbone: str) -> int | None:
-    """Pixels a side, of a backbone that takes no other images unless it is made for them."""
+    """Pixels a side of the images, for a backbone that takes only one size."""
     config = check_backbone(backbone)
     return config.input_size[1] if config and config.fixed_input_size else None
 
 
 def transforms(net: APINet, size: int) -> tuple[Any, dict[str, Any]]:
-    """For training, and the settings of the one for testing: the whole height or width, no border.
+    """The transform for training, and the settings of the one for testing, which crops to a square only.
 
-    Crops are larger and colours change less than in timm's defaults: a detail may be all in which two classes differ.
+    Crops are larger and colours change less than in timm's defaults: two classes may differ in one detail only.
     """
     test = {"input_size": [3, size, size], "interpolation": "bicubic", "crop_pct": 1.0}
     test |= model_folder.normalization(net)
@@ -293,7 +293,7 @@ def transforms(net: APINet, size: int) -> tuple[Any, dict[str, Any]]:
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """That nothing is in the folder which is not to be overwritten, and no other training writes into it."""
+    """End the command if the folder holds what must not be overwritten, or if another training writes into it."""
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {folder} is a file")
     if (folder / "run" / "lock").exists():
@@ -301,13 +301,13 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or {path.name for path in folder.iterdir()} <= {"run"}:
         return
     if not (folder / "classes.json").is_file():
-        raise SystemExit(f"--out {folder} holds something else than a model of train_own.py: choose another folder")
+        raise SystemExit(f"--out {folder} holds something other than a model of train_own.py: choose another folder")
     if not overwrite:
-        raise SystemExit(f"--out {folder} holds a model: choose another folder, or write over it with --overwrite")
+        raise SystemExit(f"--out {folder} holds a model: choose another folder, or overwrite it with --overwrite")
 
 
 def read_data(options: argparse.Namespace) -> tuple[ImageSet, list[str]]:
-    """The images, with notes and warnings, which are printed."""
+    """The images, and notes and warnings, which are also printed."""
     split = read(options.source, options.test_share, options.seed)
     check_classes(options, split)  # before all images are decoded
     split = sound(split, options.workers, options.skip_bad)
@@ -321,7 +321,7 @@ def read_data(options: argparse.Namespace) -> tuple[ImageSet, list[str]]:
 
 
 def check_classes(options: argparse.Namespace, split: Split) -> None:
-    """That there are images of enough classes to train and to test with."""
+    """End the command if there are not enough classes to train and to test with."""
     classes, tested = by_class(split.train), by_class(split.test)
     if unknown := [name for name in tested if name not in classes]:
         raise SystemExit(f"{options.source}: no training images of the test classes {', '.join(unknown)}")
@@ -334,7 +334,7 @@ def check_classes(options: argparse.Namespace, split: Split) -> None:
 
 
 def fill_in(options: argparse.Namespace, data: ImageSet, device: torch.device) -> None:
-    """Choose what was not asked for, and say why."""
+    """Fill in the flags that were not given, and print why."""
     known = Known(
         images=len(data.train),
         classes=len(data.classes),

@@ -18,7 +18,7 @@ from apinet_head.mining.query import Found, Query
 from apinet_head.mining.rows import BULK, SAMPLE
 from apinet_head.mining.triton_direct import choose, search_directly
 from apinet_head.mining.triton_rows import find_centre, lay_out, look
-from apinet_head.mining.triton_search import NOBODY, SLOTS, search
+from apinet_head.mining.triton_search import NO_CANDIDATE, SLOTS, search
 from apinet_head.mining.triton_tiles import Tiles, tiles_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +31,7 @@ DIRECT_OF_ONE, DIRECT = 2**19, 2**28
 
 
 def mine(query: Query) -> Found:
-    """Search with the kernels; float64, for which tensor cores are no place, in plain PyTorch.
+    """Search with the kernels; float64, for which there are none, in plain PyTorch.
 
     Raises:
         ValueError: the features are not on a CUDA device, or on one that is too old.
@@ -153,7 +153,7 @@ def _search_on_tensor_cores(job: _Job) -> None:
         found = _in_order(job.features, job.labels, usable, about, tiles)
     height, width = _parts(count, tiles.side), _parts(size, tiles.side)
     grid = (height + 1) // 2 * (width + 1) if job.symmetric else height * width
-    best = torch.full((len(job.partner), count, SLOTS.value), NOBODY.value, dtype=torch.int64, device=device)
+    best = torch.full((len(job.partner), count, SLOTS.value), NO_CANDIDATE.value, dtype=torch.int64, device=device)
     search[(grid,)](
         found.y, among.y, found.weights, among.weights, among.squares, found.origin, among.origin,
         torch.searchsorted(among.classes, found.classes, out_int32=True),

@@ -10,7 +10,7 @@ compares it with the few candidates that `triton_search` leaves.
 import triton
 import triton.language as tl
 
-from apinet_head.mining.triton_search import NO_INDEX, NOBODY, SLOTS
+from apinet_head.mining.triton_search import NO_CANDIDATE, NO_INDEX, SLOTS
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def choose(
     position, search = tl.program_id(0), tl.program_id(1)
     i = tl.load(order + position)
     packed = tl.load(best + (search.to(tl.int64) * QUERIES + position) * SLOTS + tl.arange(0, SLOTS))
-    j, there = (packed & 0xFFFFFFFF).to(tl.int32), packed < NOBODY
+    j, there = (packed & 0xFFFFFFFF).to(tl.int32), packed < NO_CANDIDATE
     distance = distances(features + i * STRIDE, keys, j, there, DIM, KEY_STRIDE, SLOTS, CHANNELS)
     cost = tl.where(there, distance * tl.where(search == 0, FIRST_SIGN, SECOND_SIGN), float("inf"))
     first = tl.min(tl.where(there & (cost == tl.min(cost, axis=0)), j, NO_INDEX), axis=0)

@@ -20,7 +20,7 @@ import triton.language as tl
 from apinet_head.mining.exact import CLOSEST
 
 SLOTS = tl.constexpr(CLOSEST)
-NOBODY = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # what `best` holds where there was no candidate
+NO_CANDIDATE = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # what `best` holds where there was no candidate
 NO_INDEX = tl.constexpr(0x7FFFFFFF)
 GROUP = tl.constexpr(8)  # rows of tiles that are worked off together, so that they find their columns in the L2 cache
 
@@ -70,7 +70,7 @@ def products(queries, keys, row, column, WIDTH, SIDE: tl.constexpr, CHANNELS: tl
 def offer(cost, index, target, best, QUERIES, SIDE: tl.constexpr):
     """Let the queries `target` choose from their costs [SIDE, SIDE]: a slot each the least, of equal ones the first.
 
-    A cost of infinity is no candidate. `index` [SIDE] are the candidates' indices.
+    A cost of infinity means "not a candidate". `index` [SIDE] are the candidates' indices.
     """
     cost = tl.reshape(cost, [SIDE, SIDE // SLOTS, SLOTS])
     least = tl.min(cost, axis=1)
@@ -79,9 +79,9 @@ def offer(cost, index, target, best, QUERIES, SIDE: tl.constexpr):
     # Floating point numbers are ordered like their bits, but for negative ones, where it is the other way round.
     bits = tl.where(least == 0, 0.0, least).to(tl.int32, bitcast=True)  # 0 and -0 are one distance
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    packed = tl.where(least < float("inf"), (bits.to(tl.int64) << 32) | first.to(tl.int64), NOBODY)
+    packed = tl.where(least < float("inf"), (bits.to(tl.int64) << 32) | first.to(tl.int64), NO_CANDIDATE)
     slot = target[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
-    tl.atomic_min(best + slot, packed, mask=(target < QUERIES)[:, None] & (packed < NOBODY), sem="relaxed")
+    tl.atomic_min(best + slot, packed, mask=(target < QUERIES)[:, None] & (packed < NO_CANDIDATE), sem="relaxed")
 
 
 @triton.jit

@@ -1,4 +1,4 @@
 """What the commands in examples/ share.
 
-What users can get wrong ends the command with a SystemExit, whose text says what is wrong and what to do.
+Mistakes of the user end a command with a SystemExit, whose text says what is wrong and what to do.
 """

@@ -1,7 +1,7 @@
-"""Checkpoints: all that the rest of a run depends on, on the disk whole or not there at all; the last few are kept.
+"""Checkpoints: all that the rest of a run depends on, written atomically; the last few are kept.
 
-Not accelerate's save_state: it keeps random states as pickles, passes over them in silence where it cannot load them,
-and knows nothing of the place in the epoch.
+Not accelerate's save_state: it stores random states as pickles, silently skips them if they can't be loaded, and does
+not store the position in the epoch.
 """
 
 import io
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-# What broken and foreign files make torch.load raise; a pickle that would run code is an UnpicklingError.
+# What torch.load raises for damaged and foreign files; for a pickle that would run code, UnpicklingError.
 BROKEN = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError)
 BROKEN += (pickle.UnpicklingError, zipfile.BadZipFile)
 
@@ -42,7 +42,7 @@ class Progress:
 
 @dataclass
 class RunState:
-    """The parts of a run that change with it. Images need no random state: their crops are seeded one by one."""
+    """The state of a run. Images need no random state: each crop is seeded on its own."""
 
     accelerator: Accelerator
     net: torch.nn.Module
@@ -75,7 +75,7 @@ class RunState:
         saved, here = shared["processes"], process.num_processes
         if saved != here:
             raise SystemExit(
-                f"{checkpoint.parents[1]} holds a run of {saved} process(es), and here are {here}: go on with "
+                f"{checkpoint.parents[1]} holds a run of {saved} process(es), this is {here}: resume with "
                 f"`torchrun --nproc_per_node={saved}`, or choose another folder"
             )
         own = load(checkpoint / f"process-{process.process_index}.pt")
@@ -110,7 +110,7 @@ class Checkpoints:
         return sorted(path.name for path in self.folder.glob("epoch-*") if not path.suffix)
 
     def save(self, state: RunState) -> None:
-        """Write a checkpoint, by all processes; it has its name only when all of it is on the disk.
+        """Write a checkpoint, by all processes; it gets its name once all of it is on the disk.
 
         Raises:
             OSError: the disk is full, for example; the checkpoints before are as they were.
@@ -124,7 +124,9 @@ class Checkpoints:
                 partial.mkdir(parents=True)
             process.wait_for_everyone()
             for file, content in state.files().items():
-                torch.save(content, buffer := io.BytesIO())  # straight to a full disk, it would be a RuntimeError
+                torch.save(
+                    content, buffer := io.BytesIO()
+                )  # writing to a full disk directly, torch raises RuntimeError
                 write_bytes(partial / file, buffer.getvalue())
             process.wait_for_everyone()
             if process.is_main_process:
@@ -135,12 +137,12 @@ class Checkpoints:
                     if path.name not in self.names()[-self.keep :]:
                         shutil.rmtree(path)
         except OSError:
-            shutil.rmtree(partial, ignore_errors=True)  # on a full disk, there is no use for half of it
+            shutil.rmtree(partial, ignore_errors=True)  # it takes space on a full disk
             raise
         process.wait_for_everyone()
 
     def newest(self) -> Path | None:
-        """The newest that loads, None if there is none at all; one that doesn't is told of and set aside."""
+        """The newest that loads, None if there are none; damaged ones are reported and renamed."""
         broken = []
         for name in reversed(self.names()):
             checkpoint = self.folder / name
@@ -152,7 +154,7 @@ class Checkpoints:
                 print(f"the checkpoint {checkpoint} cannot be loaded: {reason}", flush=True)
                 broken.append(checkpoint)
                 continue
-            for path in broken:  # out of the way of new ones, and of counting as one to keep
+            for path in broken:  # so that they don't count as ones to keep
                 shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
                 path.replace(path.with_suffix(".damaged"))
             return checkpoint
@@ -162,8 +164,8 @@ class Checkpoints:
 
 
 def load(path: Path) -> Any:
-    """Tensors and plain values; a file that is damaged, or has more in it, which could run code, is refused."""
-    with zipfile.ZipFile(path) as archive:  # which has a CRC of each tensor, but torch.load doesn't look at it
+    """Load tensors and plain values; a file that is damaged, or holds anything that could run code, is refused."""
+    with zipfile.ZipFile(path) as archive:  # it has a CRC of each tensor, which torch.load ignores
         if (name := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"{name} in {path.name} is not what was written")
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -177,7 +179,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:  # until the disk has the names in it, too
+def sync_folder(path: Path) -> None:  # the file names too must be on the disk
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

@@ -1,4 +1,4 @@
-"""What `--chunk-size auto` stands for: the chunk size with which a training step fits into the memory there is."""
+"""`--chunk-size auto`: the chunk size with which a training step fits into the available memory."""
 
 import json
 import os
@@ -22,7 +22,7 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def with_chunk_size(settings: Settings, folder: Path, make_net: Callable[[Settings], nn.Module]) -> Settings:
-    """The settings with numbers for "auto": those that the run in `folder` began with, or what one process picks."""
+    """The settings with numbers for "auto": those of the run in `folder`, or those that the first process picks."""
     if settings.chunk_size != AUTO:
         return settings
     numbers = [0, 0]
@@ -49,7 +49,7 @@ def estimate(settings: Settings, make_net: Callable[[Settings], nn.Module]) -> C
             settings.crop,
             memory=free_memory(settings.device),
             amp=DTYPES[settings.amp],
-            moments=1 if processes == 1 else 2,  # SGD's; many processes also average the gradients in buffers
+            moments=1 if processes == 1 else 2,  # SGD's; DDP also has buffers for the gradients
             loss=None if settings.method == "api" else baseline_loss,
         )
     except (ValueError, RuntimeError) as error:
@@ -57,7 +57,7 @@ def estimate(settings: Settings, make_net: Callable[[Settings], nn.Module]) -> C
 
 
 def free_memory(device: str) -> int:
-    """Bytes for a step of this process: of its GPU, those that are free or its own; else of this machine's memory."""
+    """Bytes for a step of this process: what its GPU has free or reserved, else its share of the machine's memory."""
     if device in ("auto", "cuda") and torch.cuda.is_available():
         rank = int(os.environ.get("LOCAL_RANK", 0))
         return torch.cuda.mem_get_info(rank)[0] + torch.cuda.memory_reserved(rank)

@@ -1,4 +1,4 @@
-"""A trained net before its test images: features, predictions, and for each image the one to compare it with."""
+"""A trained net on its test images: features, predictions, and for each image the one to compare it with."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def open_run(folder: Path, root: str | None) -> tuple[Model, Settings, ImageSet,
 
 @torch.no_grad()
 def run_tests(folder: Path, root: str | None, device: torch.device) -> Outcome:
-    """A model in eval mode, on the device, and what it makes of its test images; folder and data as for `open_run`."""
+    """A model in eval mode, on the device, and its outputs on the test images; folder and data as for `open_run`."""
     model, settings, data, tests = open_run(folder, root)
     net = model.net.to(device)
     with ending_at_bad_images():

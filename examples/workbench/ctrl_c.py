@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command with a line, not a traceback. Imported first: the imports after this one take seconds."""
+"""Ctrl-C ends a command with one line, not a traceback. Import it first: the imports that follow take seconds."""
 
 import os
 import sys
@@ -6,11 +6,11 @@ from types import TracebackType
 
 
 def end_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Says how an exception that nothing caught ended the command; of Ctrl-C, in a line."""
+    """An excepthook that prints one line for KeyboardInterrupt."""
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(130)  # as shells have it; threads of the libraries imported by halves are not waited for
+        os._exit(130)  # as shells do; without waiting for threads of half-imported libraries
     sys.__excepthook__(kind, error, trace)
 
 

@@ -1,10 +1,10 @@
-"""What to train with, from the size of the data and the machine, each choice with its reason."""
+"""Defaults of a training, chosen from the size of the data and the device, each with its reason."""
 
 from typing import Any, NamedTuple
 
 
 class Known(NamedTuple):
-    """What the choices are made from."""
+    """What the defaults depend on."""
 
     images: int  # in training
     classes: int
@@ -16,11 +16,11 @@ class Known(NamedTuple):
 
 
 def choose(known: Known) -> dict[str, tuple[Any, str]]:
-    """Name of a flag: its value, why. `image_size` is for a backbone that takes any."""
+    """{flag: (value, reason)}; `image_size` is for a backbone that takes any size."""
     many = known.images >= 2000
     total = 64 if many else 32
     n_classes = min(known.classes, total // 4)  # four images of each in the paper
-    # Of few classes more, though not more than a usual class has: a partner would be the image itself.
+    # More images of few classes, but not more than a typical class has: an image would be its own partner.
     n_samples = max(4, min(total // n_classes, known.typical))
     batches = max(1, known.images // (n_classes * n_samples))
     steps = 400 if known.frozen else 2000
@@ -29,9 +29,12 @@ def choose(known: Known) -> dict[str, tuple[Any, str]]:
     else:
         backbone = "resnet18", f"small enough for {'a machine without GPU' if many else 'fewer than 2,000 images'}"
     if known.side >= 224:
-        image_size = 224, "usual for pretrained backbones; more, as the paper's 448, tells finer details and costs more"
+        image_size = (
+            224,
+            "usual for pretrained backbones; more, such as the paper's 448, shows finer details and costs more",
+        )
     else:
-        # 64: a ResNet's last map is 32 times smaller than the image, and one with a single place has no heat map.
+        # At least 64: a ResNet's last feature map is 32 times smaller than the image.
         size = max(64, -(-known.side // 32) * 32)
         image_size = size, f"the images' median shorter side is {known.side} pixels; a multiple of 32, at least 64"
     if known.frozen:

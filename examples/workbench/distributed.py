@@ -1,4 +1,4 @@
-"""The processes of a run: this one alone, or those that torchrun started, each with a GPU and a share of the images."""
+"""The processes of a run: a single one, or those of torchrun, each with a GPU and a share of the images."""
 
 import io
 import os
@@ -22,20 +22,22 @@ def join_processes(device: str) -> PartialState:
         return PartialState(cpu=device == "cpu")
     started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not gpus):
-        return PartialState(cpu=True)  # without a GPU, accelerate joins processes only if told to use the CPU
+        return PartialState(cpu=True)  # without a GPU, accelerate starts several processes only with cpu=True
     if started > gpus:
         if os.environ["LOCAL_RANK"] != "0":
             _await_the_end()
         advice = f"--nproc_per_node={gpus}" if gpus else "--device cpu"
         raise SystemExit(f"torchrun started {started} processes here, each needs a GPU, torch finds {gpus}: {advice}")
-    return PartialState(backend="cpu:gloo,cuda:nccl")  # gloo too: what is said about shapes needs no wait for the GPU
+    return PartialState(
+        backend="cpu:gloo,cuda:nccl"
+    )  # gloo too: shapes are compared without synchronising with the GPU
 
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """The first process does what is in the block before the others; what it prints or raises is seen once.
+    """The first process runs the block before the others; what it prints or raises is shown once.
 
-    accelerate's `main_process_first` would let the others add errors of a broken connection to the one that matters.
+    With accelerate's `main_process_first`, the others would add errors about a broken connection.
     """
     processes, done = PartialState(), [False]
     if not processes.is_main_process:
@@ -53,22 +55,22 @@ def first_process_first() -> Iterator[None]:
 
 
 def _await_the_end() -> None:
-    # torchrun ends all processes once one has failed: that must not be this one, before the first has said why.
+    # torchrun ends all processes once one has failed; the first process must be able to print its error before.
     time.sleep(30)
     raise SystemExit(1)
 
 
 def highest(values: Sequence[float]) -> list[float]:
-    """The highest of all processes' values, one by one, on each of them: what one of them wants, all do."""
+    """The elementwise maximum of the values over all processes."""
     if PartialState().num_processes == 1:
         return list(values)
-    numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU: no wait for the GPU, as accelerate's would be
+    numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU, unlike accelerate's: nothing synchronises
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return numbers.tolist()
 
 
 def end_all(message: str, code: int) -> NoReturn:
-    """End all processes, to be called by all; the message is seen once."""
+    """End all processes; all must call it. The message is printed once."""
     process = PartialState()
     if process.is_main_process:
         print(f"\n{message}", file=sys.stderr, flush=True)
@@ -77,9 +79,9 @@ def end_all(message: str, code: int) -> NoReturn:
 
 
 def average_gradients(net: nn.Module) -> nn.Module:
-    """What to call in the net's place in training, so that backward() leaves the mean gradient on all processes.
+    """The net wrapped in DDP, so that backward() gives all processes the mean gradient.
 
-    To be made anew each epoch: it notes which parameters learn, and sums gradients in an order that it comes to later.
+    Wrap it again each epoch: DDP records at first which parameters learn, and later changes the order of its sums.
     """
     if PartialState().num_processes == 1:
         return net

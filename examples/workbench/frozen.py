@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, computed once for each image and kept on disk."""
+"""Features of a frozen backbone, computed once for each image and cached on disk."""
 
 import hashlib
 import json
@@ -21,26 +21,26 @@ def features_of(
 ) -> Tensor:
     """Features [N,D] on the CPU of images prepared as for testing; only those not seen before are computed.
 
-    They are kept in the user's cache folder, in a file for each backbone, weights and transform, by the content of the
-    images: another split of the same images, or images that moved, need nothing anew. Leaves the backbone in eval mode.
+    They are cached in the user's cache folder, in a file for each backbone, weights and transform, by the content of
+    the images: another split, or moving the files, recomputes nothing. Leaves the backbone in eval mode.
     """
     file = cache_folder() / "features" / f"{_digest_of(backbone, transform)}.safetensors"
     try:
         known = load_file(file)
-    except (OSError, SafetensorError):  # none yet, or a damaged one: it is made again
+    except (OSError, SafetensorError):  # there is none yet, or it is damaged
         known = {}
     names = [hashlib.sha256(image.path.read_bytes()).hexdigest() for image in images]
     new = {name: image for name, image in zip(names, images, strict=True) if name not in known}
     if new:
         dataset = ImageDataset(list(new.values()), eval_transform(transform))
-        # With a generator of its own, a loader draws nothing from that of the training to come.
+        # With its own generator, the loader draws nothing from that of the training.
         loader = DataLoader(dataset, 32, num_workers=workers, generator=torch.Generator())
         backbone.to(device).eval()
         with torch.inference_mode():
             batches = [backbone(batch.to(device)).float().cpu() for batch, *_ in tqdm(loader, desc="features")]
         known |= dict(zip(new, torch.cat(batches), strict=True))
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.partial")  # a run that is stopped leaves no half file
+        partial = file.with_name(f"{file.name}.partial")  # an interrupted run leaves no partial file
         save_file({name: value.clone() for name, value in known.items()}, partial)
         partial.replace(file)
     return torch.stack([known[name] for name in names])

@@ -1,4 +1,4 @@
-"""What protects a run: early checks of flags, graceful shutdown, steps that are not finite, memory that runs out."""
+"""What protects a run: early checks of flags, graceful shutdown, non-finite steps, advice when memory runs out."""
 
 import difflib
 import os
@@ -43,7 +43,7 @@ def check_backbone(name: str) -> Any:
 
 @contextmanager
 def making_the_net(backbone: str, *, pretrained: bool, instead: str) -> Iterator[None]:
-    """To be entered while a net is made: its arguments may be wrong, and its weights are downloaded."""
+    """Wraps the creation of a net: turns wrong arguments and failed downloads into one-line errors."""
     try:
         yield
     except Exception as error:  # of the backbone, the Hub's client, the network, the file system: each raises its own
@@ -58,14 +58,14 @@ def making_the_net(backbone: str, *, pretrained: bool, instead: str) -> Iterator
 
 @contextmanager
 def noting_signals() -> Iterator[SimpleNamespace]:
-    """Notes SIGTERM and SIGINT instead of following them, as `signal`, so that the step can be finished and saved."""
+    """Records SIGTERM and SIGINT in `signal` instead of ending, so that the step can be finished and saved."""
     noted = SimpleNamespace(signal=0)
 
     def note(number: int, _: FrameType | None) -> None:
-        # Later ones change nothing: torchrun passes on what the terminal has sent to all processes already.
+        # Only the first is reported: torchrun forwards what the terminal has sent to all processes already.
         if not noted.signal:
             said = f"\n{signal.Signals(number).name}: finishing the step and saving (SIGKILL ends at once)\n"
-            os.write(2, said.encode())  # not print(), which fails if the signal came in the midst of another print()
+            os.write(2, said.encode())  # not print(), which fails if the signal interrupted another print()
         noted.signal = number
 
     heeded = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
@@ -80,8 +80,8 @@ def noting_signals() -> Iterator[SimpleNamespace]:
 def nonfinite(terms: dict[str, Tensor], parameters: Iterable[nn.Parameter]) -> str:
     """What is infinite or NaN of the loss's terms and the gradients, "" if nothing is; the same on all processes.
 
-    To be called by all processes between backward and update, so that no weight ever sees such a step. It waits for the
-    device once a step, which should cost little: kernels are queued faster than they run.
+    Call it on all processes between the backward pass and the optimiser's step. It synchronises with the device once a
+    step, which costs little, as kernels are queued faster than they run.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     figures = {name: value.detach().float() for name, value in terms.items()}
@@ -95,7 +95,7 @@ def nonfinite(terms: dict[str, Tensor], parameters: Iterable[nn.Parameter]) -> s
 
 @contextmanager
 def advice_on_memory(net: nn.Module, batch: int, size: int, chunk_size: int) -> Iterator[None]:
-    """To be entered around the training: where a GPU's memory runs out, the command ends with what to do."""
+    """Wraps the training: when a GPU runs out of memory, the command ends with advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:

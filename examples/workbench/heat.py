@@ -1,4 +1,4 @@
-"""Heat maps of what a net sees in two images, refused where its last feature map is too coarse to point at anything."""
+"""Heat maps over images, refused if the last feature map is too coarse to localise anything."""
 
 import matplotlib
 import numpy as np
@@ -8,7 +8,7 @@ from torch import Tensor
 from apinet_head import APINet
 from apinet_head.explain import features_and_maps
 
-LEAST = 4  # cells a side: a map of 2 x 2 says left or right, and looks as if it knew more
+LEAST = 4  # cells a side: a map of 2 x 2 only tells left from right, and looks as if it told more
 
 
 def map_size(net: APINet, images: Tensor) -> tuple[int, int]:
@@ -27,7 +27,7 @@ def map_size(net: APINet, images: Tensor) -> tuple[int, int]:
 
 
 def about_map(size: tuple[int, int], images: Tensor) -> str:
-    """How fine the heat maps are, as a sentence."""
+    """The resolution of the heat maps, as a sentence."""
     cell = [round(side / cells) for side, cells in zip(images.shape[-2:], size, strict=True)]
     return (
         f"The heat maps are enlarged from a feature map of {size[0]} x {size[1]}: each of its values stands for about "

@@ -1,6 +1,6 @@
-"""Images for a DataLoader: transforms, caching, and crops that depend on seed, epoch and place in the epoch alone.
+"""Images for a DataLoader: transforms, caching, and crops that depend on seed, epoch and position in the epoch only.
 
-So a run that goes on within an epoch sees what it would have seen, however many workers or processes there are.
+So a run that resumes within an epoch sees the same crops, whatever the number of workers and processes.
 """
 
 import atexit
@@ -27,8 +27,8 @@ from workbench.image_files import load_image
 class ImageDataset(Dataset[tuple[Any, int, int]]):
     """(transformed image, label, index) triples.
 
-    With `resize`, images are squashed to resize x resize before the transform: given the transform's own `squash`, the
-    items are the same. With `cache`, each worker keeps the decoded and resized images in memory.
+    With `resize`, images are resized to a square before the transform; with the transform's own `squash` as size, this
+    changes nothing. With `cache`, each worker keeps the decoded and resized images in memory.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
         return self.transform(picture), self.labels[index], index
 
 
-# Not timm.data.create_transform: for training, it has no squash + random crop, which is what was published. For
-# testing, its crop_mode="squash" is the same, but takes crop / resize and rounds: 144 of 224 would be 144 of 223.
+# Not timm.data.create_transform: for training, it lacks the published resize to a square and random crop. For testing,
+# its crop_mode="squash" takes the ratio crop / resize and rounds: 144 of 224 would be 144 of 223.
 def train_transform(config: Mapping[str, Any]) -> transforms.Compose:
     """Squash to a square, take crop x crop pixels of that at random, mirrored or not, and normalise."""
     return _squashed(config, transforms.RandomCrop(config["crop"]), transforms.RandomHorizontalFlip())
@@ -88,12 +88,12 @@ def unnormalized(images: Tensor, config: Mapping[str, Any]) -> Tensor:
 def train_loader(
     images: ImageDataset, sampler: BalancedBatchSampler, device: torch.device, workers: int, timeout: float = 0
 ) -> DataLoader[Any]:
-    """The sampler's batches; each place of an epoch has a crop of its own."""
+    """The sampler's batches; each position in an epoch has its own random crop."""
     return DataLoader(
         AugmentedImages(images), batch_sampler=PlacedBatches(sampler), num_workers=workers,
         pin_memory=device.type == "cuda", persistent_workers=workers > 0, timeout=timeout if workers else 0,
         worker_init_fn=leave_signals_to_the_parent,
-        generator=torch.Generator(),  # else each start of the loader draws from the net's generator
+        generator=torch.Generator(),  # else each iteration of the loader draws from the global generator
     )  # fmt: skip
 
 
@@ -107,9 +107,9 @@ def eval_loader(
 
 
 class PlacedBatches:
-    """The sampler's batches, as (index, seed) pairs for `AugmentedImages`: each place in the epoch has its own seed.
+    """The sampler's batches, as (index, seed) pairs for `AugmentedImages`: each position in the epoch has its own seed.
 
-    A place, not an image: an image that comes twice in an epoch is to be cropped in two ways.
+    An image that occurs twice in an epoch is cropped in two ways.
     """
 
     def __init__(self, sampler: BalancedBatchSampler) -> None:
@@ -119,21 +119,21 @@ class PlacedBatches:
         sampler = self.sampler
         for number, batch in enumerate(sampler, start=sampler.n_batches - len(sampler)):
             first = (number * sampler.world_size + sampler.rank) * len(batch)
-            # Hashes, for torch's generator takes 32 bits of a seed, and sums of the three would meet each other.
+            # Hashes, as torch's generator uses 32 bits of a seed, and sums of the three would collide.
             texts = [f"{sampler.seed} {sampler.epoch} {first + place}" for place in range(len(batch))]
             seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in texts]
             yield list(zip(batch, seeds, strict=True))
 
 
 class AugmentedImages(Dataset[Any]):
-    """The images' items by (index, seed): the generators that transforms draw from are seeded for that item alone."""
+    """The images' items by (index, seed): the generators that transforms use are seeded for each item."""
 
     def __init__(self, images: Dataset[Any]) -> None:
         self.images = images
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
         index, seed = place
-        before = random.getstate()  # timm's transforms draw from this generator, torchvision's from torch's
+        before = random.getstate()  # timm's transforms use this generator, torchvision's that of torch
         try:
             with torch.random.fork_rng(devices=[]):
                 random.seed(seed)
@@ -144,15 +144,15 @@ class AugmentedImages(Dataset[Any]):
 
 
 def leave_signals_to_the_parent(_: int) -> None:
-    """For workers: a signal to the whole group must not end them before the parent has finished its step and saved."""
+    """For workers: a signal to the process group must not end them before the parent has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers_with_the_parent() -> None:
-    """An error leaves workers behind, which multiprocessing would wait for at exit: they don't hear its SIGTERM."""
+    """After an error, multiprocessing would wait at exit for workers, which ignore SIGTERM: kill them."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error about each worker that is killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises an error for each killed worker
     for worker in multiprocessing.active_children():
         worker.kill()

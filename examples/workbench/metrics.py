@@ -1,4 +1,4 @@
-"""Figures of a trained net: what it takes its test images for, scores, and its errors by class and by family."""
+"""Metrics of a trained net: predictions and scores on the test images, and its errors by class and by family."""
 
 from collections import Counter
 from typing import Any
@@ -16,7 +16,7 @@ from workbench.images import to_device
 
 
 def predict(net: nn.Module, loader: DataLoader[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits [N,C] and labels [N] of the images of all processes' loaders, on the CPU; leaves the net in eval mode."""
+    """Logits [N,C] and labels [N] of all processes' images, on the CPU; leaves the net in eval mode."""
     net.eval()
     logits, labels = [], []
     bar = tqdm(loader, desc="testing", leave=False, disable=not PartialState().is_main_process)
@@ -35,10 +35,10 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def confusion(logits: Tensor, labels: Tensor, classes: list[str], families: list[str]) -> dict[str, Any]:
-    """How the errors are spread: within a family (terns taken for terns), across families, and between which classes.
+    """The errors within families (terns taken for terns), across families, and of the most confused classes.
 
-    `families_by_chance` is the share of errors that would fall within families if every wrong class were as likely.
-    With no families, each class is a family of its own.
+    `families_by_chance` is the share of errors that would fall within families if all wrong classes were equally
+    likely. Without families, each class is its own family.
     """
     families = families or [str(label) for label in range(len(classes))]
     predicted = logits.argmax(1)

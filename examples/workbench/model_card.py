@@ -12,7 +12,7 @@ SHOWN = 100  # classes in the table, the worst; metrics.json has all
 
 
 def make_card(metrics: dict[str, Any]) -> ModelCard:
-    """With the test results as data, which the Hub reads, and in words."""
+    """The card, with the test results in its metadata, which the Hub reads, and in words."""
     settings, data = metrics["settings"], metrics["data"]
     result = {"task_type": "image-classification", "dataset_type": "imagefolder", "dataset_name": data["name"]}
     about = ModelCardData(
@@ -36,5 +36,5 @@ def make_card(metrics: dict[str, Any]) -> ModelCard:
 
 
 def as_text(name: str) -> str:
-    """A name as it is, whatever Markdown would make of its characters."""
+    """A name with Markdown's special characters escaped."""
     return re.sub(r"([\\|<>&`*_\[\]])", r"\\\1", " ".join(name.splitlines()))

@@ -1,9 +1,9 @@
-"""The folder of a trained model: what is needed to use it.
+"""The folder of a trained model: all that is needed to use it.
 
 model.safetensors, config.json   the net, for APINet.from_pretrained
 classes.json                     names by row of the logits, and how images are prepared (`images.eval_transform`)
 
-Whatever else is known of it lies beside these: run.json of train_cub.py, metrics.json and more of train_own.py.
+train_cub.py adds run.json; train_own.py adds metrics.json, a model card and a report.
 """
 
 import json
@@ -28,7 +28,7 @@ class Model(NamedTuple):
 
 
 def normalization(net: APINet) -> dict[str, list[float]]:
-    """Mean and standard deviation that the backbone's weights are for."""
+    """Mean and standard deviation with which the backbone's weights were trained."""
     config = resolve_model_data_config(net.backbone)
     return {name: list(config[name]) for name in ("mean", "std")}
 
@@ -44,11 +44,11 @@ def save(folder: Path, model: Model) -> None:
 
 def load(folder: Path) -> Model:
     if not (folder / "classes.json").is_file():
-        raise SystemExit(f"{folder}: not a model folder, it has no classes.json; give the one that a training wrote")
+        raise SystemExit(f"{folder}: not a model folder, it has no classes.json; give the folder that a training wrote")
     try:
         about = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
         classes, transform = about["classes"], about["transform"]
-        with redirect_stdout(sys.stderr):  # huggingface_hub prints a line, which is no part of a command's result
+        with redirect_stdout(sys.stderr):  # huggingface_hub prints a line, which is not part of a command's result
             net = APINet.from_pretrained(str(folder)).eval()
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"{folder}: the model cannot be read: {' '.join(str(error).split())}") from None

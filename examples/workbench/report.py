@@ -1,4 +1,4 @@
-"""The HTML report, one file that needs no other and no network: of a training, or of pairs of images explained."""
+"""The HTML report, one self-contained file: of a training, or of explained pairs of images."""
 
 import base64
 import io
@@ -29,12 +29,12 @@ METHODS = {
     "balanced": "plain cross-entropy on balanced batches, a baseline of API-Net",
     "shuffled": "plain cross-entropy on shuffled images, a baseline of API-Net",
 }
-COLOURS = {"light": "Blues", "dark": "inferno"}  # where there is nothing, the page shows
-NAMED = 60  # classes whose names fit beside an image of the confusions
-AS_TABLE = 30  # classes up to which the confusions are a table of counts, and not an image
+COLOURS = {"light": "Blues", "dark": "inferno"}  # zero is the page's background
+NAMED = 60  # classes whose names fit beside an image of the confusion matrix
+AS_TABLE = 30  # up to so many classes, the confusion matrix is a table of counts
 LISTED = 15  # confused pairs of classes
 PAIRS = 6  # of these with pictures
-CANDIDATES = 32  # training images of a class, of which the most alike is shown
+CANDIDATES = 32  # training images of a class, of which the most similar is shown
 CHANNELS = 5  # whose heat maps are averaged
 
 
@@ -58,7 +58,7 @@ class Confused(NamedTuple):
 
 
 class ConfusedPairs(NamedTuple):
-    """All confused pairs, pictures for the first `PAIRS`, and what is to be said of the heat maps."""
+    """All confused pairs, pictures for the first `PAIRS`, and a note on the heat maps."""
 
     pairs: list[Confused]
     note: str
@@ -94,14 +94,14 @@ def percent(share: float | None) -> str:
 
 
 def setting(value: Any) -> str:
-    """As one would write it: 3e-05, and not 2.9999999999999997e-05."""
+    """A setting as text: 3e-05, not 2.9999999999999997e-05."""
     if value is None or value == "":
         return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def picture(shown: Picture, heated: bool = False) -> str:
-    """As a URI, with its heat or without."""
+    """The picture as a URI, with or without its heat map."""
     drawn = overlay(shown.pixels, shown.heat if heated else None)
     image = PIL.Image.fromarray((255 * np.clip(drawn, 0, 1)).round().astype(np.uint8))
     image = image.resize((224, round(224 * image.height / image.width)), PIL.Image.Resampling.BICUBIC)
@@ -148,7 +148,7 @@ def draw_matrix(confusion: Tensor, classes: list[str]) -> dict[str, str]:
         figure.colorbar(drawn, ax=axes, label="share of the true class", fraction=0.045, pad=0.02)
         numbered = ", numbered from 0 by name"
         if len(classes) <= NAMED:
-            # No mathematics: a name may have dollars in it.
+            # parse_math=False: a name may contain dollar signs.
             names, numbered = [name if len(name) <= 24 else f"{name[:23]}…" for name in classes], ""
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
             axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
@@ -158,7 +158,7 @@ def draw_matrix(confusion: Tensor, classes: list[str]) -> dict[str, str]:
 
 
 def _themed(draw: Callable[[Any, str], None], size: tuple[float, float]) -> dict[str, str]:
-    """URIs of a figure for a light page and of one for a dark page, of which the browser shows the fitting one."""
+    """URIs of a figure for a light page and of one for a dark page; the browser picks one."""
     uris = {}
     for theme, style in THEMES.items():
         with matplotlib.style.context(style), warnings.catch_warnings():
@@ -181,7 +181,7 @@ def show_pairs(
     labels, predicted = torch.tensor(test.labels), likely.argmax(1)
     example = test[0][0][None]
     if baseline:
-        which = f"the {CHANNELS} most active channels, for the baseline has no trained gates"
+        which = f"the {CHANNELS} most active channels, as the gates of the baseline are not trained"
     else:
         which = (
             f"the {CHANNELS} channels that its gates open most: the training images compared with the wrong one, and "
@@ -190,7 +190,7 @@ def show_pairs(
     note = f"The colours, from blue to red, show where in an image its features are active, as the mean over {which}."
     try:
         note, heated = f"{note} {about_map(map_size(net, example), example)}", True
-    except ValueError as error:  # the map is coarse, or its channels are not those of the gates
+    except ValueError as error:  # the map is too coarse, or its channels are not those of the gates
         note, heated = f"There are no heat maps: {error}.", False
     found = []
     for a, b, there, back in ranked_pairs(confusions(test.labels, predicted.tolist(), len(classes))):

@@ -1,9 +1,9 @@
-"""The folder of a training run: what it was asked for, and the checkpoints to go on from.
+"""The folder of a training run: its settings, results and checkpoints.
 
-settings.json   what the run was asked for, and what tells its data from others
+settings.json   the settings, and a fingerprint of the data
 log.csv         a row per epoch; tensorboard/ has it for TensorBoard
 best/, last/    model folders
-state/          the newest checkpoints, for going on after an interruption
+state/          the newest checkpoints, to resume from
 lock            locked by the process that trains here
 """
 
@@ -33,7 +33,7 @@ UNTRAINED = {"settings.json", "tensorboard", "state", "lock"}  # left by a run t
 class RunFolder:
     """The folder of a run, new or begun by the same command; nothing is written before `begin`.
 
-    `settings` go into settings.json; a run may go on with others of the `harmless` ones than it began with.
+    `settings` go into settings.json. A run may be resumed with other values of the `harmless` ones.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], harmless: Collection[str] = (), keep: int = 2) -> None:
@@ -42,14 +42,14 @@ class RunFolder:
         if is_untrained(path):
             return
         if not (path / "settings.json").exists():
-            raise SystemExit(f"{path} is no folder of a run and not empty; choose another one")
+            raise SystemExit(f"{path} is not empty and not the folder of a run; choose another one")
         old = json.loads((path / "settings.json").read_text())
         if found := differences(old, settings, harmless):
             listing = "\n  ".join(found)
             raise SystemExit(f"{path} holds another run:\n  {listing}\nChoose another folder, or remove this one.")
 
     def begin(self) -> None:
-        """Make the folder of a run that is about to train: one that fails before that must not leave its settings."""
+        """Create the folder just before training: a run that fails earlier must not leave its settings behind."""
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path)
@@ -59,7 +59,7 @@ class RunFolder:
 
     def go_on(self, state: RunState, epochs: int) -> None:
         """Restore the newest checkpoint, if there is one; all processes take part."""
-        PartialState().wait_for_everyone()  # others still look whether the folder is free
+        PartialState().wait_for_everyone()  # others may still be checking the folder
         with first_process_first():
             if PartialState().is_main_process:
                 self.begin()
@@ -68,27 +68,27 @@ class RunFolder:
                 state.load(newest)
                 progress = state.progress
                 batches = f" and {progress.batch} of {state.sampler.n_batches} batches" if progress.batch else ""
-                print(f"going on after epoch {progress.epoch} of {epochs}{batches}", flush=True)
+                print(f"resuming after epoch {progress.epoch} of {epochs}{batches}", flush=True)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Ends the run with a message when the disk refuses, for example when it is full."""
+        """Ends the run with a message when writing fails, for example because the disk is full."""
         try:
             yield
         except (OSError, SafetensorError) as error:
             good = "There is no checkpoint"
             if names := self.checkpoints.names():
                 good = f"The last checkpoint is {self.checkpoints.folder / names[-1]}"
-            way_on = "with this mended, the same command goes on from there"
+            way_on = "once this is fixed, the same command resumes from there"
             raise SystemExit(f"cannot write to {self.path}: {error}\n{good}; {way_on}") from error
 
     def after_step(self, state: RunState, signal: int, minutes: float) -> None:
-        """Save if the last time was so many minutes ago; save and end at a signal. What one process wants, all do."""
+        """Save every so many minutes; save and end after a signal. All processes do what any of them needs."""
         due = 0 < 60 * minutes < time.monotonic() - self._saved
         self._save(state, signal, due and state.progress.batch < state.sampler.n_batches)
 
     def after_epoch(self, state: RunState, signal: int) -> None:
-        """Save; end at a signal, which came during the test."""
+        """Save; end if there was a signal during the test."""
         self._save(state, signal, True)
 
     def _save(self, state: RunState, signal: int, due: bool) -> None:
@@ -99,12 +99,12 @@ class RunFolder:
             self._saved = time.monotonic()
         if stop:
             where = self.checkpoints.folder / state.progress.name
-            said = f"stopped by signal {stop:.0f}, saved as {where}; the same command goes on from there"
+            said = f"stopped by signal {stop:.0f}, saved as {where}; the same command resumes from there"
             end_all(said, 128 + int(stop))
 
     @contextmanager
     def replaced(self, name: str) -> Iterator[Path]:
-        """A new folder to write into, which takes the place of the folder `name` once it is whole."""
+        """A new folder to write into, which replaces the folder `name` once it is complete."""
         folder = self.path / name
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -123,10 +123,10 @@ class RunFolder:
 
 
 def lock(path: Path) -> IO[str]:
-    """An open file by which no other process trains in this folder, until this one ends, in whatever way."""
+    """An open, locked file that keeps other processes from training in this folder until this process ends."""
     file = (path / "lock").open("w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which processes that load images would keep
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which worker processes would inherit
     except (BlockingIOError, PermissionError):
         raise SystemExit(f"another training is writing into {path}: choose another folder, or wait") from None
     except OSError:
@@ -135,9 +135,9 @@ def lock(path: Path) -> IO[str]:
 
 
 def is_untrained(path: Path) -> bool:
-    """Whether a run may begin in this folder, whatever its settings: it is new, or a run ended there before it trained.
+    """Whether a run with any settings may begin here: the folder is new, or its run ended before it trained.
 
-    Checkpoints that are damaged count: they are somebody's work, which a restored disk may bring back.
+    Damaged checkpoints count as training: they may be restored from a backup.
     """
     if not path.exists():
         return True
@@ -147,14 +147,14 @@ def is_untrained(path: Path) -> bool:
 
 
 def describe(data: ImageSet) -> dict[str, Any]:
-    """What tells a data set from another: its counts, and a hash of its images' names and labels in order."""
+    """A fingerprint of a data set: its counts, and a hash of its images' names and labels in order."""
     lines = [f"{image.path.parent.name}/{image.path.name} {image.label}" for image in [*data.train, *data.test]]
     sha = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()  # names need not be UTF-8
     return {"training images": len(data.train), "test images": len(data.test), "sha256 of their list": sha}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(path.name + ".partial")
     write_bytes(partial, text.encode())
     os.replace(partial, path)

@@ -71,7 +71,7 @@ class Settings:
     eval_batch: int = setting(100, "test images at a time", least=1)
     checkpoint_minutes: float = setting(10.0, "save after so many minutes too, not only with an epoch; 0: only then")
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints to keep", least=1)
-    skip_nonfinite: int = setting(0, "leave out up to so many steps whose loss or gradients are infinite or NaN")
+    skip_nonfinite: int = setting(0, "skip up to so many steps whose loss or gradients are infinite or NaN")
     output: str = setting("", "folder of the run; without it, runs/DATA-METHOD-BACKBONE-seedN")
 
 
@@ -84,7 +84,7 @@ DEMO: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "demo": DEMO}
 # Where the preset "paper" has other defaults for a data set than for CUB-200-2011.
 RECIPES: dict[str, dict[str, Any]] = {"dogs": {"epochs": 50, "lr": 0.001, "frozen_epochs": 12}}
-# Settings that change no result: a run may go on with others.
+# Settings that change no result: a run may be resumed with others.
 HARMLESS = {
     "output", "workers", "cache_images", "device", "eval_batch", "threads", "checkpoint_minutes", "keep_checkpoints",
     "skip_nonfinite", "skip_bad", "loader_timeout",
@@ -105,7 +105,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
 
     parser = argparse.ArgumentParser(
         description="Train API-Net, or the baseline, on one of the paper's five data sets or on the embedded birds.",
-        epilog="An interrupted run goes on from its last checkpoint when started again with the same command.",
+        epilog="An interrupted run resumes from its last checkpoint when it is started again with the same command.",
         conflict_handler="resolve",
         parents=[first],
     )
@@ -166,8 +166,8 @@ def run_folder(settings: Settings) -> Path:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], harmless: Collection[str]) -> list[str]:
-    """What differs between the settings of two runs, less what changes no result."""
-    # With "auto", a run takes the numbers of the one that it goes on with.
+    """What differs between the settings of two runs, except for what changes no result."""
+    # With "auto", a resumed run keeps the numbers that it began with.
     harmless = {*harmless, *(("chunk_size", "keep_chunks") if new["chunk_size"] == AUTO else ())}
     changed = {name: value for name, value in new.items() if name not in harmless and old.get(name) != value}
     return [f"{name}: {old.get(name)!r} there, {value!r} here" for name, value in sorted(changed.items())]

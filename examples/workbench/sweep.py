@@ -1,4 +1,4 @@
-"""Runs train_cub.py many times, several at a time, and collects the results; finished runs are not run again."""
+"""Runs train_cub.py many times, several runs in parallel, and collects the results; finished runs are kept."""
 
 import argparse
 import csv
@@ -23,7 +23,7 @@ Results = dict[str, list[dict[str, Any]]]  # by the name of a variant, a result 
 
 
 def make_parser(about: str | None, seeds: int, folder: str) -> argparse.ArgumentParser:
-    """The flags that all sweeps have; further ones go to train_cub.py."""
+    """The flags of all sweeps; further ones are passed to train_cub.py."""
     parser = argparse.ArgumentParser(
         description=about, epilog="Further flags go to train_cub.py, such as --data.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -37,7 +37,7 @@ def make_parser(about: str | None, seeds: int, folder: str) -> argparse.Argument
 
 
 def run_all(options: argparse.Namespace, variants: Mapping[str, Sequence[str]], flags: list[str]) -> Results:
-    """Train with the own flags of each variant, for each seed, `options.jobs` at a time; what was finished is kept."""
+    """Train each variant with its flags, for each seed, `options.jobs` at a time; finished runs are kept."""
     # Seed by seed, so that an interrupted sweep has something of every variant.
     jobs = {
         f"{name}-seed{seed}": [*flags, *own, "--seed", str(seed), "--output", str(options.runs / f"{name}-seed{seed}")]
@@ -47,7 +47,7 @@ def run_all(options: argparse.Namespace, variants: Mapping[str, Sequence[str]], 
     options.runs.mkdir(parents=True, exist_ok=True)
     settings = {name: parse(job) for name, job in jobs.items()}
     for name, one in settings.items():
-        RunFolder(options.runs / name, asdict(one), HARMLESS)  # ends here if it is another run's
+        RunFolder(options.runs / name, asdict(one), HARMLESS)  # raises if the folder holds another run
     waiting = [name for name in jobs if not (options.runs / name / "result.json").exists()]
     running: dict[str, subprocess.Popen[bytes]] = {}
     bar = tqdm(total=sum(one.epochs for one in settings.values()), desc="training", unit="epoch")
@@ -72,7 +72,7 @@ def run_all(options: argparse.Namespace, variants: Mapping[str, Sequence[str]], 
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a run's log.csv, none if it has not got that far."""
+    """The rows of a run's log.csv, none if there is no log yet."""
     file = path / "log.csv"
     return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 

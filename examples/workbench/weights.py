@@ -1,4 +1,4 @@
-"""Weights from a local file into a timm backbone, all of them or none: for machines that cannot reach the Hub."""
+"""Loads weights from a local file into a timm backbone, all or none: for machines that cannot reach the Hub."""
 
 import hashlib
 import sys
@@ -10,23 +10,23 @@ from torch import Tensor, nn
 
 from workbench.datasets.lists import listed
 
-COUNTER = "num_batches_tracked"  # not in files of torch 0.4 and before; no weight
+COUNTER = "num_batches_tracked"  # not a weight; missing in files of torch 0.4 and before
 CLASSIFIER = 2  # tensors that may follow those of the backbone
 
 
 def named(file: Path) -> str:
-    """A file of weights as settings name it: what is in it, and not where it is."""
+    """A file of weights as it is called in the settings: its name and hash, not its path."""
     file = _inside(file)
     return f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
 
 
 def load_weights(backbone: nn.Module, file: Path) -> str:
-    """Load the weights of a .pth or .safetensors file, or of a folder as the Hub has it, and say how they were found.
+    """Load the weights of a .pth or .safetensors file, or of a folder as on the Hub; returns how they were matched.
 
     The file may be of timm or torchvision, or a .pth of another implementation whose modules come in the same order,
     with or without a classifier; a checkpoint with the weights as `state_dict`, `model` or an average of it
-    (`..._ema`); with prefixes of DDP and torch.compile; or the model.safetensors of an `APINet`. A backbone that the
-    weights are not for is left as it was.
+    (`..._ema`); with prefixes of DDP and torch.compile; or the model.safetensors of an `APINet`. If the weights don't
+    fit, the backbone is left unchanged.
     """
     file = _inside(file)
     found, wanted = _read(file), {name: value for name, value in backbone.state_dict().items() if COUNTER not in name}
@@ -62,7 +62,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         content = timm.models.load_state_dict(str(file), weights_only=True)
         found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    except Exception as error:  # of pickle, zipfile, safetensors: each raises its own, and damage may raise anything
+    except Exception as error:  # pickle, zipfile and safetensors raise many types for damaged files
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise SystemExit(f"{file} cannot be read as weights: {reason[0]}") from None
     own = "backbone."  # of an APINet
@@ -70,15 +70,15 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _converted(found: Mapping[str, Tensor], backbone: nn.Module) -> Mapping[str, Tensor]:
-    """What timm makes of the names that a model's authors published."""
+    """The tensors by timm's names, converted by the model's own function for its authors' checkpoints."""
     try:
         return sys.modules[type(backbone).__module__].checkpoint_filter_fn(dict(found), backbone)
-    except Exception:  # there is none, or it is not written for the names of this file
+    except Exception:  # there is no such function, or it does not know the names of this file
         return {}
 
 
 def _in_order(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors by the backbone's names, if they are of the same kinds in the same order."""
+    """The tensors by the backbone's names, if they have the same kinds in the same order."""
     rows = [(name, value) for name, value in found.items() if COUNTER not in name]
     if not 0 <= len(rows) - len(wanted) <= CLASSIFIER:
         return {}

@@ -118,7 +118,9 @@ def test_bad_image_in_testing(folder: Path) -> None:
     run(folder)
     bad = READERS["cub"](folder).test[7].path
     bad.write_bytes(b"")
-    with pytest.raises(SystemExit, match=rf"^\nbad image: {bad} \(0 bytes\) is no image .*; replace the file\.\ncheck"):
+    with pytest.raises(
+        SystemExit, match=rf"^\nbad image: {bad} \(0 bytes\) is not an image .*; replace the file\.\ncheck"
+    ):
         score.main([str(folder.parent / "run/last"), "--device", "cpu"])
 
 
@@ -129,7 +131,7 @@ def test_process_with_workers_ends_at_a_bad_image(folder: Path, tmp_path: Path) 
     flags = [*FLAGS, "--data", folder, "--output", tmp_path / "run", "--workers", "2"]
     code, _, err = finish(ROOT / "examples/train_cub.py", *flags)
     assert code == 1
-    assert f"\nbad image: {bad} (0 bytes) is no image" in err
+    assert f"\nbad image: {bad} (0 bytes) is not an image" in err
     assert "Traceback" not in err
 
 
@@ -151,7 +153,7 @@ def test_names_that_are_not_utf8(folder: Path, tmp_path: Path, capsys) -> None:
     out.encode()  # a terminal could not print half a character
     assert "\\udce9-" in out
     assert b"/\xe9-" in (tmp_path / "list").read_bytes()
-    with pytest.raises(SystemExit, match=r"bad image: .*\(0 bytes\) is no image"):
+    with pytest.raises(SystemExit, match=r"bad image: .*\(0 bytes\) is not an image"):
         run(folder)
     shutil.rmtree(tmp_path / "run")
     assert run(folder, "--skip-bad", str(tmp_path / "list"))["left_out"] == 1
@@ -209,13 +211,15 @@ def test_lists_that_do_not_fit(folder: Path, tmp_path: Path, capsys) -> None:
         return str(caught.value)
 
     good, other = str(data.train[0].path), str(folder / "images/other.jpg")
-    assert f"{listing}, line 2: {other} is no image of {folder}; make the list anew" in skip(good, other)
+    assert f"{listing}, line 2: {other} is not an image of {folder}; recreate the list with check_images.py" in skip(
+        good, other
+    )
     of_class = [str(image.path) for image in data.train if image.label == 2]
     message = f"without the bad images of {listing}, {folder} has no training images for 1 class ({data.classes[2]})"
     assert message in skip(*of_class)
     assert "has no test images: replace" in skip(*[str(image.path) for image in data.test])
     data.train[1].path.unlink()
-    missing = f"1 image ({data.train[1].path}) not there and not in {listing}; make it anew with check_images.py"
+    missing = f"1 image ({data.train[1].path}) missing and not in {listing}; recreate it with check_images.py"
     assert missing in skip(good)
     listing.unlink()
     with pytest.raises(SystemExit, match=r"list .*nowhere cannot be read: .*No such file.*; check_images\.py"):

@@ -1,4 +1,4 @@
-"""--chunk-size auto: picked for the memory there is, noted as a number, and kept by a run that goes on."""
+"""--chunk-size auto: picked for the memory there is, noted as a number, and kept by a run that is resumed."""
 
 import json
 import sys

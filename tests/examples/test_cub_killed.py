@@ -43,7 +43,7 @@ def test_sigkill_then_sigterm_to_a_whole_group_with_workers(birds, tmp_path):
     assert killed(birds, tmp_path / "run", signal.SIGKILL, 0.05, *flags)[0] == -signal.SIGKILL
     code, said = killed(birds, tmp_path / "run", signal.SIGTERM, 0.1, *flags, "--workers", "2")
     assert code == 128 + signal.SIGTERM, said
-    assert "the same command goes on from there" in said
+    assert "the same command resumes from there" in said
     run(birds, tmp_path / "run", *flags)
     assert_ends_alike(tmp_path / "run", tmp_path / "whole", last="epoch-0016")
 
@@ -53,7 +53,7 @@ def test_signals_to_two_ranks_stop_them_at_the_same_step(birds, tmp_path, number
     flags = [*FULL, "--n-classes", "4", "--epochs", "400", "--eval-every", "400"]
     code, said = killed(birds, tmp_path / "run", number, 0.3, *flags, launcher=TORCHRUN)
     assert code not in (0, -signal.SIGKILL), said
-    assert said.count("the same command goes on from there") == 1, said
+    assert said.count("the same command resumes from there") == 1, said
     newest = max(path for path in (tmp_path / "run" / "state").glob("epoch-*"))
     assert f"saved as {newest}" in said
     assert not list(tmp_path.rglob("*.partial"))

@@ -129,12 +129,12 @@ def test_killed_rank_ends_the_run_and_resuming_ends_as_if_never_interrupted(fini
     assert re.search(r"Root Cause.*rank\s*: 1 .*exitcode\s*: -9 .*SIGKILL", err, flags=re.DOTALL)
     saved = max(path.name for path in (folder / "killed" / "state").iterdir() if not path.suffix)
     assert saved == "epoch-0002-batch-00001"
-    with pytest.raises(SystemExit, match=r"holds a run of 2 process.* here are 1: .*--nproc_per_node=2"):
+    with pytest.raises(SystemExit, match=r"holds a run of 2 process.* this is 1: .*--nproc_per_node=2"):
         train_cub.main(resumable(folder))
 
     refused = [*API, "--n-classes", "5", "--output", str(tmp_path / "run")]
     code, out, err = on_two_ranks({"flags": resumable(folder)}, {"flags": refused})
-    assert out.count("going on after epoch 2 of 3 and 1 of 3 batches") == 1, err
+    assert out.count("resuming after epoch 2 of 3 and 1 of 3 batches") == 1, err
     for one, other in zip(told(folder / "killed"), told(folder / "api"), strict=True):
         assert same(one["weights"], other["weights"])
         assert torch.equal(one["random"], other["random"])

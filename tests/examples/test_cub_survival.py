@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(birds, tmp_path, 
     run(birds, tmp_path / "run", *FULL, "--keep-checkpoints", "1")
     said = capsys.readouterr().out
     assert f"the checkpoint {tmp_path / 'run' / 'state' / 'epoch-0003'} cannot be loaded" in said
-    assert "going on after epoch 2 of 3 and 2 of 3 batches" in said
+    assert "resuming after epoch 2 of 3 and 2 of 3 batches" in said
     assert_ends_alike(tmp_path / "run", whole)
     assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == ["epoch-0003"]
 
@@ -183,7 +183,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(birds, tmp
 
         patch.setattr(checkpoint, "write_bytes", full)
         with pytest.raises(
-            SystemExit, match=r"cannot write to .*No space left[\s\S]*the same command goes on from there"
+            SystemExit, match=r"cannot write to .*No space left[\s\S]*the same command resumes from there"
         ):
             run(birds, tmp_path / "run", *FULL)
     left = [path.name for path in (tmp_path / "run" / "state").iterdir()]
@@ -218,7 +218,7 @@ def test_signals_save_and_stop(birds, tmp_path, whole, monkeypatch, capsys, numb
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert max(path.name for path in (tmp_path / "run" / "state").iterdir()) == saved
-    assert f"saved as {tmp_path / 'run' / 'state' / saved}; the same command goes on" in capsys.readouterr().err
+    assert f"saved as {tmp_path / 'run' / 'state' / saved}; the same command resumes" in capsys.readouterr().err
     run(birds, tmp_path / "run", *flags)
     assert_ends_alike(tmp_path / "run", whole)
 

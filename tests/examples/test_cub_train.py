@@ -207,7 +207,7 @@ def test_help_has_groups_and_both_presets_defaults(capsys):
         (["--device", "nowhere"], "--device nowhere is not available: torch finds "),
         pytest.param(["--device", "cuda"], "--device cuda is not available: torch finds cpu", marks=WITHOUT_GPU),
         (["--backbone", "resnet18000"], "--backbone resnet18000: timm has no such model; near: .*resnet18"),
-        (["--data", "nowhere"], "nowhere is no folder; expected CUB_200_2011"),
+        (["--data", "nowhere"], "nowhere is not a folder; expected CUB_200_2011"),
         (["--n-classes", "7"], "--n-classes 7: CUB-200-2011 has 6 classes"),
         (["--backbone-args", '{"no_such": 1}'], "--backbone test_resnet: .*no_such"),
     ],

@@ -36,7 +36,7 @@ def test_missing_list(tmp_path: Path, name: str, file: str) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_missing_root(name: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere is no folder; expected .*https?://"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; expected .*https?://"):
         READERS[name](tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"; expected .*https?://") as caught:
         READERS[name](tmp_path)
@@ -86,7 +86,7 @@ def test_file_that_is_something_else(tmp_path: Path, name: str, file: str, conte
     with pytest.raises(ValueError, match=re.escape(str(root / file))) as caught:
         READERS[name](root)
     if file.endswith(".txt") and not content.strip():
-        assert re.search(r"\.txt is empty, expected lines '<.* anew$", str(caught.value))
+        assert re.search(r"\.txt is empty, expected lines '<.* again$", str(caught.value))
 
 
 @pytest.mark.parametrize(("name", "file"), [case for case in FILES if case[1].endswith(".mat")])

@@ -84,7 +84,7 @@ def test_chosen_images(birds, model, tmp_path, capsys):
     assert images[7].name in text
     assert '&lt;stranger&gt;.jpg</td><td class="name">unknown' in text
     assert "Two species of one family" in text
-    with pytest.raises(SystemExit, match=r"none\.jpg is no file"):
+    with pytest.raises(SystemExit, match=r"none\.jpg is not a file"):
         explain.main([str(model), "--pair", str(images[0]), str(tmp_path / "none.jpg")])
     with pytest.raises(SystemExit, match="--top-k must be from 1 to the 96 channels of the features, got 97"):
         explain.main([str(model), "--pair", str(images[0]), str(images[1]), "--top-k", "97"])
@@ -99,9 +99,9 @@ def test_any_images_by_a_model_without_a_data_set(birds, model, tmp_path):
     output = explain.main([str(own), "--pair", *images, "--output", str(tmp_path / "out")])
     assert "White Barred Tern" in (output / "report.html").read_text()  # by the name of the folder
     (tmp_path / "text.jpg").write_text("no image")
-    with pytest.raises(SystemExit, match=r"text\.jpg .* is no image"):
+    with pytest.raises(SystemExit, match=r"text\.jpg .* is not an image"):
         explain.main([str(own), "--pair", images[0], str(tmp_path / "text.jpg")])
-    with pytest.raises(SystemExit, match=r"is no model of train_cub.*--pair takes any two images"):
+    with pytest.raises(SystemExit, match=r"is not from train_cub.*--pair takes any two images"):
         explain.main([str(own)])
 
 
@@ -286,7 +286,7 @@ def test_pointing_game_needs_the_embedded_birds(birds, model, tmp_path):
         if path.name != "birds.json":
             copied = shutil.copytree if path.is_dir() else shutil.copyfile
             copied(path, photographs / path.name)
-    with pytest.raises(SystemExit, match="annotated in the embedded birds alone"):
+    with pytest.raises(SystemExit, match="only the embedded birds have annotations"):
         pointing_game.main([str(model), "--data", str(photographs), "--device", "cpu"])
     output = explain.main([str(model), "--data", str(photographs), "--pairs", "1", "--output", str(tmp_path / "out"),
                            "--device", "cpu"])  # fmt: skip

@@ -70,7 +70,7 @@ def test_folders_are_predicted_in_batches_and_written_as_csv(own, tmp_path, caps
     arguments = [str(model), str(tmp_path / "images"), str(one), "--csv", str(file), "--top", "2"]
     assert predict.main([*arguments, "--batch-size", "4", "--workers", "1", "--device", "cpu"]) == 1
     said = capsys.readouterr().err
-    assert "bad.png (23 bytes) is no image" in said
+    assert "bad.png (23 bytes) is not an image" in said
     assert "\n1 of 12 images cannot be decoded\n" in said
     rows = list(csv.DictReader(file.open(newline="")))
     assert list(rows[0]) == ["path", "predicted", "probability", "predicted_2", "probability_2"]
@@ -114,7 +114,7 @@ def test_onnx_file_is_enough_to_predict(own, cub_model, birds, tmp_path, capsys,
     onnxruntime = pytest.importorskip("onnxruntime")
     model = own[0] if kind == "own" else cub_model
     export_onnx.main([str(model), "--output", str(tmp_path / "model.onnx")])
-    difference = re.search(r"differ from the net's by (\S+) at most", capsys.readouterr().out)[1]
+    difference = re.search(r"differ from the net's by at most (\S+)", capsys.readouterr().out)[1]
     assert float(difference) < 1e-4
 
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])

@@ -107,7 +107,7 @@ def test_what_tools_leave_behind_is_no_image(folder):
     write(folder, ".ipynb_checkpoints/copy.png", "red/._0.png", "__MACOSX/0.png", "red/.thumbs/0.png")
     (folder / "red/notes.txt").write_text("of the photographer")
     assert folders.read_folder(folder) == before
-    assert any("1 file left aside" in note and "notes.txt" in note for note in folders.read(folder).notes)
+    assert any("1 file ignored" in note and "notes.txt" in note for note in folders.read(folder).notes)
 
 
 @pytest.mark.parametrize("start", ["", "{folder}/"])
@@ -177,7 +177,7 @@ def test_warnings(folder):
     red, blue = [[item for item in items if item.label == name] for name in ("red", "blue")]
     found = folders.warnings(red + blue[:1], red[:1])
     assert len(found) == 4
-    assert "blue: one training image" in found[0]
+    assert "blue: only one training image" in found[0]
     assert "blue: no test image" in found[1]
     assert "12" in found[2]
     assert str(red[0].path) in found[3]
@@ -197,7 +197,7 @@ def test_bad_images_end_the_command_or_are_left_out(folder, capsys):
     split = folders.read(folder)
     with pytest.raises(SystemExit, match=r"^1 bad image: .*--skip-bad"):
         folders.sound(split, 0, skip_bad=False)
-    assert "broken.jpg (8 bytes) is no image" in capsys.readouterr().out
+    assert "broken.jpg (8 bytes) is not an image" in capsys.readouterr().out
     left = folders.sound(split, 0, skip_bad=True)
     assert len(left.train) + len(left.test) == 24
     assert left.notes[-1] == "left out: 1 bad image"

@@ -1,4 +1,4 @@
-"""The loop of train_own.py: its loss, what ends it, and that it goes on where it was interrupted, bit for bit."""
+"""The loop of train_own.py: its loss, what ends it, and that it resumes where it was interrupted, bit for bit."""
 
 import copy
 import json
@@ -109,7 +109,7 @@ def test_sigterm_saves_and_stops(images, whole, tmp_path, monkeypatch, capsys):
             train(images, tmp_path / "model", "--checkpoint-minutes", "0")
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "saved as" in (said := capsys.readouterr().err)
-    assert "the same command goes on from there" in said
+    assert "the same command resumes from there" in said
     assert_ends_alike(train(images, tmp_path / "model", "--checkpoint-minutes", "0"), whole)
 
 
@@ -163,8 +163,8 @@ def test_shuffled_batches_have_no_image_twice_and_balanced_ones_all_classes_alik
         assert sorted(map(labels.count, set(labels))) == [2, 2]
     seen = len({row for batch in batches["balanced"] for row in batch})
     assert f"the first one has {seen} of the 13 training images" in notes["balanced"]
-    assert "names rare ones too often" in notes["balanced"]
-    assert "none of which comes twice" in notes["shuffled"]
+    assert "predicts rare classes too often" in notes["balanced"]
+    assert "none of which occurs twice" in notes["shuffled"]
 
 
 @pytest.mark.parametrize(("baseline", "warned"), [("", True), ("balanced", False), ("shuffled", False)])
@@ -172,6 +172,6 @@ def test_images_without_partners_are_warned_of_where_pairs_are_made(images, recw
     flags = [*FLAGS, "--n-samples", "1", *(["--baseline", baseline] if baseline else [])]
     options = train_own.make_parser().parse_args(["DIR", *flags])
     note = train_own.make_sampler(options, folders.read(images).as_image_set("shades"))[1]
-    assert ("Take --n-samples 2 or more" in note) == warned
+    assert ("Use --n-samples 2 or more" in note) == warned
     # The sampler's advice is an argument of the head, which no flag sets. Garbage of other tests may warn meanwhile.
     assert not [warning for warning in recwarn if warning.category is UserWarning]

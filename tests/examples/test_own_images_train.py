@@ -44,7 +44,7 @@ def test_learns_and_tells_right_from_wrong(own_model):
     printed = (own_model.parent / "printed.txt").read_text()
     assert "n_samples 9: images of each of these, the median class having 9" in printed
     assert "image_size 32: as asked" in printed
-    assert "an epoch is 1 batch in which all classes come equally often;" in printed
+    assert "an epoch is 1 batch in which all classes occur equally often;" in printed
     assert "names rare ones too often" not in printed  # no class is rare
 
 
@@ -72,7 +72,7 @@ def test_a_model_is_not_overwritten_unless_asked(own_model, tmp_path):
     command = [str(own_model.parent), "--out", str(tmp_path / "model"), *SHORT, "--baseline", "balanced"]
     with pytest.raises(SystemExit, match=r"holds a model: .*--overwrite"):
         train_own.main(command)
-    with pytest.raises(SystemExit, match="something else than a model"):
+    with pytest.raises(SystemExit, match="something other than a model"):
         train_own.main([*command, "--out", str(own_model.parent), "--overwrite"])
     assert (tmp_path / "model/README.md").read_text() == (own_model / "README.md").read_text()
     train_own.main([*command, "--overwrite"])
@@ -133,7 +133,7 @@ def test_precision_chunks_and_shuffled_baseline_are_taken_and_noted(own_model, t
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["settings"] | {"amp": "bf16", "chunk_size": 5, "baseline": "shuffled"} == metrics["settings"]
     assert json.loads((out / "config.json").read_text())["chunk_size"] == 5
-    assert "none of which comes twice" in " ".join(metrics["data"]["notes"])
+    assert "none of which occurs twice" in " ".join(metrics["data"]["notes"])
     assert len((out / "predictions.csv").read_text().splitlines()) == 11
 
 

@@ -188,7 +188,7 @@ def test_baseline_is_shown_without_gates(model, images):
     row = next(row for row, item in enumerate(train.images) if item.path.name == other.file)
     seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
     torch.testing.assert_close(wrong.heat, scaled(seen.plain_heatmaps[0]))
-    assert "no trained gates" in shown.note
+    assert "the gates of the baseline are not trained" in shown.note
 
 
 @pytest.mark.parametrize(

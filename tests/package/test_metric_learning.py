@@ -13,7 +13,7 @@ from apinet_head.metric_learning import APIMiner, pairs_from_tuple
 
 SIZE, DIM, CLASSES = 15, 10, 4
 X = torch.randn(SIZE, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-Y = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3])  # the last has nobody of its class
+Y = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3])  # the last is alone in its class
 OTHERS = X.flip(0) + 0.1
 AMONG_OTHERS = {"keys": OTHERS, "key_labels": Y.flip(0), "own": None}
 MINERS = [

@@ -318,13 +318,13 @@ def test_a_missing_folder_is_an_error_that_names_it(path, tmp_path):
     path = type(path)(str(path).format(folder=tmp_path))
     with pytest.raises(FileNotFoundError) as refused:
         APINet.from_pretrained(path)
-    assert f"{str(path)!r} is no folder" in str(refused.value)
+    assert f"{str(path)!r} is neither a folder" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert refused.value.__suppress_context__
 
 
 def test_a_name_that_is_no_folder_and_not_on_the_hub_is_an_error():
-    with pytest.raises(FileNotFoundError, match=r"'runs/best' is no folder.*nor.*Hub"):
+    with pytest.raises(FileNotFoundError, match=r"'runs/best' is neither a folder.*nor.*Hub"):
         APINet.from_pretrained("runs/best", local_files_only=True)
 
 
@@ -332,7 +332,7 @@ def test_a_name_that_is_no_folder_and_not_on_the_hub_is_an_error():
 def test_a_folder_without_a_saved_net_is_an_error(config, tmp_path):
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FileNotFoundError, match=r"is no folder with an APINet's config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is neither a folder with an APINet's config\.json"):
         APINet.from_pretrained(tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Readers of the paper's five data sets, each from the folder that unpacking the official archive gives.
 
-A reader takes the folder and returns an `ImageSet`. Anything missing or contradictory is an error that names it; with
+A reader takes the folder and returns an `ImageSet`. Anything missing or inconsistent is an error that names it; with
 `complete=False`, images may be missing.
 """
 
@@ -32,7 +32,7 @@ ARCHIVES: dict[str, Archive] = {"cub": CUB, "cars": CARS, "aircraft": AIRCRAFT, 
 
 
 def read(dataset: str, root: str | Path, *, complete: bool = True) -> ImageSet:
-    """As the reader of that name does; its errors end the command."""
+    """Read a data set; errors end the command."""
     try:
         return READERS[dataset](root, complete=complete)
     except (OSError, ValueError) as error:
@@ -40,12 +40,12 @@ def read(dataset: str, root: str | Path, *, complete: bool = True) -> ImageSet:
 
 
 def open_data(settings: "Settings", root: str | None = None) -> ImageSet:
-    """The images at `root`, or else those that the settings name, less the bad ones that they leave out."""
+    """The images at `root`, or else those of the settings, without the bad ones of --skip-bad."""
     root = root or settings.data
     if root:
         data = read(settings.dataset, root, complete=not settings.skip_bad)
         return leave_out(data, Path(settings.skip_bad), Path(root), settings.n_samples) if settings.skip_bad else data
-    from birds import VERSION, write_birds  # here, for only the demo needs what draws them
+    from birds import VERSION, write_birds  # here, as only the demo needs them
 
     species, images, size = settings.species, settings.images_per_species, settings.image_size
     folder = cache_folder() / f"birds-v{VERSION}-{species}x{images}-{size}px"
@@ -56,5 +56,5 @@ def open_data(settings: "Settings", root: str | None = None) -> ImageSet:
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again."""
+    """The user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apinet-head"

@@ -1,7 +1,7 @@
 """Bad images: found before training, listed by check_images.py, left out by runs with --skip-bad.
 
-The list has a line per image: its path, seen from the folder given as the data, and the reason, with a tab between.
-There is no torch here, so that a check starts at once, and so do its processes.
+The list has a line per image: its path relative to the data folder, a tab, and the reason.
+torch is not imported here, so that a check and its worker processes start quickly.
 """
 
 import csv
@@ -21,7 +21,7 @@ from workbench.image_files import ADVICE, BadImageError, load_image
 
 LIST = "bad_images.txt"
 CHUNK = 8  # images given to a process at a time
-UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names need not be UTF-8
+UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # file names may not be valid UTF-8
 
 
 def why_bad(path: Path) -> str | None:
@@ -34,7 +34,7 @@ def why_bad(path: Path) -> str | None:
 
 
 def find_bad(paths: list[Path], workers: int) -> list[tuple[Path, str]]:
-    """The bad ones of the files with the reasons, in order; with 0 workers, without processes beside this one."""
+    """The files that are bad, with the reasons, in order; 0 workers: in this process."""
     bad: list[tuple[Path, str]] = []
     with tqdm(total=len(paths), unit=" images") as bar, ProcessPoolExecutor(max(1, workers)) as pool:
         reasons = pool.map(why_bad, paths, chunksize=CHUNK) if workers else map(why_bad, paths)
@@ -46,7 +46,7 @@ def find_bad(paths: list[Path], workers: int) -> list[tuple[Path, str]]:
             suspects = paths[bar.n : bar.n + CHUNK * workers]
             raise SystemExit(
                 f"a process died while decoding one of the {len(suspects)} images from {shown(str(suspects[0]))} to "
-                f"{shown(str(suspects[-1]))}: for want of memory (take fewer --workers), or by a fault in a decoder"
+                f"{shown(str(suspects[-1]))}: it ran out of memory (use fewer --workers), or a decoder crashed"
             ) from None
     return bad
 
@@ -74,18 +74,18 @@ def read_list(file: Path, root: Path) -> dict[str, int]:
 
 
 def leave_out(data: ImageSet, file: Path, root: Path, n_samples: int) -> ImageSet:
-    """The data set without the images of the list; prints how many those are, and which classes are short of images."""
+    """The data set without the images of the list; prints their number, and the classes that have few images left."""
     listed = read_list(file, root)
     paths = {os.path.abspath(image.path) for image in data.train + data.test}
     for path, line in listed.items():
         if path not in paths:
-            problem = f"{shown(path)} is no image of {root}; make the list anew: check_images.py"
+            problem = f"{shown(path)} is not an image of {root}; recreate the list with check_images.py"
             raise SystemExit(f"{file}, line {line}: {problem}")
     parts = (data.train, data.test)
     train, test = ([image for image in part if os.path.abspath(image.path) not in listed] for part in parts)
     if missing := [str(image.path) for image in train + test if not os.path.lexists(image.path)]:
         missing = shown(some("image", missing))
-        raise SystemExit(f"{missing} not there and not in {file}; make it anew with check_images.py")
+        raise SystemExit(f"{missing} missing and not in {file}; recreate it with check_images.py")
     before, left = Counter(image.label for image in data.train), Counter(image.label for image in train)
     gone = [data.classes[label] for label in before if not left[label]]
     if gone or not test:
@@ -102,13 +102,13 @@ def leave_out(data: ImageSet, file: Path, root: Path, n_samples: int) -> ImageSe
 
 
 def shown(text: str) -> str:
-    """A text with file names as something that every terminal prints."""
+    """A text with file names, escaped so that every terminal can print it."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
 def ending_at_bad_images() -> Iterator[None]:
-    """Ends the command at a bad image, with its path and what to do."""
+    """Turns a bad image into a one-line error with its path and what to do."""
     try:
         yield
     except BadImageError as error:

@@ -1,4 +1,4 @@
-"""Any folder of class folders, or a CSV of path,label, as lists of labelled images that were looked at first."""
+"""Reads any folder of class folders, or a CSV of path,label, and checks its images."""
 
 import codecs
 import csv
@@ -30,7 +30,7 @@ class Item(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Images to train with and to test with, and what a user should know about how they were found."""
+    """Training and test images, and notes for the user on how they were found."""
 
     train: list[Item]
     test: list[Item]
@@ -154,9 +154,9 @@ def _text(file: Path) -> tuple[str, list[str]]:
         text, notes = content.decode("utf-8-sig"), []
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
-        notes = [f"{file} is not UTF-8 and was read as Windows-1252: look whether the names are right"]
+        notes = [f"{file} is not UTF-8 and was read as Windows-1252: check the names"]
     if "\0" in text:
-        raise SystemExit(f"{file}: no text in an encoding that is read here: save it as UTF-8")
+        raise SystemExit(f"{file}: not text in a supported encoding: save it as UTF-8")
     return text, notes
 
 
@@ -168,30 +168,30 @@ def by_class(items: Iterable[Item]) -> dict[str, list[Item]]:
 
 
 def sound(split: Split, workers: int, skip_bad: bool) -> Split:
-    """The split without images that can't be decoded; every one of them is tried, before hours of training."""
+    """The split without images that can't be decoded; all are tried before training starts."""
     bad = dict(find_bad(sorted({item.path for item in split.train + split.test}), workers))
     for path, reason in bad.items():
         print(shown(f"bad image: {path} {reason}"))
     if bad and not skip_bad:
-        raise SystemExit(f"{counted(len(bad), 'bad image')}: to be replaced, or left out with --skip-bad")
+        raise SystemExit(f"{counted(len(bad), 'bad image')}: replace them, or leave them out with --skip-bad")
     train, test = ([item for item in part if item.path not in bad] for part in (split.train, split.test))
     left_out = [f"left out: {counted(len(bad), 'bad image')}"] if bad else []
     return Split(train, test, split.notes + left_out)
 
 
 def warnings(train: list[Item], test: list[Item]) -> list[str]:
-    """What is wrong with the data, but no reason to stop."""
+    """What the user should know about the data, but is no reason to stop."""
     sizes = {name: len(members) for name, members in by_class(train).items()}
     found = []
     if alone := [name for name in sizes if sizes[name] < 2]:
-        found.append(f"{listed(alone)}: one training image, nobody of its class to pair it with")
+        found.append(f"{listed(alone)}: only one training image, so it has no partner of its class")
     if untested := sorted(set(sizes) - set(by_class(test))):
-        found.append(f"{listed(untested)}: no test image, so that nothing is known of how it is told")
+        found.append(f"{listed(untested)}: no test images, so its accuracy is unknown")
     if max(sizes.values()) >= UNEVEN * min(sizes.values()):
         largest, smallest = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
         found.append(
             f"the largest class, {largest}, has {sizes[largest]} training images, the smallest, {smallest}, has "
-            f"{sizes[smallest]}: batches hold all classes alike, so that images of the smallest are repeated the most"
+            f"{sizes[smallest]}: batches contain all classes equally often, so images of the smallest are repeated most"
         )
     return found + _same_files(train, test)
 
@@ -255,5 +255,5 @@ def _visible(folder: Path, paths: Iterable[Path]) -> list[Path]:
 def _other_files(folder: Path) -> list[str]:
     files = [path for path in _visible(folder, folder.rglob("*")) if path.is_file()]
     names = [str(path.relative_to(folder)) for path in files if path.suffix.lower() not in SUFFIXES]
-    left = f"{folder}: {counted(len(names), 'file')} left aside, not named as images: {listed(names)}"
+    left = f"{folder}: {counted(len(names), 'file')} ignored, not named as images: {listed(names)}"
     return [left] if names else []

@@ -1,4 +1,4 @@
-"""What every reader gives, and how it reads and checks a data set's lists; every error names the file and the place."""
+"""What readers return, and how they read and check a data set's lists; every error names the file and the line."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ class ImageSet:
     """A data set with its official split; `classes` and `families` have the names by label.
 
     A family is a group of classes that look alike, such as all terns; `families` is empty where the files give none.
-    `left_out` counts the images that a run does without, for they are bad.
+    `left_out` counts the bad images that a run skips.
     """
 
     name: str
@@ -39,7 +39,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Archive:
-    """A data set as its makers hand it out; its files may lie in the folder given, or in one of `folders` in it."""
+    """A data set as distributed by its authors; its files may be in the folder given, or in one of `folders` in it."""
 
     name: str
     expected: str  # the folder to give, in words
@@ -54,10 +54,10 @@ class Archive:
         for folder in (Path(root), *(Path(root) / name for name in self.folders)):
             places = {file: [folder / name for name in names] for file, names in choices.items()}
             found[folder] = {file: path for file, paths in places.items() for path in reversed(paths) if path.is_file()}
-        # The folder with the most of the files: when one is missing, the message is about the right place.
+        # The folder with most of the files, so that a message about a missing one names the right place.
         root = max(found, key=lambda folder: len(found[folder]))
         if missing := [file for file in choices if file not in found[root]]:
-            problem = f"{root} has no {', '.join(missing)}" if root.is_dir() else f"{root} is no folder"
+            problem = f"{root} has no {', '.join(missing)}" if root.is_dir() else f"{root} is not a folder"
             expected = f"expected {self.expected}, with {', '.join(choices)} and {self.images}"
             raise FileNotFoundError(f"{problem}; {expected}. {self.source}")
         return root, *found[root].values()
@@ -65,12 +65,12 @@ class Archive:
     def images_at(self, folder: Path, rows: Mapping[Any, Any], listing: Path, *, complete: bool) -> list[Image]:
         """The images of {image_id: (path in folder, label)}, as a listing has them; `complete`: all must be on disk."""
         paths = [path for path, _ in rows.values()] if complete else []
-        # One listing per folder instead of a question per image: quick, and exact about case on macOS too.
+        # One listing per folder instead of a check per image: fast, and case-sensitive on macOS too.
         folders = {path.parent: folder / path.parent for path in paths}
         there = {parent: set(os.listdir(path)) if path.is_dir() else set() for parent, path in folders.items()}
         if missing := [str(path) for path in paths if path.name not in there[path.parent]]:
             lacking = f"{folder} lacks {some('image', missing)} of the {len(paths)} in {listing}"
-            raise FileNotFoundError(f"{lacking} (upper and lower case count); unpack the archive anew. {self.source}")
+            raise FileNotFoundError(f"{lacking} (upper and lower case count); unpack the archive again. {self.source}")
         return [Image(folder / path, label, image_id) for image_id, (path, label) in rows.items()]
 
 
@@ -90,9 +90,11 @@ def read_mat(file: Path, names: Sequence[str], parse: Parse, *, struct: str | No
     """What `parse` makes of the entries of these variables, taken together, or of these fields of array `struct`."""
     try:
         loaded = loadmat(file, squeeze_me=True)
-    except Exception as error:  # a broken file lets SciPy stumble anywhere: ValueError, TypeError, zlib.error, ...
+    except Exception as error:  # for a damaged file, SciPy may raise ValueError, TypeError, zlib.error, ...
         size = file.stat().st_size
-        raise ValueError(f"{file} ({size} bytes) is no .mat file that SciPy can read: {error}; replace it") from error
+        raise ValueError(
+            f"{file} ({size} bytes) is not a .mat file that SciPy can read: {error}; replace it"
+        ) from error
     table, there = loaded, [name for name in loaded if not name.startswith("__")]
     if struct in there:
         table = loaded[struct]
@@ -124,10 +126,10 @@ def _collect(
                 raise ValueError(f"id {key} was in an earlier {kind}")
         except (ValueError, OverflowError) as error:
             problem = f"{file}, {kind} {number}, {text!r}: {error}"
-            raise ValueError(f"{problem}; expected {form}; unpack the archive anew") from error
+            raise ValueError(f"{problem}; expected {form}; unpack the archive again") from error
         collected[key] = value
     if not collected:
-        raise ValueError(f"{file} is empty, expected {kind}s {form}; unpack the archive anew")
+        raise ValueError(f"{file} is empty, expected {kind}s {form}; unpack the archive again")
     return collected
 
 
@@ -138,7 +140,7 @@ def flag(text: str) -> bool:
 
 
 def whole(value: Any) -> int:
-    """A number of a .mat file, where MATLAB likes to keep whole ones as doubles."""
+    """An integer of a .mat file, where MATLAB often stores integers as doubles."""
     if not isinstance(value, Real) or value != int(value):
         raise ValueError(f"must be a whole number, not {value!r}")
     return int(value)
@@ -153,7 +155,7 @@ class Inside:
 
     def __init__(self, root: Path, folder: str) -> None:
         self.root, self.folder, self._real = root, folder, os.path.realpath(root)
-        self._parents: dict[PurePosixPath, str] = {}  # what they really are: to ask for each image anew would be slow
+        self._parents: dict[PurePosixPath, str] = {}  # resolved; cached, as resolving is slow
 
     def __call__(self, text: Any) -> PurePosixPath:
         if not isinstance(text, str):
@@ -182,13 +184,13 @@ def check_ids(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[A
 def check_known(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[Any], what: str = "image id") -> None:
     """The other list must have all ids of the one."""
     if unknown := set(ids) - set(other_ids):
-        raise ValueError(f"{some(what, unknown)} of {file} not in {other}; unpack the archive anew")
+        raise ValueError(f"{some(what, unknown)} of {file} not in {other}; unpack the archive again")
 
 
 def check_apart(file: Path, ids: Iterable[Any], other: Path, other_ids: Iterable[Any], what: str = "image id") -> None:
     """No image may be for training and for testing."""
     if shared := set(ids) & set(other_ids):
-        raise ValueError(f"{some(what, shared)} of {file} also in {other}; unpack the archive anew")
+        raise ValueError(f"{some(what, shared)} of {file} also in {other}; unpack the archive again")
 
 
 def check_trained(split: Path, trained: Iterable[Any], names: Path, classes: Iterable[Any], what: str) -> None:

@@ -133,5 +133,5 @@ def _families(train: Path, variants: dict[str, str], file: Path) -> dict[str, st
         found = family_of.setdefault(variant, families[image_id])
         if found != families[image_id]:
             both = f"{found} and {families[image_id]}"
-            raise ValueError(f"{file} puts images of {variant} ({train}) into {both}; unpack the archive anew")
+            raise ValueError(f"{file} puts images of {variant} ({train}) into {both}; unpack the archive again")
     return family_of
