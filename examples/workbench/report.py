@@ -184,7 +184,7 @@ def show_pairs(
         which = f"the {CHANNELS} most active channels, as the gates of the baseline are not trained"
     else:
         which = (
-            f"the {CHANNELS} channels that its gates open most: the training images compared with the wrong one, and "
+            f"the {CHANNELS} channels with the largest gates: the training images compared with the wrong one, and "
             "the wrong one with that of the class it was taken for"
         )
     note = f"The colours, from blue to red, show where in an image its features are active, as the mean over {which}."
