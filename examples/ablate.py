@@ -122,7 +122,7 @@ def draw(file: Path, rows: list[Row], results: Results) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__, seeds=2, folder="runs/ablation")
-    parser.add_argument("--only", metavar="PART", help="rows of this part alone, such as gate; memory is one too")
+    parser.add_argument("--only", metavar="PART", help="only the rows of this part, such as gate; memory is one too")
     options, flags = parser.parse_known_args()
     name = "ablation"
     if options.only == MEMORY:

@@ -20,10 +20,17 @@ def main(arguments: list[str] | None = None) -> list[tuple[Path, str]]:
     """The bad images with the reasons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set, as for train_cub.py --data")
-    parser.add_argument("--dataset", choices=ARCHIVES, default="cub", help="which it is (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=LIST, metavar="FILE", help="the list (default: %(default)s)")
     parser.add_argument(
-        "--workers", type=number(int, 0), default=processors(), help="processes (default: %(default)s); 0: none"
+        "--dataset", choices=ARCHIVES, default="cub", help="which data set it is (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=LIST, metavar="FILE", help="file for the list (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=number(int, 0),
+        default=processors(),
+        help="processes that decode (default: %(default)s); 0: none",
     )
     options = parser.parse_args(arguments)
 

@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--top-k", type=int, default=5, help="channels an image (default: %(default)s)")
     about = "radius of a hit, as a share of the larger side of the bird's box (default: %(default)s)"
     parser.add_argument("--tolerance", type=float, default=0.15, help=about)
-    parser.add_argument("--seed", type=int, default=0, help="of the random channels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random channels (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     about = "default: pointing_game.json in the run's folder; the table goes beside it, as .md"
     parser.add_argument("--output", type=Path, metavar="FILE.json", help=about)

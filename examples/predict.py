@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="model folder of train_own.py or train_cub.py")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of images")
     parser.add_argument("--top", type=number(int, 1), default=3, help="classes of each image (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table there, instead of lines on the screen")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table to this file instead of printing lines")
     about = "images at a time (default: %(default)s)"
     parser.add_argument("--batch-size", type=number(int, 1), default=32, help=about)
     about = "processes that load images (default: %(default)s)"

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("model", type=Path, help="model folder of a run of train_cub.py, such as RUN/best or RUN/last")
     parser.add_argument("--data", help="folder of the same data set (default: the data of the training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     options = parser.parse_args(arguments)
 
     processes = join_processes(options.device)

@@ -96,7 +96,7 @@ class Pool:
 def train(
     run: Run, inputs: Tensor, labels: Tensor, classes: int, backbone: nn.Module | None
 ) -> tuple[nn.Module, float]:
-    """The trained net in eval mode, and the processor's seconds that it took."""
+    """The trained net in eval mode, and the CPU seconds that training took."""
     torch.manual_seed(run.seed)
     body = nn.Identity() if backbone is None else backbone
     dim = inputs.shape[1] if backbone is None else backbone.num_features
@@ -314,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--steps", type=number(int, 20), default=400, help="of each run (default: %(default)s)")
     about = f"vary settings instead, on validation images: all, or some of {', '.join(VARIED)}"
     add("--vary", nargs="*", choices=VARIED, metavar="SETTING", help=about)
-    add("--fine-tune", action="store_true", help="train the backbone too, which takes far longer")
+    add("--fine-tune", action="store_true", help="train the backbone too, which takes much longer")
     add("--image-size", type=number(int, 32), help="pixels a side (default: the backbone's own)")
     add("--workers", type=number(int, 0), default=0, help="processes that load images")
     options = parser.parse_args(arguments)

@@ -63,13 +63,18 @@ def make_parser() -> argparse.ArgumentParser:
     about = "folder of class folders, with train/ and test/ in it or not; or a CSV"
     parser.add_argument("source", type=Path, help=about)
     add = parser.add_argument_group("data").add_argument
-    add("--test-share", type=float, default=0.25, help="of each class, where there is no split (default: %(default)s)")
+    add(
+        "--test-share",
+        type=float,
+        default=0.25,
+        help="share of each class held out, if there is no split (default: %(default)s)",
+    )
     add("--skip-bad", action="store_true", help="leave out images that cannot be decoded")
     add = parser.add_argument_group("model").add_argument
     add("--out", type=Path, default=Path("own-model"), help="model folder (default: %(default)s)")
     add("--overwrite", action="store_true", help="overwrite the model in --out")
     add("--no-pretrained", action="store_true", help="train from scratch, without weights from the network")
-    add("--weights", type=Path, metavar="FILE", help="of the backbone, instead of timm's from the network")
+    add("--weights", type=Path, metavar="FILE", help="weights of the backbone, instead of timm's from the network")
     about = "train the head alone, on features that are computed once for each image and kept: far quicker"
     add("--frozen", action="store_true", help=about)
     about = "images at a time through the backbone: the same batch in less memory (default: all)"
@@ -78,10 +83,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--backbone", help="any timm model name")
     add("--image-size", type=number(int, 32), help="pixels a side")
     add("--n-classes", type=number(int, 2), help="classes in a batch")
-    add("--n-samples", type=number(int, 1), help="images of each of these")
+    add("--n-samples", type=number(int, 1), help="images of each of these classes in a batch")
     add("--epochs", type=number(int, 1))
     add("--lr", type=number(float, 0), help="learning rate of AdamW")
-    add("--backbone-lr", type=number(float, 0), help="of the backbone (a tenth of --lr if pretrained)")
+    add("--backbone-lr", type=number(float, 0), help="learning rate of the backbone (a tenth of --lr if pretrained)")
     add = parser.add_argument_group("training").add_argument
     about = "cross-entropy instead of API-Net: on the same balanced batches, or on shuffled ones as usual"
     add("--baseline", choices=("balanced", "shuffled"), default="", help=about)
@@ -90,9 +95,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="prior of the classes after training on balanced batches: equal, or the shares of the training images, "
         "whose logarithms are added to the classifier's bias (default: %(default)s)",
     )  # fmt: skip
-    add("--weight-decay", type=number(float, 0), default=0.05, help="of AdamW (default: %(default)s)")
+    add("--weight-decay", type=number(float, 0), default=0.05, help="weight decay of AdamW (default: %(default)s)")
     add("--amp", choices=("no", "fp16", "bf16"), default="no", help="mixed precision (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of split, batches, crops and weights (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of split, batches, crops and weights (default: %(default)s)")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     add("--workers", type=number(int, 0), default=min(8, processors() - 1), help="processes that load images; 0: none")
@@ -116,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.weights and (options.no_pretrained or not options.backbone):
         parser.error("--weights are those of a --backbone, and go without --no-pretrained")
     if options.frozen and options.no_pretrained:
-        parser.error("--frozen needs a backbone that has learned: leave out --no-pretrained")
+        parser.error("--frozen needs a pretrained backbone: leave out --no-pretrained")
     if options.prior == "images" and options.baseline == "shuffled":
         parser.error("--prior images corrects balanced batches: shuffled ones have that prior already")
     weights = named(options.weights) if options.weights else ""

@@ -31,8 +31,8 @@ def make_parser(about: str | None, seeds: int, folder: str) -> argparse.Argument
     add, jobs = parser.add_argument, os.cpu_count() or 1
     add("--seeds", type=number(int, 1), default=seeds, help="runs of each (default: %(default)s)")
     add("--jobs", type=number(int, 1), default=jobs, help="runs at a time (default: %(default)s)")
-    add("--runs", type=Path, default=Path(folder), help="their folder (default: %(default)s)")
-    add("--output", type=Path, help="folder of the results (default: that of the runs)")
+    add("--runs", type=Path, default=Path(folder), help="folder of the runs (default: %(default)s)")
+    add("--output", type=Path, help="folder for the results (default: that of the runs)")
     return parser
 
 

@@ -30,7 +30,7 @@ def spread(values: Sequence[float], digits: int | None = None) -> str:
 
 
 def machine(device: str) -> str:
-    """What the training ran on."""
+    """The device, threads, versions and date of a measurement."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
