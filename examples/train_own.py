@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="overwrite the model in --out")
     add("--no-pretrained", action="store_true", help="train from scratch, without weights from the network")
     add("--weights", type=Path, metavar="FILE", help="weights of the backbone, instead of timm's from the network")
-    about = "train the head alone, on features that are computed once for each image and kept: far quicker"
+    about = "train the head alone, on features that are computed once for each image and kept: much faster"
     add("--frozen", action="store_true", help=about)
     about = "images at a time through the backbone: the same batch in less memory (default: all)"
     add("--chunk-size", type=number(int, 1), metavar="N", help=about)
@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--image-size", type=number(int, 32), help="pixels a side")
     add("--n-classes", type=number(int, 2), help="classes in a batch")
     add("--n-samples", type=number(int, 1), help="images of each of these classes in a batch")
-    add("--epochs", type=number(int, 1))
+    add("--epochs", type=number(int, 1), help="passes over the sampler's batches")
     add("--lr", type=number(float, 0), help="learning rate of AdamW")
     add("--backbone-lr", type=number(float, 0), help="learning rate of the backbone (a tenth of --lr if pretrained)")
     add = parser.add_argument_group("training").add_argument

@@ -146,7 +146,7 @@ def test_precision_chunks_and_shuffled_baseline_are_taken_and_noted(own_model, t
         (["--n-classes", "4"], "--n-classes 4: the data has 3 classes"),
         (["--out", __file__], "is a file"),
         (["--weights", "here"], "go without --no-pretrained"),
-        (["--frozen"], "has learned"),
+        (["--frozen"], "--frozen needs a pretrained backbone"),
         (["--prior", "images", "--baseline", "shuffled"], "have that prior already"),
         (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
         (["--lr", "nan"], "--lr: must be at least 0, got nan"),
