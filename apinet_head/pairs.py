@@ -143,7 +143,9 @@ def find_pairs(
     if not table.is_batch(features):
         keys = table.features.detach() if table.past is None else torch.cat([table.features.detach(), table.past])
     query = Query(features.detach(), labels, keys, table.labels, table.offset, searches)
-    fallback = torch.zeros_like(anchor) if table.offset is None else anchor + table.offset if table.offset else anchor
+    fallback = anchor
+    if table.offset != 0:
+        fallback = torch.zeros_like(anchor) if table.offset is None else anchor + table.offset
     found = find(backend, query, generator)
     valid = found.valid.flatten()
     partner = found.partner.flatten().where(valid, fallback)
