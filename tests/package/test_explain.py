@@ -281,10 +281,10 @@ REFUSED = {
     "pooled by attention": (lambda: make("test_vit3"), r"pools by attention.*global_pool"),
     "one token": (
         lambda: make("pit_ti_224"),
-        f"returns 1 tokens.*no grid of {'7 x 7' if NEWEST else '8 x 8'} patches",
+        f"returns 1 tokens.*do not form a grid of {'7 x 7' if NEWEST else '8 x 8'} patches",
     ),
     "unknown grid": (of_no_grid, "grid is unknown"),
-    "another grid": (lambda: make(Tiny("tokens", reduction=8)), "no grid of 4 x 4 patches"),
+    "another grid": (lambda: make(Tiny("tokens", reduction=8)), "do not form a grid of 4 x 4 patches"),
     "several maps": (lambda: make("crossvit_9_240"), "must return one map.*got list"),
     "no forward_features": (
         lambda: APINet(nn.Sequential(nn.Flatten(), nn.Linear(3072, 6)), 3, dim=6),
