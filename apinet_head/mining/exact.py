@@ -33,7 +33,7 @@ def settle(query: Query, nearest: bool, partner: Tensor, row: Tensor, key: Tenso
     parts = zip(torch.split(row, step), torch.split(key, step), strict=True)
     distance = torch.cat([(query.features[i].double() - query.rows()[j].double()).square().sum(1) for i, j in parts])
     cost = distance if nearest else -distance
-    best = torch.full(partner.shape, torch.inf, dtype=cost.dtype).scatter_reduce_(0, row, cost, "amin")
+    best = cost.new_full(partner.shape, torch.inf).scatter_reduce_(0, row, cost, "amin")
     is_best = cost <= best[row]
     partner.scatter_reduce_(0, row[is_best], key[is_best], "amin", include_self=False)
 

@@ -174,6 +174,16 @@ def test_near_ties_of_float32(backend):
     check(torch.cat([half, -half]).float(), labels, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("kind", ["normal", "clusters", "outlier", "non-finite", "unlabelled"])
+def test_the_default_device_does_not_matter(backend, kind):
+    features, labels = make_batch(seed=0, size=600, dim=64, classes=150, dtype=torch.float32, kind=kind)
+    expected = mine_pairs(features, labels, backend=backend)
+    with torch.device("meta"):
+        found = mine_pairs(features, labels, backend=backend)
+    assert torch.equal(found.partner, expected.partner)
+
+
 @each_backend
 def test_images_without_a_class_are_nobodys_partner_and_have_none(backend):
     features, labels = make_features(40, 16), torch.arange(40) % 5
