@@ -139,7 +139,6 @@ def main() -> None:
     results = run_all(options, {row.key: row.flags for row in rows} | {"default": ()}, flags)
 
     output = options.output or options.runs
-    output.mkdir(parents=True, exist_ok=True)
     table = f"{make_table(rows, results)}\n\n{origin(data, settings, results)}\n"
     write_text(output / f"{name}.md", table)
     write_csv(output / f"{name}.csv", rows, results)

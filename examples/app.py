@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from workbench import model_folder
+from workbench import model_folder, number
 from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform
-from workbench.settings import number
 
 
 def make_page(folder: Path, top: int = 5, device: str = "cpu") -> Any:

@@ -11,33 +11,27 @@ import argparse
 import sys
 from pathlib import Path
 
+from workbench import number
 from workbench.datasets import ARCHIVES, read
 from workbench.datasets.bad_images import LIST, find_bad, processors, shown, write_list
-from workbench.settings import number
+from workbench.output import writing
 
 
 def main(arguments: list[str] | None = None) -> list[tuple[Path, str]]:
     """The bad images with the reasons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set, as for train_cub.py --data")
-    parser.add_argument(
-        "--dataset", choices=ARCHIVES, default="cub", help="which data set it is (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=LIST, metavar="FILE", help="file for the list (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--workers",
-        type=number(int, 0),
-        default=processors(),
-        help="processes that decode (default: %(default)s); 0: none",
-    )
+    parser.add_argument("--dataset", choices=ARCHIVES, default="cub", help="the data set (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=LIST, metavar="FILE", help="the list (default: %(default)s)")
+    about = "processes that decode (default: %(default)s); 0: none"
+    parser.add_argument("--workers", type=number(int, 0), default=processors(), help=about)
     options = parser.parse_args(arguments)
 
     data = read(options.dataset, options.data, complete=False)
     images = [image.path for image in data.train + data.test]
     bad = find_bad(images, options.workers)
-    write_list(Path(options.output), options.data, bad)
+    with writing("--output", Path(options.output)):
+        write_list(Path(options.output), options.data, bad)
     for path, reason in bad:
         print(shown(f"{path}: {reason}"))
     print(f"{len(images)} images of {data.name}, {len(bad)} bad; the list is {options.output}")

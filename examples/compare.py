@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from workbench.settings import number
+from workbench import number
 from workbench.tables import markdown, spread
 
 TITLES = {

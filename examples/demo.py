@@ -69,7 +69,6 @@ def main() -> None:
     data = open_data(settings)  # drawn once, before the runs would all do it
     results = run_all(options, {method: ["--method", method] for method in METHODS}, flags)
     table = f"{make_table(results)}\n\n{origin(data, settings, results)}"
-    output.mkdir(parents=True, exist_ok=True)
     write_text(output / "table.md", table + "\n")
     draw(options.runs, results, output / "comparison.png")
     print(f"\n{table}\n\n{output}/table.md and comparison.png, in {time.perf_counter() - start:.0f} s")

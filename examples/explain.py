@@ -21,7 +21,7 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from apinet_head import PairExplanation, explain_pair
-from workbench import model_folder
+from workbench import model_folder, number
 from workbench.compared import BirdMarks, Outcome, Place, nearest, run_tests
 from workbench.datasets.bad_images import shown
 from workbench.datasets.lists import Image, counted
@@ -30,8 +30,8 @@ from workbench.heat import about_map, map_size, overlay
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform, unnormalized
 from workbench.model_folder import Model
+from workbench.output import writing
 from workbench.report import render, uri
-from workbench.settings import number
 
 GATED, PLAIN = "#c2410c", "#475569"
 
@@ -220,10 +220,8 @@ def main(arguments: list[str] | None = None) -> Path:
     except (ValueError, BadImageError) as error:
         raise SystemExit(shown(str(error))) from None
     output = options.output or options.model.parent / "explain"
-    try:
+    with writing("--output", output):
         write(output, f"What the gates see: {options.model.resolve().parent.name}/{options.model.name}", explained)
-    except OSError as error:
-        raise SystemExit(f"--output {output} cannot be written: {error.strerror}") from None
     print(f"{counted(len(explained), 'pair')}: {output / 'report.html'}")
     return output
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from workbench import model_folder
+from workbench.output import writing
 
 
 def export(folder: Path, file: Path) -> float:
@@ -32,10 +33,8 @@ def export(folder: Path, file: Path) -> float:
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
     )  # fmt: skip
     program.model.metadata_props.update(classes=json.dumps(classes), transform=json.dumps(transform))
-    try:
+    with writing("", file):
         program.save(file)
-    except OSError as error:
-        raise SystemExit(f"{file} cannot be written: {error.strerror}") from None
     images = torch.randn(3, *shape)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (logits,) = session.run(["logits"], {"images": images.numpy()})

@@ -31,6 +31,7 @@ from workbench.guard import check_device
 from workbench.heat import map_size
 from workbench.images import ImageDataset, eval_transform
 from workbench.metrics import scores
+from workbench.output import writing
 from workbench.run_folder import write_text
 from workbench.settings import Settings, parse
 from workbench.tables import machine, markdown
@@ -164,9 +165,12 @@ def summary(runs: list[Values]) -> dict[str, dict[str, dict[str, float]]]:
 
 def train_command(settings: Settings) -> str:
     preset = asdict(parse(["--preset", "demo"])) | {"epochs": None}  # always named, in case the preset changes
-    changed = {n: v for n, v in asdict(settings).items() if v != preset[n] and n not in ("output", "device", "data")}
-    flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changed.items())
-    return f"python examples/train_cub.py --preset demo {flags}"
+    command = ["python", "examples/train_cub.py", "--preset", "demo"]
+    for name, value in asdict(settings).items():
+        if value != preset[name] and name not in ("output", "device", "data"):
+            flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            command += [flag] if isinstance(value, bool) else [flag, str(value)]
+    return shlex.join(command)
 
 
 def as_table(found: dict[str, Any]) -> str:
@@ -233,12 +237,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "methods": methods,
     }
     output = options.output or options.models[0].parent / "pointing_game.json"
-    try:
+    with writing("--output", output):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps(found, indent=2) + "\n")
         write_text(output.with_suffix(".md"), as_table(found) + "\n")
-    except OSError as error:
-        raise SystemExit(f"--output {output} cannot be written: {error.strerror}") from None
     print(as_table(found))
     return found
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from workbench import model_folder
+from workbench import model_folder, number
 from workbench.datasets.bad_images import processors, shown
 from workbench.datasets.folders import SUFFIXES, images_below
 from workbench.datasets.lists import counted
@@ -28,7 +28,7 @@ from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform
 from workbench.model_folder import Model
-from workbench.settings import number
+from workbench.output import writing
 
 
 class Files(Dataset[Any]):
@@ -115,14 +115,12 @@ def open_table(file: Path | None, top: int) -> Iterator[Any]:
     if file is None:
         yield None
         return
-    try:
-        with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines:  # paths need not be text
-            table = csv.writer(lines)
-            others = [name for place in range(2, top + 1) for name in (f"predicted_{place}", f"probability_{place}")]
-            table.writerow(["path", "predicted", "probability", *others])
-            yield table
-    except OSError as error:
-        raise SystemExit(f"--csv {shown(str(file))} cannot be written: {error.strerror}") from None
+    # Paths may not be valid UTF-8.
+    with writing("--csv", file), file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        table = csv.writer(lines)
+        others = [name for place in range(2, top + 1) for name in (f"predicted_{place}", f"probability_{place}")]
+        table.writerow(["path", "predicted", "probability", *others])
+        yield table
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from workbench.datasets.bad_images import ending_at_bad_images
 from workbench.distributed import first_process_first, join_processes
 from workbench.guard import check_device
 from workbench.metrics import confusion, predict, report, scores
+from workbench.output import writing
 from workbench.run_folder import write_text
 
 
@@ -35,7 +36,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if processes.is_main_process:
         print(report(found))
         if options.json:
-            write_text(options.json, json.dumps(found, indent=2))
+            with writing("--json", options.json):
+                write_text(options.json, json.dumps(found, indent=2))
     return found
 
 

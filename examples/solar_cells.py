@@ -18,6 +18,8 @@ from typing import Any
 
 import PIL.Image
 
+from workbench.output import writing
+
 DEGREES = ("functional", "possibly-defective", "probably-defective", "defective")  # 0, 1/3, 2/3, 1
 
 
@@ -46,10 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         from elpv_dataset.utils import load_dataset
     except ImportError:
         raise SystemExit("the photographs come with a package: pip install 'apinet-head[elpv]'") from None
-    try:
+    with writing("", options.folder):  # the disk may be full, or read-only
         counts = write_folders(options.folder, *load_dataset(), degrees=options.degrees)
-    except OSError as error:  # the disk is full, or read-only
-        raise SystemExit(f"{options.folder} cannot be written: {error}") from None
     for name, count in sorted(counts.items()):
         print(f"{name}: {count}")
     print(f"{counts.total()} images in {options.folder}; licence of the images: CC BY-NC-SA 4.0")

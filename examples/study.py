@@ -36,14 +36,14 @@ from torchvision.transforms import RandomCrop
 from tqdm import tqdm
 
 from apinet_head import APIHead, BalancedBatchSampler, api_loss
-from workbench import study_tables
+from workbench import number, study_tables
 from workbench.datasets import ImageSet, cache_folder
 from workbench.datasets.bird_lists import read_cub
 from workbench.datasets.folders import read
 from workbench.frozen import features_of
 from workbench.guard import check_backbone
 from workbench.images import ImageDataset, eval_transform
-from workbench.settings import number
+from workbench.output import writing
 from workbench.tables import machine
 from workbench.weights import load_weights
 
@@ -320,7 +320,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.sources and not options.weights:
         parser.error("--weights BACKBONE=FILE is needed, or --weights BACKBONE for weights from the Hub")
-    study = Study(options.out)
+    with writing("--out", options.out):
+        study = Study(options.out)
     for source in options.sources:
         for given in options.weights:
             name, _, file = given.partition("=")

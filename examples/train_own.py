@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from apinet_head import APIHead, APINet, BalancedBatchSampler, api_loss
-from workbench import metrics, model_folder, report
+from workbench import metrics, model_folder, number, report
 from workbench.checkpoint import RunState
 from workbench.datasets import ImageSet
 from workbench.datasets.bad_images import ending_at_bad_images, processors, shown
@@ -49,7 +49,6 @@ from workbench.metrics import predict
 from workbench.model_card import make_card
 from workbench.model_folder import Model
 from workbench.run_folder import RunFolder, describe, lock
-from workbench.settings import number
 from workbench.tables import machine
 from workbench.weights import load_weights, named
 
@@ -63,12 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
     about = "folder of class folders, with train/ and test/ in it or not; or a CSV"
     parser.add_argument("source", type=Path, help=about)
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--test-share",
-        type=float,
-        default=0.25,
-        help="share of each class held out, if there is no split (default: %(default)s)",
-    )
+    about = "share of each class held out, if there is no split (default: %(default)s)"
+    add("--test-share", type=float, default=0.25, help=about)
     add("--skip-bad", action="store_true", help="leave out images that cannot be decoded")
     add = parser.add_argument_group("model").add_argument
     add("--out", type=Path, default=Path("own-model"), help="model folder (default: %(default)s)")

@@ -33,7 +33,7 @@ class Rows:
     Attributes:
         squares: |k|² of the prepared keys [M].
         query_squares: |q|² of the prepared queries [B].
-        largest_query_square: of all queries, if known; infinity if some are not finite.
+        largest_query_square: of all queries, if known; infinity if some are zero or not finite.
         usable: which keys may be partners at all, [M] bool; None if all may.
         unlabelled: whether there may be queries without a class.
         odd: whether there may be prepared rows that are not finite.
@@ -111,8 +111,10 @@ def as_they_are(query: Query, tile: int | None) -> Rows | None:
 
 
 def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[float | None, Tensor | None]:
-    """The largest square, infinity if there are rows that are not finite or zero, and which rows are finite and asked
-    for (None: all); None and None if squares of finite rows are not in a safe range."""
+    """The largest square, and which rows are finite and asked for (None: all).
+
+    The square is infinity if some rows are zero or not finite, and None if those of others are not in a safe range.
+    """
     info = torch.finfo(squares.dtype)
     least, most = info.tiny / info.eps, info.max / 16
     low, high = (float(bound) for bound in squares.aminmax())

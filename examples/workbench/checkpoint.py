@@ -124,9 +124,7 @@ class Checkpoints:
                 partial.mkdir(parents=True)
             process.wait_for_everyone()
             for file, content in state.files().items():
-                torch.save(
-                    content, buffer := io.BytesIO()
-                )  # writing to a full disk directly, torch raises RuntimeError
+                torch.save(content, buffer := io.BytesIO())  # on a full disk, it would raise RuntimeError itself
                 write_bytes(partial / file, buffer.getvalue())
             process.wait_for_everyone()
             if process.is_main_process:

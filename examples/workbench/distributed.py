@@ -28,9 +28,7 @@ def join_processes(device: str) -> PartialState:
             _await_the_end()
         advice = f"--nproc_per_node={gpus}" if gpus else "--device cpu"
         raise SystemExit(f"torchrun started {started} processes here, each needs a GPU, torch finds {gpus}: {advice}")
-    return PartialState(
-        backend="cpu:gloo,cuda:nccl"
-    )  # gloo too: shapes are compared without synchronising with the GPU
+    return PartialState(backend="cpu:gloo,cuda:nccl")  # with gloo, comparing shapes does not wait for the GPU
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from apinet_head.mutual import MUTUALS
+from workbench import number
 from workbench.datasets import ARCHIVES
 from workbench.datasets.bad_images import LIST
 
@@ -144,20 +145,6 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
 
 def chunk_size(text: str) -> int | str:
     return text if text == AUTO else number(int, 0)(text)
-
-
-def number(kind: type, least: float, most: float = inf) -> Callable[[str], Any]:
-    """For argparse: a finite number from `least` to `most`."""
-
-    def parse_number(text: str) -> Any:
-        value = kind(text)
-        if not least <= value <= most or value == inf:
-            limits = f"at least {least:g}" if most == inf else f"from {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"must be {limits}, got {text}")
-        return value
-
-    parse_number.__name__ = kind.__name__  # argparse's "invalid int value"
-    return parse_number
 
 
 def run_folder(settings: Settings) -> Path:

@@ -14,9 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from workbench import number
 from workbench.datasets import ImageSet
+from workbench.guard import check_device
+from workbench.output import writing
 from workbench.run_folder import RunFolder
-from workbench.settings import HARMLESS, Settings, number, parse
+from workbench.settings import HARMLESS, Settings, parse
 from workbench.tables import machine
 
 Results = dict[str, list[dict[str, Any]]]  # by the name of a variant, a result per seed
@@ -44,7 +47,9 @@ def run_all(options: argparse.Namespace, variants: Mapping[str, Sequence[str]], 
         for seed in range(options.seeds)
         for name, own in variants.items()
     }
-    options.runs.mkdir(parents=True, exist_ok=True)
+    for flag, folder in (("--runs", options.runs), ("--output", options.output or options.runs)):
+        with writing(flag, folder):  # hours before the results are
+            folder.mkdir(parents=True, exist_ok=True)
     settings = {name: parse(job) for name, job in jobs.items()}
     for name, one in settings.items():
         RunFolder(options.runs / name, asdict(one), HARMLESS)  # raises if the folder holds another run
@@ -86,7 +91,7 @@ def origin(data: ImageSet, settings: Settings, results: Results) -> str:
         f"test images; {settings.backbone} {settings.backbone_args}, {settings.crop} x {settings.crop} pixels, "
         f"{settings.epochs} epochs, {seeds} seeds, {len(runs)} runs, {sum(run['seconds'] for run in runs) / 60:.0f} "
         "minutes of training in all, mean ± standard deviation over the seeds; differences are taken seed by seed. "
-        f"{machine('cpu')}."
+        f"{machine(str(check_device(settings.device)), settings.threads)}."
     )
 
 

@@ -29,8 +29,8 @@ def spread(values: Sequence[float], digits: int | None = None) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def machine(device: str) -> str:
-    """The device, threads, versions and date of a measurement."""
+def machine(device: str, threads: int = 0) -> str:
+    """The device, threads (0: those of this process), versions and date of a measurement."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
@@ -38,8 +38,8 @@ def machine(device: str) -> str:
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
         name = f"{found[1].strip() if found else platform.machine()}, {os.cpu_count()} cores"
         name += "" if device == "cpu" else f", {device}"
-    threads = counted(torch.get_num_threads(), "thread")
+    used = counted(threads or torch.get_num_threads(), "thread")
     return (
-        f"{name}; {threads}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
+        f"{name}; {used}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
         f"apinet-head {__version__}; {date.today()}"
     )

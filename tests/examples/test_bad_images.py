@@ -161,10 +161,15 @@ def test_names_that_are_not_utf8(folder: Path, tmp_path: Path, capsys) -> None:
     assert found["images"] == 18
 
 
+def test_a_check_starts_without_torch() -> None:
+    code, out, err = finish("-c", "import check_images, sys; print('torch' in sys.modules)")
+    assert (code, out) == (0, "False\n"), err
+
+
 def test_check_as_a_command(folder: Path, tmp_path: Path) -> None:
-    def command(workers: int) -> tuple[int, str, str]:
+    def command(workers: int, output: str = "list") -> tuple[int, str, str]:
         script = ROOT / "examples/check_images.py"
-        return finish(script, folder, "--workers", workers, "--output", tmp_path / "list")
+        return finish(script, folder, "--workers", workers, "--output", tmp_path / output)
 
     code, out, err = command(0)
     assert code == 0, err
@@ -180,6 +185,10 @@ def test_check_as_a_command(folder: Path, tmp_path: Path) -> None:
     assert [line.split(": ")[0] for line in out.splitlines()[:-1]] == [str(path) for path in bad[::-1]]
     assert "36/36" in err  # the bar
     assert set(read_list(tmp_path / "list", folder)) == {str(path) for path in bad}
+    code, _, err = command(0, output="none/list")
+    assert code == 1
+    assert f"--output {tmp_path / 'none/list'} cannot be written: No such file or directory" in err
+    assert "Traceback" not in err
     (folder / "classes.txt").unlink()
     code, _, err = command(2)
     assert code == 1

@@ -25,6 +25,7 @@ def test_a_part_runs_and_goes_on_where_it_stopped(birds, tmp_path, monkeypatch, 
     train_here(monkeypatch)
     flags = ["--only", "gate", "--seeds", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
     flags += [*TINY, "--data", str(birds), "--epochs", "1"]
+    monkeypatch.setattr("torch.get_num_threads", lambda: 77)  # of this process, not of the runs
     monkeypatch.setattr("sys.argv", ["ablate.py", *flags])
     ablate.main()
     names = {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()}
@@ -34,6 +35,7 @@ def test_a_part_runs_and_goes_on_where_it_stopped(birds, tmp_path, monkeypatch, 
     table = (tmp_path / "out" / "ablation.md").read_text()
     assert "| gate | single |" in table
     assert "| gate | **pair** |" in table
+    assert "; 1 thread, Python" in table
     assert table in capsys.readouterr().out
     with (tmp_path / "out" / "ablation.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 6
@@ -41,6 +43,10 @@ def test_a_part_runs_and_goes_on_where_it_stopped(birds, tmp_path, monkeypatch, 
 
     monkeypatch.setattr("workbench.sweep._start", lambda *job: pytest.fail(f"{job} was finished before"))
     ablate.main()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["ablate.py", *flags, "--output", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match=r"^--output \S+file cannot be written: File exists$"):
+        ablate.main()
     monkeypatch.setattr("sys.argv", ["ablate.py", *flags, "--lr", "0.5"])
     with pytest.raises(SystemExit, match=r"lr: 0.05 there, 0.5 here"):
         ablate.main()

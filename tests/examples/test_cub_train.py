@@ -89,6 +89,8 @@ def test_score_agrees_with_the_log(birds, finished, tmp_path, capsys):
     assert "top-1" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"not a model folder, it has no classes.json"):
         score.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"--json \S+none/scores.json cannot be written: No such file or directory$"):
+        score.main([str(output / "last"), "--device", "cpu", "--json", str(tmp_path / "none" / "scores.json")])
 
 
 def test_confusion_counts():

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -22,6 +23,7 @@ from workbench import model_folder
 from workbench.compared import BirdMarks, Outcome, nearest, run_tests
 from workbench.datasets.bird_lists import read_cub
 from workbench.datasets.lists import Image, ImageSet
+from workbench.settings import parse
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +279,13 @@ def test_pointing_game_writes_figures_and_table(birds, model, tmp_path, capsys):
     assert table.strip() in capsys.readouterr().out
     assert "| chance: anywhere in the box |" in table
     assert "feature map 4 x 4" in table
+
+
+def test_commands_of_the_pointing_game_give_the_same_settings():
+    settings = parse(["--preset", "demo", "--pretrained", "--no-cache-images", "--lr", "0.5", "--backbone", "test_vit"])
+    command = shlex.split(pointing_game.train_command(settings))
+    assert command[:2] == ["python", "examples/train_cub.py"]
+    assert parse(command[2:]) == settings
 
 
 def test_pointing_game_needs_the_embedded_birds(birds, model, tmp_path):
