@@ -94,10 +94,9 @@ def allocated(net, batch, size, amp, folder):
 def test_it_is_what_a_real_step_allocates(name, size, chunk_size, amp, tmp_path):
     net = APINet(name, 20, chunk_size=chunk_size)
     found = step_memory(net, 13, size, chunk_size=chunk_size, amp=amp, moments=0).total
-    # Kernels for a CPU allocate scratch memory of their own, in bfloat16 more than in float32.
-    assert found == pytest.approx(
-        allocated(net, 13, size, amp is not None, tmp_path), rel=0.01 if amp is None else 0.03
-    )
+    # Kernels for a CPU allocate scratch memory of their own, most of all in bfloat16 on CPUs that lack its instructions.
+    scratch = 1.03 if amp is None else 1.1
+    assert 0.99 * found <= allocated(net, 13, size, amp is not None, tmp_path) <= scratch * found
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
