@@ -3,13 +3,12 @@
 It is served on localhost only. Needs Gradio: pip install 'apinet-head[app]'
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from workbench import model_folder, number
+from workbench import DEVICE, Command, model_folder, number
 from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform
@@ -47,11 +46,11 @@ def make_page(folder: Path, top: int = 5, device: str = "cpu") -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Command(__doc__)
     parser.add_argument("model", type=Path, help="model folder of train_own.py or train_cub.py")
-    parser.add_argument("--top", type=number(int, 1), default=5, help="classes shown (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--top", type=number(int, 1), default=5, help="classes shown")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page")
+    parser.add_argument("--device", **DEVICE)
     options = parser.parse_args(arguments)
     page = make_page(options.model, options.top, options.device)
     try:

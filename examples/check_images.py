@@ -7,24 +7,21 @@ The list of bad images, with reasons, is for `train_cub.py --skip-bad`. The exit
 the data set's own lists are. workbench/image_files.py says what is accepted.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from workbench import number
+from workbench import Command, number, processors, shown, writing
 from workbench.datasets import ARCHIVES, read
-from workbench.datasets.bad_images import LIST, find_bad, processors, shown, write_list
-from workbench.output import writing
+from workbench.datasets.bad_images import LIST, find_bad, write_list
 
 
 def main(arguments: list[str] | None = None) -> list[tuple[Path, str]]:
     """The bad images with the reasons."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Command(__doc__)
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set, as for train_cub.py --data")
-    parser.add_argument("--dataset", choices=ARCHIVES, default="cub", help="the data set (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=LIST, metavar="FILE", help="the list (default: %(default)s)")
-    about = "processes that decode (default: %(default)s); 0: none"
-    parser.add_argument("--workers", type=number(int, 0), default=processors(), help=about)
+    parser.add_argument("--dataset", choices=ARCHIVES, default="cub", help="the data set")
+    parser.add_argument("--output", type=Path, default=LIST, metavar="FILE", help="the list")
+    parser.add_argument("--workers", type=number(int, 0), default=processors(), help="processes that decode; 0: none")
     options = parser.parse_args(arguments)
 
     data = read(options.dataset, options.data, complete=False)

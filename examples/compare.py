@@ -6,14 +6,13 @@ python examples/compare.py DIR --seeds 3 --out runs/compare --epochs 30    # fur
 python examples/compare.py DIR --against balanced shuffled
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from workbench import number
+from workbench import Command, number
 from workbench.tables import markdown, spread
 
 TITLES = {
@@ -78,14 +77,12 @@ def table(runs: Runs) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Command(__doc__, allow_abbrev=False)
     parser.add_argument("source", type=Path, help="as for train_own.py")
-    parser.add_argument("--seeds", type=number(int, 1), default=3, help="runs of each method (default: %(default)s)")
+    parser.add_argument("--seeds", type=number(int, 1), default=3, help="runs of each method")
     about = "batches of plain cross-entropy, one or both (default: balanced)"
     parser.add_argument("--against", nargs="+", choices=("balanced", "shuffled"), default=["balanced"], help=about)
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs")
     parser.add_argument("--table", type=Path, metavar="FILE", help="Markdown file (default: table.md in --out)")
     options, flags = parser.parse_known_args(arguments)
     methods = [*dict.fromkeys(options.against), "api"]

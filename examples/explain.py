@@ -9,7 +9,6 @@ python examples/explain.py runs/birds-api-resnet10t-seed0/best
 python examples/explain.py own-model --pair one.jpg other.jpg
 """
 
-import argparse
 import io
 import re
 from pathlib import Path
@@ -21,16 +20,14 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from apinet_head import PairExplanation, explain_pair
-from workbench import model_folder, number
+from workbench import DEVICE, Command, counted, model_folder, number, shown, writing
 from workbench.compared import BirdMarks, Outcome, Place, nearest, run_tests
-from workbench.datasets.bad_images import shown
-from workbench.datasets.lists import Image, counted
+from workbench.datasets.lists import Image
 from workbench.guard import check_device
 from workbench.heat import about_map, map_size, overlay
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform, unnormalized
 from workbench.model_folder import Model
-from workbench.output import writing
 from workbench.report import render, uri
 
 GATED, PLAIN = "#c2410c", "#475569"
@@ -183,14 +180,13 @@ def write(folder: Path, title: str, pairs: list[Pair]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Command(__doc__)
     parser.add_argument("model", type=Path, help="model folder, such as RUN/best or RUN/last")
     parser.add_argument("--pair", type=Path, nargs=2, action="append", metavar="IMAGE", help="two files; repeatable")
-    about = "how many of the hardest (default: %(default)s)"
-    parser.add_argument("--pairs", type=number(int, 1), default=6, metavar="N", help=about)
-    parser.add_argument("--top-k", type=number(int, 1), default=5, help="channels an image (default: %(default)s)")
+    parser.add_argument("--pairs", type=number(int, 1), default=6, metavar="N", help="how many of the hardest")
+    parser.add_argument("--top-k", type=number(int, 1), default=5, help="channels an image")
     parser.add_argument("--data", help="folder of the same data set (default: the data of the training)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--device", **DEVICE)
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: explain/ beside the model folder")
     options = parser.parse_args(arguments)
     device = check_device(options.device)

@@ -7,14 +7,12 @@ order of the logits, and `transform`, how images are prepared, with the mean and
 Needs pip install 'apinet-head[export]'. docs/deploy.md has other ways.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 
-from workbench import model_folder
-from workbench.output import writing
+from workbench import Command, model_folder, writing
 
 
 def export(folder: Path, file: Path) -> float:
@@ -43,7 +41,7 @@ def export(folder: Path, file: Path) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Command(__doc__)
     parser.add_argument("model", type=Path, help="model folder of train_own.py or train_cub.py")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: model.onnx in the model folder")
     options = parser.parse_args(arguments)

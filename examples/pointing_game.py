@@ -9,7 +9,6 @@ several models of one method, hits are averaged image by image.
 python examples/pointing_game.py RUN/last [RUN/last ...]
 """
 
-import argparse
 import json
 import math
 import shlex
@@ -25,13 +24,12 @@ from tqdm import tqdm
 
 from apinet_head import APINet, explain_pair
 from apinet_head.explain import features_and_maps, heat_maps
+from workbench import DEVICE, Command, counted, writing
 from workbench.compared import BirdMarks, Outcome, Place, nearest, run_tests
-from workbench.datasets.lists import counted
 from workbench.guard import check_device
 from workbench.heat import map_size
 from workbench.images import ImageDataset, eval_transform
 from workbench.metrics import scores
-from workbench.output import writing
 from workbench.run_folder import write_text
 from workbench.settings import Settings, parse
 from workbench.tables import machine, markdown
@@ -209,14 +207,13 @@ def heading(method: str, runs: list[dict[str, Any]], k: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Command(__doc__)
     parser.add_argument("models", type=Path, nargs="+", help="model folders of runs on the embedded birds, as RUN/last")
     parser.add_argument("--data", help="folder of the same birds (default: the data of the training)")
-    parser.add_argument("--top-k", type=int, default=5, help="channels an image (default: %(default)s)")
-    about = "radius of a hit, as a share of the larger side of the bird's box (default: %(default)s)"
-    parser.add_argument("--tolerance", type=float, default=0.15, help=about)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random channels (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=5, help="channels an image")
+    parser.add_argument("--tolerance", type=float, default=0.15, help="radius of a hit, in larger sides of the box")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random channels")
+    parser.add_argument("--device", **DEVICE)
     about = "default: pointing_game.json in the run's folder; the table goes beside it, as .md"
     parser.add_argument("--output", type=Path, metavar="FILE.json", help=about)
     options = parser.parse_args(arguments)

@@ -7,7 +7,6 @@ python examples/predict.py runs/CUB_200_2011-api-resnet101-seed0/last DIR --top 
 Images that can't be decoded are named and skipped, and the exit status is then 1.
 """
 
-import argparse
 import csv
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,15 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from workbench import model_folder, number
-from workbench.datasets.bad_images import processors, shown
+from workbench import DEVICE, Command, counted, model_folder, number, processors, shown, writing
 from workbench.datasets.folders import SUFFIXES, images_below
-from workbench.datasets.lists import counted
 from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform
 from workbench.model_folder import Model
-from workbench.output import writing
 
 
 class Files(Dataset[Any]):
@@ -74,16 +70,15 @@ def classify(model: Model, loader: Iterable[Any], top: int, device: torch.device
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Command(__doc__)
     parser.add_argument("model", type=Path, help="model folder of train_own.py or train_cub.py")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of images")
-    parser.add_argument("--top", type=number(int, 1), default=3, help="classes of each image (default: %(default)s)")
+    parser.add_argument("--top", type=number(int, 1), default=3, help="classes of each image")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table to this file instead of printing lines")
-    about = "images at a time (default: %(default)s)"
-    parser.add_argument("--batch-size", type=number(int, 1), default=32, help=about)
-    about = "processes that load images (default: %(default)s)"
-    parser.add_argument("--workers", type=number(int, 0), default=min(8, processors() - 1), help=about)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add, workers = parser.add_argument, min(8, processors() - 1)
+    add("--batch-size", type=number(int, 1), default=32, help="images at a time")
+    add("--workers", type=number(int, 0), default=workers, help="processes that load images")
+    parser.add_argument("--device", **DEVICE)
     options = parser.parse_args(arguments)
     device = check_device(options.device)
     paths = find_images(options.images)

@@ -4,25 +4,24 @@ python examples/score.py runs/birds-api-resnet10t-seed0/best
 torchrun --nproc_per_node=2 examples/score.py runs/birds-api-resnet10t-seed0/best   # on two GPUs
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from workbench import DEVICE, Command, writing
 from workbench.compared import open_run
 from workbench.datasets.bad_images import ending_at_bad_images
 from workbench.distributed import first_process_first, join_processes
 from workbench.guard import check_device
 from workbench.metrics import confusion, predict, report, scores
-from workbench.output import writing
 from workbench.run_folder import write_text
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Command(__doc__)
     parser.add_argument("model", type=Path, help="model folder of a run of train_cub.py, such as RUN/best or RUN/last")
     parser.add_argument("--data", help="folder of the same data set (default: the data of the training)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--device", **DEVICE)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     options = parser.parse_args(arguments)
 

@@ -11,14 +11,13 @@ monocrystalline and of polycrystalline silicon, which look different. The four c
 defective (2/3 and 1) cells of either silicon. With --degrees, each probability is a class, eight in all.
 """
 
-import argparse
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
-from workbench.output import writing
+from workbench import Command, writing
 
 DEGREES = ("functional", "possibly-defective", "probably-defective", "defective")  # 0, 1/3, 2/3, 1
 
@@ -38,7 +37,7 @@ def write_folders(folder: Path, images: Any, probabilities: Any, kinds: Any, deg
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Command(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the class folders")
     parser.add_argument("--degrees", action="store_true", help="eight classes instead of four")
     options = parser.parse_args(arguments)

@@ -36,14 +36,13 @@ from torchvision.transforms import RandomCrop
 from tqdm import tqdm
 
 from apinet_head import APIHead, BalancedBatchSampler, api_loss
-from workbench import number, study_tables
+from workbench import Command, number, study_tables, writing
 from workbench.datasets import ImageSet, cache_folder
 from workbench.datasets.bird_lists import read_cub
 from workbench.datasets.folders import read
 from workbench.frozen import features_of
 from workbench.guard import check_backbone
 from workbench.images import ImageDataset, eval_transform
-from workbench.output import writing
 from workbench.tables import machine
 from workbench.weights import load_weights
 
@@ -303,15 +302,15 @@ def study_one(study: Study, source: str, name: str, weights: Path | None, option
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Command(__doc__)
     add = parser.add_argument
     add("sources", nargs="*", metavar="NAME=DIR[:N]", help='data sets; "birds" are drawn')
     about = "a timm model, and a file of its weights (without: timm's, from the Hub); once for each backbone"
     add("--weights", action="append", default=[], metavar="BACKBONE=FILE", help=about)
-    add("--out", type=Path, default=Path("runs/study"), help="default: %(default)s")
+    add("--out", type=Path, default=Path("runs/study"), help="folder of the runs and tables")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
-    add("--seeds", type=number(int, 2), default=20, help="runs of each method on test images (default: %(default)s)")
-    add("--steps", type=number(int, 20), default=400, help="of each run (default: %(default)s)")
+    add("--seeds", type=number(int, 2), default=20, help="runs of each method on test images")
+    add("--steps", type=number(int, 20), default=400, help="of each run")
     about = f"vary settings instead, on validation images: all, or some of {', '.join(VARIED)}"
     add("--vary", nargs="*", choices=VARIED, metavar="SETTING", help=about)
     add("--fine-tune", action="store_true", help="train the backbone too, which takes much longer")

@@ -9,7 +9,7 @@ python examples/train_own.py DIR --backbone resnet50 --weights resnet50.pth --fr
 python examples/train_own.py DIR --baseline shuffled --out baseline     # cross-entropy as usual, to compare with
 """
 
-import workbench.ctrl_c  # noqa: F401
+import workbench  # noqa: F401  # first, so that Ctrl-C ends the imports, which take seconds, with a line
 
 # isort: split
 import argparse
@@ -34,12 +34,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from apinet_head import APIHead, APINet, BalancedBatchSampler, api_loss
-from workbench import metrics, model_folder, number, report
+from workbench import DEVICE, Command, counted, metrics, model_folder, number, processors, report, shown
 from workbench.checkpoint import RunState
 from workbench.datasets import ImageSet
-from workbench.datasets.bad_images import ending_at_bad_images, processors, shown
+from workbench.datasets.bad_images import ending_at_bad_images
 from workbench.datasets.folders import Split, by_class, read, short_side, sound, warnings
-from workbench.datasets.lists import counted
 from workbench.defaults import Known, choose
 from workbench.distributed import end_all
 from workbench.frozen import feature_loader, features_of
@@ -58,15 +57,13 @@ TESTS = 20  # evaluations on the test images for the curves, at most; they choos
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    about = "folder of class folders, with train/ and test/ in it or not; or a CSV"
-    parser.add_argument("source", type=Path, help=about)
+    parser = Command(__doc__)
+    parser.add_argument("source", type=Path, help="folder of class folders, in train/ and test/ or not; or a CSV")
     add = parser.add_argument_group("data").add_argument
-    about = "share of each class held out, if there is no split (default: %(default)s)"
-    add("--test-share", type=float, default=0.25, help=about)
+    add("--test-share", type=float, default=0.25, help="share of each class held out, if there is no split")
     add("--skip-bad", action="store_true", help="leave out images that cannot be decoded")
     add = parser.add_argument_group("model").add_argument
-    add("--out", type=Path, default=Path("own-model"), help="model folder (default: %(default)s)")
+    add("--out", type=Path, default=Path("own-model"), help="model folder")
     add("--overwrite", action="store_true", help="overwrite the model in --out")
     add("--no-pretrained", action="store_true", help="train from scratch, without weights from the network")
     add("--weights", type=Path, metavar="FILE", help="weights of the backbone, instead of timm's from the network")
@@ -88,16 +85,20 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--prior", choices=("equal", "images"), default="equal",
         help="prior of the classes after training on balanced batches: equal, or the shares of the training images, "
-        "whose logarithms are added to the classifier's bias (default: %(default)s)",
+        "whose logarithms are added to the classifier's bias",
     )  # fmt: skip
-    add("--weight-decay", type=number(float, 0), default=0.05, help="weight decay of AdamW (default: %(default)s)")
-    add("--amp", choices=("no", "fp16", "bf16"), default="no", help="mixed precision (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of split, batches, crops and weights (default: %(default)s)")
+    add("--weight-decay", type=number(float, 0), default=0.05, help="weight decay of AdamW")
+    add("--amp", choices=("no", "fp16", "bf16"), default="no", help="mixed precision")
+    add("--seed", type=int, default=0, help="seed of split, batches, crops and weights")
     add = parser.add_argument_group("run").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add("--device", **DEVICE)
     add("--workers", type=number(int, 0), default=min(8, processors() - 1), help="processes that load images; 0: none")
-    about = "save after so many minutes too, not only with an epoch; 0: only then (default: %(default)s)"
-    add("--checkpoint-minutes", type=number(float, 0), default=5.0, help=about)
+    add(
+        "--checkpoint-minutes",
+        type=number(float, 0),
+        default=5.0,
+        help="also save this often within an epoch; 0: never",
+    )
     return parser
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from workbench import number
+from workbench import Command, number, writing
 from workbench.datasets import ImageSet
 from workbench.guard import check_device
-from workbench.output import writing
 from workbench.run_folder import RunFolder
 from workbench.settings import HARMLESS, Settings, parse
 from workbench.tables import machine
@@ -25,16 +24,13 @@ from workbench.tables import machine
 Results = dict[str, list[dict[str, Any]]]  # by the name of a variant, a result per seed
 
 
-def make_parser(about: str | None, seeds: int, folder: str) -> argparse.ArgumentParser:
+def make_parser(about: str | None, seeds: int, folder: str) -> Command:
     """The flags of all sweeps; further ones are passed to train_cub.py."""
-    parser = argparse.ArgumentParser(
-        description=about, epilog="Further flags go to train_cub.py, such as --data.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Command(about, epilog="Further flags go to train_cub.py, such as --data.")
     add, jobs = parser.add_argument, os.cpu_count() or 1
-    add("--seeds", type=number(int, 1), default=seeds, help="runs of each (default: %(default)s)")
-    add("--jobs", type=number(int, 1), default=jobs, help="runs at a time (default: %(default)s)")
-    add("--runs", type=Path, default=Path(folder), help="folder of the runs (default: %(default)s)")
+    add("--seeds", type=number(int, 1), default=seeds, help="runs of each")
+    add("--jobs", type=number(int, 1), default=jobs, help="runs at a time")
+    add("--runs", type=Path, default=Path(folder), help="folder of the runs")
     add("--output", type=Path, help="folder for the results (default: that of the runs)")
     return parser
 

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from apinet_head import __version__
-from workbench.datasets.lists import counted
+from workbench import counted
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import timm.models
 from torch import Tensor, nn
 
-from workbench.datasets.lists import listed
+from workbench import listed
 
 COUNTER = "num_batches_tracked"  # not a weight; missing in files of torch 0.4 and before
 CLASSIFIER = 2  # tensors that may follow those of the backbone

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench.datasets.bad_images import leave_out, shown
+from workbench import shown
+from workbench.datasets.bad_images import leave_out
 from workbench.datasets.bird_lists import CUB, NABIRDS, read_cub, read_nabirds
 from workbench.datasets.lists import Archive, Image, ImageSet
 from workbench.datasets.other_lists import AIRCRAFT, CARS, DOGS, read_aircraft, read_cars, read_dogs

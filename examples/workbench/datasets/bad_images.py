@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from workbench import shown
 from workbench.datasets.lists import ImageSet, some
 from workbench.image_files import ADVICE, BadImageError, load_image
 
@@ -49,11 +50,6 @@ def find_bad(paths: list[Path], workers: int) -> list[tuple[Path, str]]:
                 f"{shown(str(suspects[-1]))}: it ran out of memory (use fewer --workers), or a decoder crashed"
             ) from None
     return bad
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_list(file: Path, root: Path, bad: Iterable[tuple[Path, str]]) -> None:
@@ -99,11 +95,6 @@ def leave_out(data: ImageSet, file: Path, root: Path, n_samples: int) -> ImageSe
             few = f"{data.classes[label]} has {number} of {before[label]} training images left"
             print(f"warning: {few}: a batch, with {n_samples} of it, {what}", flush=True)
     return replace(data, train=train, test=test, left_out=sum(counts))
-
-
-def shown(text: str) -> str:
-    """A text with file names, escaped so that every terminal can print it."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import PIL.Image
 
-from workbench.datasets.bad_images import find_bad, shown
-from workbench.datasets.lists import Image, ImageSet, counted, listed
+from workbench import counted, listed, shown
+from workbench.datasets.bad_images import find_bad
+from workbench.datasets.lists import Image, ImageSet
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 TRAIN_NAMES = ("train", "training")

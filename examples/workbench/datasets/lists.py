@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.io import loadmat
 
+from workbench import counted
+
 Parse = Callable[..., tuple[Any, Any]]
 
 
@@ -200,20 +202,8 @@ def check_trained(split: Path, trained: Iterable[Any], names: Path, classes: Ite
         raise ValueError(f"{lacking}; each class of {names} needs at least one")
 
 
-def counted(number: int, what: str) -> str:
-    """ "1 image", "2 images", "3 classes"."""
-    ending = "es" if what.endswith(("s", "ch")) else "s"
-    return f"{number} {what}{'' if number == 1 else ending}"
-
-
 def some(what: str, items: Iterable[Any], shown: int = 5) -> str:
     """The count and the first few: "7 images (1, 2, 3, 4, 5, ...)"."""
     items = sorted(items)
     first = [*map(str, items[:shown]), *["..."] * (len(items) > shown)]
     return f"{counted(len(items), what)} ({', '.join(first)})"
-
-
-def listed(names: Sequence[str], shown: int = 5) -> str:
-    """The first few in words: "a, b, c, d, e and 2 more"."""
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
