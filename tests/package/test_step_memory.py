@@ -94,7 +94,7 @@ def allocated(net, batch, size, amp, folder):
 def test_it_is_what_a_real_step_allocates(name, size, chunk_size, amp, tmp_path):
     net = APINet(name, 20, chunk_size=chunk_size)
     found = step_memory(net, 13, size, chunk_size=chunk_size, amp=amp, moments=0).total
-    # Kernels for a CPU allocate scratch memory of their own, most of all in bfloat16 on CPUs that lack its instructions.
+    # CPU kernels allocate scratch memory of their own, most of all for bfloat16 where the CPU lacks its instructions.
     scratch = 1.03 if amp is None else 1.1
     assert 0.99 * found <= allocated(net, 13, size, amp is not None, tmp_path) <= scratch * found
 
