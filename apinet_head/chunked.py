@@ -2,18 +2,18 @@
 
 import random
 import sys
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
 from apinet_head._checks import check_int, check_module, describe
 
@@ -72,8 +72,8 @@ class ChunkedBackbone(nn.Module):
         return f"chunk_size={self.chunk_size}, keep={self.keep}"
 
 
-# The compiler cannot trace a checkpoint whose context manager restores the running statistics. torch.compiler.disable
-# would import the compiler, which takes a second; this waits for the first call, as checkpoint itself does.
+# The compiler cannot trace what replays running statistics. torch.compiler.disable would import the compiler, which
+# takes a second; this waits for the first call.
 @_disable_dynamo
 def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int, keep: int = 1) -> Any:
     """The functional form of `ChunkedBackbone`.
@@ -100,14 +100,13 @@ def run_in_chunks(backbone: nn.Module, images: Tensor, chunk_size: int, keep: in
     if functional or not learns:
         outputs = [backbone(chunk) for chunk in chunks]
     else:
-        first_pass = _FirstPass(modules)
+        first_pass = _FirstPass(modules, images.device)
         outputs = []
         for place, chunk in enumerate(chunks):
             # A last chunk of another size would be compiled anew, maybe to a graph that saves other tensors.
-            run = backbone if len(chunk) == chunk_size else partial(_uncompiled, backbone)
+            run: Callable[[Tensor], Any] = backbone if len(chunk) == chunk_size else partial(_uncompiled, backbone)
             if place < len(chunks) - keep:
-                contexts = nullcontext(), _Replay(first_pass)  # of the first pass, and of the recomputation
-                run = partial(checkpoint, run, use_reentrant=False, context_fn=lambda contexts=contexts: contexts)
+                run = _Recomputed(run, first_pass)
             outputs.append(run(chunk))
     return tree_map(_join, *outputs)
 
@@ -124,11 +123,13 @@ Buffers = list[dict[str, Tensor | None]]  # of each module, by name
 class _FirstPass:
     """What a forward pass over the chunks began with, and copies of the buffers as it goes on."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
         self.modules = modules
+        self.default_device = torch.get_default_device()
+        self.autocasts = [_autocast(kind) for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind)]
         self.training = [module.training for module in modules]
         self.weights = [{name: (p, _version(p)) for name, p in m._parameters.items() if p is not None} for m in modules]
-        self.randomness = _randomness(modules)
+        self.randomness = _randomness(modules, device)
         self.copies: dict[int, tuple[Tensor, int | None, Tensor]] = {}  # of a buffer by its id: itself, version, copy
 
     def buffers(self) -> Buffers:
@@ -172,28 +173,81 @@ class _FirstPass:
                     )
 
 
-class _Replay(AbstractContextManager[None]):
-    """Within it the backbone is as a chunk first saw it; on exit it is as it was found.
+class _Recomputed:
+    """Runs a chunk for which autograd saves no tensors: the backward pass runs it again, and takes them from there.
 
-    A class, because it is entered again if the backward pass is repeated (`retain_graph=True`).
+    As `torch.utils.checkpoint` does, with less Python for each tensor. There are a thousand in a ResNet-101, and where
+    a GPU is faster than its host, that is what recomputation costs.
     """
 
-    def __init__(self, first_pass: _FirstPass) -> None:
-        self.first_pass, self.seen = first_pass, first_pass.buffers()
+    def __init__(self, run: Callable[[Tensor], Any], first_pass: _FirstPass) -> None:
+        self.run, self.first_pass, self.buffers = run, first_pass, first_pass.buffers()
         self.random = [get() for get, _ in first_pass.randomness]
+        self.saved: list[tuple[torch.Size, torch.dtype]] = []
+        self.task, self.tensors = -1, dict[int, Tensor]()  # what a backward pass has not yet asked for
 
-    def __enter__(self) -> None:
+    def __call__(self, chunk: Tensor) -> Any:
+        self.chunk, self.version = chunk, _version(chunk)
+        with saved_tensors_hooks(self._leave_out, self._find):
+            return self.run(chunk)
+
+    def _leave_out(self, tensor: Tensor) -> int:
+        self.saved.append((tensor.shape, tensor.dtype))
+        return len(self.saved) - 1
+
+    def _find(self, place: int) -> Tensor:
+        task = torch._C._current_graph_task_id()  # of this backward pass, which may be repeated (`retain_graph=True`)
+        if task != self.task or place not in self.tensors:
+            self.task, self.tensors = task, dict(enumerate(self._recompute()))
+        return self.tensors.pop(place)
+
+    @_disable_dynamo
+    def _recompute(self) -> list[Tensor]:
+        """The tensors that autograd saved, in that order."""
         self.first_pass.check_unchanged()
-        self.found = [dict(module._buffers) for module in self.first_pass.modules]
-        self.random_found = [get() for get, _ in self.first_pass.randomness]
-        # Other tensors in the buffers' places, not other values in the buffers, which other graphs may have saved.
-        distinct = {id(one): one for buffers in self.seen for one in buffers.values() if one is not None}
-        fresh = dict(zip(distinct, _copies(distinct.values()), strict=True))
-        self._put([{name: fresh.get(id(one)) for name, one in buffers.items()} for buffers in self.seen], self.random)
+        if _version(self.chunk) != self.version:
+            raise RuntimeError(
+                f"the images {describe(self.chunk)} were changed between the forward pass and its backward pass, which "
+                "recomputes chunks of them: call backward() before"
+            )
+        found: list[Tensor] = []
 
-    def __exit__(self, *_: object) -> None:
-        self._put(self.found, self.random_found)
-        del self.found, self.random_found
+        def keep(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach() if tensor.requires_grad else tensor
+            found.append(tensor)
+            return tensor
+
+        with self._as_first_seen(), torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.run(self.chunk)
+        if [(tensor.shape, tensor.dtype) for tensor in found] != self.saved:
+            raise RuntimeError(
+                "the backbone computed something else when a chunk was recomputed in the backward pass: autograd saved "
+                f"{len(self.saved)} tensors in the forward pass, then {len(found)}, or some of other shapes or dtypes. "
+                "Its forward depends on state that is not replayed, see ChunkedBackbone: keep all chunks"
+            )
+        return found
+
+    @contextmanager
+    def _as_first_seen(self) -> Iterator[None]:
+        """Within it the backbone is as the chunk first saw it; on exit it is as it was found."""
+        first_pass = self.first_pass
+        found = [dict(module._buffers) for module in first_pass.modules]
+        random_found = [get() for get, _ in first_pass.randomness]
+        # Other tensors in the buffers' places, not other values in the buffers, which other graphs may have saved.
+        distinct = {id(one): one for buffers in self.buffers for one in buffers.values() if one is not None}
+        fresh = dict(zip(distinct, _copies(distinct.values()), strict=True))
+        with ExitStack() as stack:
+            for autocast in first_pass.autocasts:
+                stack.enter_context(autocast)
+            if torch.get_default_device() != first_pass.default_device:  # backward may run in another thread
+                stack.enter_context(first_pass.default_device)
+            try:
+                self._put(
+                    [{name: fresh.get(id(one)) for name, one in own.items()} for own in self.buffers], self.random
+                )
+                yield
+            finally:
+                self._put(found, random_found)
 
     def _put(self, buffers: Buffers, random_states: list[Any]) -> None:
         for module, own in zip(self.first_pass.modules, buffers, strict=True):
@@ -223,12 +277,28 @@ def _copies(tensors: Collection[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _randomness(modules: list[nn.Module]) -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
-    """How to read and how to set the random states that `checkpoint` does not replay."""
+def _autocast(device_type: str) -> torch.autocast:
+    """Autocast as it is now."""
+    return torch.autocast(
+        device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type),
+        torch.is_autocast_cache_enabled(),
+    )  # fmt: skip
+
+
+def _randomness(
+    modules: list[nn.Module], device: torch.device
+) -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    """How to read and how to set the random states that forward may use."""
     found: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [(random.getstate, random.setstate)]
+    found.append((torch.get_rng_state, torch.set_rng_state))
+    if device.type not in ("cpu", "meta"):
+        of_device = torch.get_device_module(device)
+        at = {} if device.index is None else {"device": device}  # MPS has one device
+        found.append((partial(of_device.get_rng_state, **at), partial(of_device.set_rng_state, **at)))
     if numpy := sys.modules.get("numpy"):
         found.append((numpy.random.get_state, numpy.random.set_state))
-    generators = {value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator)}
+    kind = torch.Generator
+    generators = {value for module in modules for value in vars(module).values() if isinstance(value, kind)}
     return found + [(generator.get_state, generator.set_state) for generator in generators]
 
 
