@@ -1,48 +1,202 @@
-"""`ChunkedBackbone`: what runs and what is kept, outputs of any structure, errors.
+"""`ChunkedBackbone` against its chunks run one after the other, bit for bit, for backbones with all kinds of state."""
 
-test_chunked_replay.py compares with the chunks run one after the other, for all kinds of backbones.
-"""
-
+import copy
+import random
 import weakref
-from contextlib import nullcontext
+from functools import partial
 
+import numpy as np
 import pytest
+import timm
 import torch
-from chunks import assert_same_gradients, assert_same_statistics, batch, chunked_and_plain, small
 from stand_ins import Calling
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.ao.quantization import FakeQuantize, MovingAveragePerChannelMinMaxObserver
+from torch.testing import assert_close
+from watching import Made
 
 from apinet_head import APINet, ChunkedBackbone, api_loss
+from apinet_head.chunked import run_in_chunks
+
+FOR_EACH_KEEP = pytest.mark.parametrize("keep", [0, 1, 2], ids="keep {}".format)
 
 
-def test_beside_a_pass_of_the_same_backbone_without_chunks():
-    # Both graphs hold the running statistics; keeping them for one must not look like a change to the other.
-    chunked, reference, plain = chunked_and_plain(small())
-    for run, backbone in ((chunked, chunked.backbone), (reference, plain)):
+def small(norm=nn.BatchNorm2d, **settings):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), norm(6, **settings), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(6, 8, 3), norm(8, **settings),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    ).double()  # fmt: skip
+
+
+def batch(size):
+    return torch.randn(size, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+
+
+def one_after_the_other(backbone, images, chunk_size=4):
+    return torch.cat([backbone(chunk) for chunk in images.split(chunk_size)])
+
+
+def assert_same_buffers(found, expected, **tolerance):
+    assert_close([*found.buffers()], [*expected.buffers()], **tolerance)
+
+
+def assert_same_gradients(found, expected, **tolerance):
+    assert_close(*([parameter.grad for parameter in one.parameters()] for one in (found, expected)), **tolerance)
+
+
+class Tail(nn.Module):
+    """Convolution and `middle`, whose state matters for all that comes before it."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 6, 3), middle, nn.Conv2d(6, 4, 3)
+
+    def forward(self, images):
+        return self.last(self.middle(self.first(images)).relu()).square().mean((2, 3))
+
+
+class Centred(nn.Module):
+    """Subtracts a mean over all calls so far, which is kept in one of several ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.register_buffer("mean", None if way == "made in forward" else torch.zeros(6))
+        if way == "tied":
+            self.register_buffer("same", self.mean)
+        if way == "resized":
+            self.register_buffer("rows", torch.zeros(0, 6))
+
+    def forward(self, maps):
+        now = maps.detach().mean((0, 2, 3))
+        if self.way == "in place":
+            self.mean.mul_(0.9).add_(now)
+        elif self.way == "tied":
+            self.mean.mul_(0.5)
+            self.same.add_(now)
+        elif self.way == "resized":
+            self.rows.resize_(len(self.rows) + 1, 6)[-1].copy_(now)
+            self.mean = self.rows.mean(0)
+        else:
+            self.mean = now if self.mean is None else 0.9 * self.mean + now
+        return maps * (1 + self.mean.clone().tanh()[:, None, None])
+
+
+padded = partial(nn.Conv2d, 6, 6, 3, padding=1)
+
+
+def normed_twice():
+    """One layer in two places, its weight recomputed by a parametrisation that keeps vectors as it goes."""
+    layer = nn.utils.parametrizations.spectral_norm(padded())
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def with_own_generator():
+    source = torch.Generator().manual_seed(3)
+    return Calling(lambda maps: maps * (1 + torch.rand((), generator=source).item()), source=source)
+
+
+MIDDLES = {
+    "spectral_norm": lambda: nn.utils.spectral_norm(padded()),
+    "parametrised spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(padded()),
+    "weights tied and parametrised": normed_twice,
+    **{way: partial(Centred, way) for way in ("in place", "out of place", "tied", "resized", "made in forward")},
+    "FakeQuantize": FakeQuantize,
+    "FakeQuantize by channels": lambda: FakeQuantize(
+        MovingAveragePerChannelMinMaxObserver, ch_axis=1, qscheme=torch.per_channel_affine),
+    "BatchNorm": lambda: nn.BatchNorm2d(6),
+    "InstanceNorm": lambda: nn.InstanceNorm2d(6, track_running_stats=True),
+    "own generator": with_own_generator,
+    "Python's random": lambda: Calling(lambda maps: maps * (1 + random.random())),
+    "numpy's random": lambda: Calling(lambda maps: maps * (1 + np.random.random())),
+}  # fmt: skip
+
+
+def of_timm(name, checkpointing=False, **arguments):
+    model = timm.create_model(name, num_classes=0, drop_path_rate=0.3, **arguments)
+    model.set_grad_checkpointing(checkpointing)
+    return model
+
+
+BACKBONES = {
+    **{name: lambda make=make: Tail(make()) for name, make in MIDDLES.items()},
+    "BatchNorm and dropout": small,
+    "no momentum": partial(small, momentum=None),
+    "not affine": partial(small, affine=False),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(small()),
+    "timm BatchNormAct": partial(of_timm, "test_efficientnet"),
+    "timm SyncBatchNormAct": lambda: timm.layers.convert_sync_batchnorm(of_timm("test_efficientnet")),
+    "timm ResNet": partial(of_timm, "test_resnet", drop_rate=0.2),
+    "timm ViT": partial(of_timm, "test_vit", img_size=32),
+    # Its statistics count twice, with chunks and without.
+    "timm ResNet with checkpoints": partial(of_timm, "test_resnet", checkpointing=True),
+    "timm ViT with checkpoints": partial(of_timm, "test_vit", checkpointing=True, img_size=32),
+    "autocast to bfloat16": small,
+    "autocast to float16": small,
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    in_float32 = name.startswith(("FakeQuantize", "autocast"))
+    return BACKBONES[name]().train().to(torch.float32 if in_float32 else torch.float64)
+
+
+def random_states():
+    return random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk_size", "keep"),
+    [(12, 4, 0), (12, 4, 2), (11, 4, 0), (11, 4, 1), (11, 4, 2), (11, 4, 3), (6, 6, 1), (5, 8, 1)],
+)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_features_gradients_and_state_are_those_of_the_chunks_run_plainly(name, size, chunk_size, keep):
+    plain, chunked = make(name), ChunkedBackbone(make(name), chunk_size, keep=keep)
+    images = [batch(size).to(next(plain.parameters()).dtype).requires_grad_() for _ in range(2)]
+    dtype, features, states = torch.float16 if name.endswith("float16") else torch.bfloat16, [], []
+    for run, own in zip((partial(one_after_the_other, plain, chunk_size=chunk_size), chunked), images, strict=True):
         torch.manual_seed(1)
-        (backbone(batch(6)).square().sum() + run(batch(10)).square().sum()).backward()
-    assert_same_gradients(chunked, plain)
-    assert_same_statistics(chunked, plain)
+        random.seed(1)
+        np.random.seed(1)
+        with torch.autocast("cpu", dtype=dtype, enabled="autocast" in name):
+            # Two passes before the first backward pass: the second changes the state once more.
+            features.append([run(own), run(own)])
+        states.append(random_states())
+    assert_close(*features, rtol=0, atol=0)
+    assert states[0] == states[1]
+    assert_same_buffers(chunked, plain, rtol=0, atol=0)
+    before = [*chunked.buffers()]
+    for first, second in features:
+        first.sin().sum().backward(retain_graph=True)
+        second.square().sum().backward()
+        first.sin().sum().backward()
+    assert_close(images[1].grad, images[0].grad, rtol=0, atol=0)
+    assert_same_gradients(chunked, plain, rtol=0, atol=0)
+    assert_same_buffers(chunked, plain, rtol=0, atol=0)
+    # The backward pass puts back what it finds.
+    assert random_states() == states[0]
+    assert all(one is other for one, other in zip(chunked.buffers(), before, strict=True))
 
 
-def counting():
-    """A backbone, and a list that fills with how many images each of its calls has."""
-    backbone, calls = small(), []
-    backbone.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    return backbone, calls
+# What runs, and what is kept.
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("keep", "backward"), [(0, [2, 4, 4]), (1, [4, 4]), (2, [4]), (3, []), (9, [])])
 def test_chunks_that_are_not_kept_run_once_more_for_their_gradient(training, keep, backward):
-    backbone, calls = counting()
-    features = ChunkedBackbone(backbone.train(training), 4, keep=keep)(batch(10))
+    backbone, calls = small(), []
+    backbone.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    net = APINet(backbone, 5, dim=8, chunk_size=4, keep_chunks=keep).double().train(training)
+    logits = net(batch(10))
     assert calls == [4, 4, 2]
-    features.sum().backward()
+    logits.sum().backward()
     assert calls[3:] == backward
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2])
+@FOR_EACH_KEEP
 def test_only_kept_chunks_hold_what_they_computed(keep):
     held = []
 
@@ -56,80 +210,162 @@ def test_only_kept_chunks_hold_what_they_computed(keep):
     assert features.requires_grad
 
 
-@pytest.mark.parametrize(("frozen", "mode"), [(True, nullcontext), (False, torch.no_grad)])
-def test_without_gradient_nothing_runs_twice(frozen, mode):
-    backbone, calls = counting()
-    with mode():
-        assert not ChunkedBackbone(backbone.requires_grad_(not frozen), 4)(batch(10)).requires_grad
-    assert calls == [4, 4, 2]
-
-
-@pytest.mark.parametrize("keep", [{}, {"keep_chunks": 0}, {"keep_chunks": 2}])
-def test_apinet_in_chunks_has_the_same_names_and_gradients(keep):
-    torch.manual_seed(0)
-    whole = APINet("test_vit", 4, dropout=0.0, backbone_args={"img_size": 32}).double()
-    chunked = APINet("test_vit", 4, dropout=0.0, backbone_args={"img_size": 32}, chunk_size=3, **keep).double()
-    chunked.load_state_dict(whole.state_dict())
-    labels = torch.arange(8) % 4
-    losses = [api_loss(net(batch(8), labels)) for net in (whole, chunked)]
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*map(torch.autograd.grad, losses, (whole.parameters(), chunked.parameters())))
-    assert chunked.eval()(batch(8)).shape == (8, 4)
+def test_a_large_buffer_that_does_not_change_is_copied_once():
+    table = Calling(lambda maps: maps * table.weight[0, 0])
+    table.register_buffer("weight", torch.ones(1000, 1000))
+    backbone, copies = Tail(table), set()
+    with Made(lambda tensor: copies.add(tensor.data_ptr()) if tensor.numel() == 10**6 else None):
+        ChunkedBackbone(backbone, 2, keep=0)(batch(16).float())
+    assert len(copies) == 1
 
 
 @pytest.mark.parametrize("keep", [0, 1])
 def test_other_outputs_than_one_tensor(keep):
     backbone = Calling(lambda x: {"maps": [x.exp(), x.mean((2, 3))], "features": x[:, 0], "stride": 4, "mask": None})
     images = [batch(10).requires_grad_() for _ in range(2)]
-    expected, found = backbone(images[0]), ChunkedBackbone(backbone, 4, keep=keep)(images[1])
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    for output in (expected, found):
+    outputs = backbone(images[0]), ChunkedBackbone(backbone, 4, keep=keep)(images[1])
+    assert_close(*outputs, rtol=0, atol=0)
+    for output in outputs:
         (output["features"].sum() + output["maps"][0].square().sum()).backward()
     assert torch.equal(images[1].grad, images[0].grad)
 
 
+def test_channels_last_stays():
+    seen, backbone, last = [], small(), {"memory_format": torch.channels_last}
+    backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous(**last)))
+    ChunkedBackbone(backbone.to(**last), 4, keep=0)(batch(10).to(**last)).sum().backward()
+    assert seen == [True] * 6
+
+
+def test_lazy_modules_learn_their_shapes_in_the_first_chunk():
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3)).double()
+    ChunkedBackbone(lazy, 4)(batch(10)).sum().backward()
+    assert lazy[0].weight.grad.shape == (4, 3, 3, 3)
+
+
+# Functional transforms and compilers.
+
+
+def by_autograd(loss):
+    def gradients(parameters, images):
+        own = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+        loss(own, images).backward()
+        return {name: value.grad for name, value in own.items()}
+
+    return gradients
+
+
+TRANSFORMS = {
+    "exchanged parameters": by_autograd,
+    "grad": torch.func.grad,
+    "vjp": lambda loss: lambda *args: torch.func.vjp(loss, *args)[1](torch.tensor(1.0).double())[0],
+    "jacrev": torch.func.jacrev,
+    "vmap of grad": lambda loss: torch.func.vmap(torch.func.grad(loss), (None, 0)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_functional_transforms_give_the_gradients_of_the_chunks(transform):
+    # In train mode, torch refuses to update BatchNorm's statistics in a transform, with and without chunks.
+    plain, chunked, images = small().eval(), ChunkedBackbone(small().eval(), 4), batch(10)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.5)
+
+    def loss(parameters, images):
+        return torch.func.functional_call(chunked, parameters, (images,)).square().sum()
+
+    parameters = {f"backbone.{name}": value.detach() for name, value in plain.named_parameters()}
+    gradients = TRANSFORMS[transform](loss)(parameters, images[None] if "vmap" in transform else images)
+    one_after_the_other(plain, images).square().sum().backward()
+    for name, value in plain.named_parameters():
+        assert_close(gradients[f"backbone.{name}"].view_as(value), value.grad)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@FOR_EACH_KEEP
+def test_compiled_backbone_needs_one_graph(backend, keep):
+    backbone = timm.create_model("test_resnet", num_classes=0).double()
+    plain, graphs = copy.deepcopy(backbone), CompileCounterWithBackend(backend)
+    chunked = ChunkedBackbone(torch.compile(backbone, backend=graphs), 4, keep=keep)
+    for size in (8, 10):  # of the second, the last chunk has another size
+        one_after_the_other(plain, batch(size)).sum().backward()
+        chunked(batch(size)).sum().backward()
+    assert_same_gradients(backbone, plain)
+    assert_same_buffers(backbone, plain)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("compile_backbone", [False, True])
+def test_compiled_net_leaves_its_chunks_as_they_are(compile_backbone):
+    torch.manual_seed(0)
+    net = APINet("test_resnet", 4, dropout=0.0, chunk_size=4)
+    plain = copy.deepcopy(net)
+    if compile_backbone:
+        net.backbone.compile(backend="aot_eager")
+    for run in (torch.compile(net, backend="aot_eager"), plain):
+        api_loss(run(batch(8).float(), torch.arange(8) % 4)).backward()
+    assert_same_gradients(net, plain)
+    assert_same_buffers(net, plain)
+
+
+# Errors.
+
+WEIGHT = r"weight \[6, 3, 3, 3\] of the backbone's Conv2d was"
+BEFORE = "between the forward pass and its backward pass"
+CHANGES = {
+    "eval": (lambda net: net.eval(), "was in train mode in the forward pass and is not in its backward pass"),
+    "one module's eval": (lambda net: net[1].eval(), "BatchNorm2d of the backbone was in train mode in the forward"),
+    "step": (lambda net: torch.optim.SGD(net.parameters(), lr=0.1).step(), f"{WEIGHT} changed {BEFORE}"),
+    "exchanged": (
+        lambda net: setattr(net[0], "weight", nn.Parameter(net[0].weight + 0)),
+        f"{WEIGHT} exchanged {BEFORE}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_what_changes_before_the_backward_pass_is_named(change, message):
+    net = ChunkedBackbone(small(), 4, keep=0)  # for kept chunks autograd itself refuses changed weights
+    net(batch(10)).sum().backward()
+    loss = net(batch(10)).sum()
+    change(net.backbone)
+    with pytest.raises(RuntimeError, match=message):
+        loss.backward()
+    net.train()
+    net(batch(10)).sum().backward()
+
+
+def test_all_chunks_kept_take_any_change_that_autograd_takes():
+    net = ChunkedBackbone(small(), 4, keep=3)
+    loss = net(batch(10)).sum()
+    net.eval()
+    loss.backward()
+
+
+ALONE = r"leaves a chunk of one image of float64 \[{}, 3, 32, 32\]"
+JOINED = "cannot be joined over chunks: it has"
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("call", "message"),
     [
         (lambda: ChunkedBackbone(small(), 4, keep=-1), "keep must be at least 0, got -1"),
         (lambda: APINet("test_resnet", 4, keep_chunks=-1), "keep_chunks must be at least 0, got -1"),
+        (lambda: run_in_chunks(small(), batch(4), 0), "chunk_size must be at least 1, got 0"),  # as if set later
+        (lambda: run_in_chunks(small(), batch(9), 4), f"chunk_size=4 {ALONE.format(9)}"),
+        (lambda: run_in_chunks(small(), batch(3), 1), f"chunk_size=1 {ALONE.format(3)}"),
+        (lambda: run_in_chunks(Calling(torch.mean), batch(6), 4), rf"{JOINED} float64 \[\] on cpu and float64"),
+        (lambda: run_in_chunks(Calling(len), batch(6), 4), f"{JOINED} 4 and 2, where tensors"),
     ],
 )
-def test_a_number_of_kept_chunks_is_not_negative(make, message):
+def test_errors_show_what_came(call, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        call()
 
 
-def test_a_chunk_size_that_was_set_later_is_checked_too():
-    net = APINet("test_resnet", 4, chunk_size=2)
-    net.chunk_size = 0
-    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
-        net(batch(4).float())
-
-
-@pytest.mark.parametrize(("size", "chunk_size"), [(9, 4), (3, 1)])
-def test_a_chunk_of_one_image_is_an_error_with_batch_norm_in_train_mode(size, chunk_size):
-    message = rf"chunk_size={chunk_size} leaves a chunk of one image of float64 \[{size}, 3, 32, 32\]"
-    with pytest.raises(ValueError, match=message):
-        ChunkedBackbone(small(), chunk_size)(batch(size))
-    # InstanceNorm has running statistics too, but looks at each image by itself.
-    alone = small(lambda channels: nn.InstanceNorm2d(channels, track_running_stats=True))
-    for backbone in (small().eval(), alone):
-        assert ChunkedBackbone(backbone, chunk_size)(batch(size)).shape == (size, 8)
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        (torch.mean, r"cannot be joined over chunks: it has float64 \[\] on cpu and float64"),
-        (len, r"cannot be joined over chunks: it has 4 and 2, where tensors"),
-    ],
-)
-def test_outputs_that_cannot_be_joined_are_an_error(output, message):
-    with pytest.raises(ValueError, match=message):
-        ChunkedBackbone(Calling(output), 4)(batch(6))
-
-
-def test_a_net_does_not_take_several_outputs():
-    with pytest.raises(TypeError, match=r"features must be a tensor \[B, D\], got tuple"):
-        APINet(Calling(lambda images: (images, images)), 4, dim=3, chunk_size=4)(batch(8))
+@pytest.mark.parametrize("size", [9, 3])
+def test_a_chunk_of_one_image_will_do_where_each_image_is_by_itself(size):
+    # InstanceNorm has running statistics too.
+    for backbone in (small().eval(), small(nn.InstanceNorm2d, track_running_stats=True)):
+        assert run_in_chunks(backbone, batch(size), size // 2).shape == (size, 8)
