@@ -18,28 +18,25 @@ from apinet_head import APIHead, api_loss, mine_pairs
 DIM, CLASSES = 7, 3
 
 
-def make_case(dtype=torch.float64, **head_args):
+def make_case(dtype=torch.float64):
     torch.manual_seed(0)
-    head_args = {"hidden_dim": 6, "dropout": 0.0, "dtype": dtype, **head_args}
-    return APIHead(DIM, CLASSES, **head_args), torch.randn(12, DIM, dtype=dtype), torch.arange(12) % CLASSES
+    head = APIHead(DIM, CLASSES, hidden_dim=6, dropout=0.0, dtype=dtype)
+    return head, torch.randn(12, DIM, dtype=dtype), torch.arange(12) % CLASSES
 
 
 def plainly(head, features, labels):
-    """Logits of the pairs' images under their own gates [2P,C], every layer called on what the paper says."""
+    """Logits of the pairs' images under their own gates [2P,C], and these; every layer called as the paper says."""
     pairs = mine_pairs(features, labels)
-    a, b = features[pairs.anchor], features[pairs.partner]
-    mutual = head.mutual.fc2(head.mutual.fc1(torch.cat([a, b], 1)))
-    return head.classifier(torch.cat([x + x * torch.sigmoid(mutual * x) for x in (a, b)]))
-
-
-def without_bias(layer):
-    return nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=layer.weight.dtype)
+    images = features[pairs.anchor], features[pairs.partner]
+    mutual = head.mutual.fc2(head.mutual.fc1(torch.cat(images, 1)))
+    gates = tuple(torch.sigmoid(mutual * image) for image in images)
+    return head.classifier(torch.cat([image + image * gate for image, gate in zip(images, gates, strict=True)])), gates
 
 
 STAND_INS = {
     "LoRA": LoRA,
     "subclass": scaled,
-    "no bias": without_bias,
+    "no bias": lambda layer: nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=layer.weight.dtype),
     "forward of its own": with_own_forward,
     "tensor of its own": with_own_tensor,
     "forward hook": hooked,
@@ -62,8 +59,9 @@ def test_what_stands_in_for_a_linear_is_called(name, place):
         part.training = "spectral" not in name
     learning = [parameter for parameter in head.parameters() if parameter.requires_grad]
     for _ in range(2):  # weight_norm and prune make the weight anew in every step
-        found, expected = head(features, labels).logits_self, plainly(head, features, labels)
+        found, (expected, gates) = head(features, labels).logits_self, plainly(head, features, labels)
         torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(head.gates(features, mine_pairs(features, labels)), gates)
         gradients = [torch.autograd.grad(logits.square().sum(), learning) for logits in (found, expected)]
         torch.testing.assert_close(*gradients)
         assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
@@ -72,76 +70,60 @@ def test_what_stands_in_for_a_linear_is_called(name, place):
                 parameter.add_(0.1)
 
 
-def test_gates_call_a_stand_in_too():
-    head, features, labels = make_case()
-    pairs = mine_pairs(features, labels)
-    head.mutual.fc1 = scaled(head.mutual.fc1)
-    images = features[pairs.anchor], features[pairs.partner]
-    mutual = head.mutual.fc2(head.mutual.fc1(torch.cat(images, 1)))
-    torch.testing.assert_close(head.gates(features, pairs), tuple(torch.sigmoid(mutual * image) for image in images))
-
-
 @pytest.mark.parametrize("place", ["mutual", "mutual.fc1", "mutual.drop", "mutual.fc2", "classifier"])
 def test_hooks_of_any_kind_fire(place):
     head, features, labels = make_case()
-    fired, module = [], head.get_submodule(place)
-    module.register_forward_pre_hook(lambda *_: fired.append("forward pre"))
-    module.register_forward_hook(lambda *_: fired.append("forward"))
-    module.register_full_backward_pre_hook(lambda *_: fired.append("backward pre"))
-    module.register_full_backward_hook(lambda *_: fired.append("backward"))
+    fired, kinds = [], ["forward_pre", "forward", "full_backward_pre", "full_backward"]
+    for kind in kinds:
+        register = getattr(head.get_submodule(place), f"register_{kind}_hook")
+        register(lambda *_, kind=kind: fired.append(kind))
     api_loss(head(features, labels)).backward()
-    assert fired == ["forward pre", "forward", "backward pre", "backward"]
+    assert fired == kinds
 
 
 def test_hooks_on_all_modules_fire():
     head, features, labels = make_case()
-    called = []
-    with nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module)):
+    called = set()
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: called.add(module)):
         head(features, labels)
-    assert {*called} == {*head.modules()}
+    assert called == {*head.modules()}
 
 
-def test_the_quick_way_is_taken_where_the_layers_are_what_they_seem(monkeypatch):
+def test_the_quick_way_is_taken_where_the_layers_are_what_they_seem():
     head, features, labels = make_case()
-    linear = mock.Mock(wraps=F.linear)
-    monkeypatch.setattr(F, "linear", linear)
-    head(features, labels)
+    with mock.patch.object(F, "linear", wraps=F.linear) as linear:
+        head(features, labels)
     assert linear.call_args_list[0].args[0].shape == (12, DIM), "the images are projected, not the pairs"
 
 
 def test_functional_call_takes_the_weights_that_are_given():
-    head, features, labels = make_case()
-    other, _, _ = make_case()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.5)
-    given = dict(other.named_parameters())
+    (head, features, labels), (other, _, _) = make_case(), make_case()
+    given = {name: (1.5 * value).detach().requires_grad_() for name, value in head.named_parameters()}
+    other.load_state_dict(given)
     found = torch.func.functional_call(head, given, (features, labels)).logits_self
-    torch.testing.assert_close(found, plainly(other, features, labels))
+    torch.testing.assert_close(found, plainly(other, features, labels)[0])
     assert all(gradient is not None for gradient in torch.autograd.grad(found.sum(), given.values()))
 
 
 @pytest.fixture
-def mesh(tmp_path):
+def one_rank(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
+    yield
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("places", [["mutual.fc1"], ["mutual.fc1", "mutual.fc2", "classifier"]])
-def test_fully_sharded_linears_give_the_same_loss_and_gradients(mesh, places):
+def test_fully_sharded_linears_give_the_same_loss_and_gradients(one_rank, places):
     fsdp = pytest.importorskip("torch.distributed.fsdp")
-    head, features, labels = make_case()
-    expected = api_loss(head(features, labels))
-    gradients = torch.autograd.grad(expected, head.parameters())
+    (head, features, labels), (plain, _, _) = make_case(), make_case()
     for place in places:
-        fsdp.fully_shard(head.get_submodule(place), mesh=mesh)
-    loss = api_loss(head(features, labels))
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    for parameter, gradient in zip(head.parameters(), gradients, strict=True):
+        fsdp.fully_shard(head.get_submodule(place), mesh=init_device_mesh("cpu", (1,)))
+    losses = [api_loss(net(features, labels)) for net in (head, plain)]
+    torch.testing.assert_close(*losses)
+    sum(losses).backward()
+    for parameter, expected in zip(head.parameters(), plain.parameters(), strict=True):
         found = parameter.grad
-        torch.testing.assert_close(found.to_local() if isinstance(found, DTensor) else found, gradient)
+        torch.testing.assert_close(found.to_local() if isinstance(found, DTensor) else found, expected.grad)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -149,9 +131,8 @@ def test_quantised_layers_are_called():
     head, features, labels = make_case(torch.float32)
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(head), {nn.Linear}, dtype=torch.qint8)
     assert list(quantised.parameters()) == []
-    pairs = mine_pairs(features, labels)
-    torch.testing.assert_close(quantised.gates(features, pairs), head.gates(features, pairs), rtol=0.1, atol=0.1)
-    torch.testing.assert_close(quantised.eval()(features), head.eval()(features), rtol=0.1, atol=0.1)
+    found, expected = ((net(features), net.gates(features, mine_pairs(features, labels))) for net in (quantised, head))
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -175,13 +156,11 @@ def test_an_adapter_in_float32_on_a_head_in_half_precision():
 
 @pytest.mark.parametrize("own", [scaled, hooked, StoredIn8Bits, LoRA, lambda layer: nn.Sequential(layer, nn.Tanh())])
 def test_a_classifier_of_ones_own_is_called(own):
-    head, features, labels = make_case()
-    classifier = own(nn.Linear(DIM, 4, dtype=torch.float64))
-    bare, _, _ = make_case()
-    bare.classifier = nn.Identity()
-    expected = classifier(bare(features, labels).logits_self)
-    torch.testing.assert_close(head(features, labels, classifier=classifier).logits_self, expected)
-    torch.testing.assert_close(head(features, classifier=classifier), classifier(features))
+    (head, features, labels), classifier = make_case(), own(nn.Linear(DIM, 4, dtype=torch.float64))
+    found = head(features, labels, classifier=classifier).logits_self, head(features, classifier=classifier)
+    head.classifier = nn.Identity()
+    expected = classifier(head(features, labels).logits_self), classifier(features)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("stand_in", ["LoRA", "weight_norm"])
