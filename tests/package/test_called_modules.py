@@ -1,6 +1,5 @@
 """What stands in for one of the head's Linears is called, never read: against plain concatenation in float64."""
 
-import copy
 from unittest import mock
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from stand_ins import LoRA, StoredIn8Bits, hooked, prehooked, scaled, with_own_forward, with_own_tensor
 from torch import nn
-from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
@@ -16,6 +14,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from apinet_head import APIHead, api_loss, mine_pairs
 
 DIM, CLASSES = 7, 3
+PLACES = ["mutual.fc1", "mutual.fc2", "classifier"]
 
 
 def make_case(dtype=torch.float64):
@@ -50,7 +49,7 @@ STAND_INS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("place", ["mutual.fc1", "mutual.fc2", "classifier"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", STAND_INS)
 def test_what_stands_in_for_a_linear_is_called(name, place):
     head, features, labels = make_case()
@@ -70,7 +69,7 @@ def test_what_stands_in_for_a_linear_is_called(name, place):
                 parameter.add_(0.1)
 
 
-@pytest.mark.parametrize("place", ["mutual", "mutual.fc1", "mutual.drop", "mutual.fc2", "classifier"])
+@pytest.mark.parametrize("place", ["mutual", "mutual.drop", *PLACES])
 def test_hooks_of_any_kind_fire(place):
     head, features, labels = make_case()
     fired, kinds = [], ["forward_pre", "forward", "full_backward_pre", "full_backward"]
@@ -96,53 +95,13 @@ def test_the_quick_way_is_taken_where_the_layers_are_what_they_seem():
     assert linear.call_args_list[0].args[0].shape == (12, DIM), "the images are projected, not the pairs"
 
 
-def test_functional_call_takes_the_weights_that_are_given():
-    (head, features, labels), (other, _, _) = make_case(), make_case()
-    given = {name: (1.5 * value).detach().requires_grad_() for name, value in head.named_parameters()}
-    other.load_state_dict(given)
-    found = torch.func.functional_call(head, given, (features, labels)).logits_self
-    torch.testing.assert_close(found, plainly(other, features, labels)[0])
-    assert all(gradient is not None for gradient in torch.autograd.grad(found.sum(), given.values()))
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("places", [["mutual.fc1"], ["mutual.fc1", "mutual.fc2", "classifier"]])
-def test_fully_sharded_linears_give_the_same_loss_and_gradients(one_rank, places):
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    (head, features, labels), (plain, _, _) = make_case(), make_case()
-    for place in places:
-        fsdp.fully_shard(head.get_submodule(place), mesh=init_device_mesh("cpu", (1,)))
-    losses = [api_loss(net(features, labels)) for net in (head, plain)]
-    torch.testing.assert_close(*losses)
-    sum(losses).backward()
-    for parameter, expected in zip(head.parameters(), plain.parameters(), strict=True):
-        found = parameter.grad
-        torch.testing.assert_close(found.to_local() if isinstance(found, DTensor) else found, expected.grad)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_quantised_layers_are_called():
-    head, features, labels = make_case(torch.float32)
-    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(head), {nn.Linear}, dtype=torch.qint8)
-    assert list(quantised.parameters()) == []
-    found, expected = ((net(features), net.gates(features, mine_pairs(features, labels))) for net in (quantised, head))
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_integer_weights_say_nothing_about_the_features(dtype):
     head, features, labels = make_case(torch.float32)
-    for place in ("mutual.fc1", "mutual.fc2", "classifier"):
+    for place in PLACES:
         head.set_submodule(place, StoredIn8Bits(head.get_submodule(place)))
-    features = features.to(dtype)
-    assert torch.isfinite(api_loss(head(features, labels)))
-    assert head(features).dtype == dtype
+    assert torch.isfinite(api_loss(head(features.to(dtype), labels)))
+    assert head(features.to(dtype)).dtype == dtype
 
 
 def test_an_adapter_in_float32_on_a_head_in_half_precision():

@@ -46,15 +46,10 @@ def assert_same_gradients(found, expected, **tolerance):
     assert_close(*([parameter.grad for parameter in one.parameters()] for one in (found, expected)), **tolerance)
 
 
-class Tail(nn.Module):
+def before_more(middle):
     """Convolution and `middle`, whose state matters for all that comes before it."""
-
-    def __init__(self, middle):
-        super().__init__()
-        self.first, self.middle, self.last = nn.Conv2d(3, 6, 3), middle, nn.Conv2d(6, 4, 3)
-
-    def forward(self, images):
-        return self.last(self.middle(self.first(images)).relu()).square().mean((2, 3))
+    end = Calling(lambda maps: maps.square().mean((2, 3)))
+    return nn.Sequential(nn.Conv2d(3, 6, 3), middle, nn.ReLU(), nn.Conv2d(6, 4, 3), end)
 
 
 class Centred(nn.Module):
@@ -121,7 +116,7 @@ def of_timm(name, checkpointing=False, **arguments):
 
 
 BACKBONES = {
-    **{name: lambda make=make: Tail(make()) for name, make in MIDDLES.items()},
+    **{name: lambda make=make: before_more(make()) for name, make in MIDDLES.items()},
     "BatchNorm and dropout": small,
     "no momentum": partial(small, momentum=None),
     "not affine": partial(small, affine=False),
@@ -192,6 +187,8 @@ def test_chunks_that_are_not_kept_run_once_more_for_their_gradient(training, kee
     net = APINet(backbone, 5, dim=8, chunk_size=4, keep_chunks=keep).double().train(training)
     logits = net(batch(10))
     assert calls == [4, 4, 2]
+    if keep >= 3:  # then any change will do that autograd takes
+        net.train(not training)
     logits.sum().backward()
     assert calls[3:] == backward
 
@@ -213,7 +210,7 @@ def test_only_kept_chunks_hold_what_they_computed(keep):
 def test_a_large_buffer_that_does_not_change_is_copied_once():
     table = Calling(lambda maps: maps * table.weight[0, 0])
     table.register_buffer("weight", torch.ones(1000, 1000))
-    backbone, copies = Tail(table), set()
+    backbone, copies = before_more(table), set()
     with Made(lambda tensor: copies.add(tensor.data_ptr()) if tensor.numel() == 10**6 else None):
         ChunkedBackbone(backbone, 2, keep=0)(batch(16).float())
     assert len(copies) == 1
@@ -228,13 +225,6 @@ def test_other_outputs_than_one_tensor(keep):
     for output in outputs:
         (output["features"].sum() + output["maps"][0].square().sum()).backward()
     assert torch.equal(images[1].grad, images[0].grad)
-
-
-def test_channels_last_stays():
-    seen, backbone, last = [], small(), {"memory_format": torch.channels_last}
-    backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous(**last)))
-    ChunkedBackbone(backbone.to(**last), 4, keep=0)(batch(10).to(**last)).sum().backward()
-    assert seen == [True] * 6
 
 
 def test_lazy_modules_learn_their_shapes_in_the_first_chunk():
@@ -334,13 +324,6 @@ def test_what_changes_before_the_backward_pass_is_named(change, message):
         loss.backward()
     net.train()
     net(batch(10)).sum().backward()
-
-
-def test_all_chunks_kept_take_any_change_that_autograd_takes():
-    net = ChunkedBackbone(small(), 4, keep=3)
-    loss = net(batch(10)).sum()
-    net.eval()
-    loss.backward()
 
 
 ALONE = r"leaves a chunk of one image of float64 \[{}, 3, 32, 32\]"

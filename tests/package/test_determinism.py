@@ -6,16 +6,8 @@ from mined import HOWS
 from strategies import make_batch
 from torch import nn
 
-from apinet_head import (
-    APIHead,
-    APINet,
-    ChunkedBackbone,
-    FeatureMemory,
-    api_loss,
-    explain_pair,
-    mine_pairs,
-    random_pairs,
-)
+from apinet_head import APIHead, APINet, FeatureMemory, api_loss, explain_pair, mine_pairs, random_pairs
+from apinet_head.chunked import run_in_chunks
 from apinet_head.mutual import MUTUALS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -33,11 +25,7 @@ def mined(device, backend, how):
     keys = {"keys": torch.cat([features, features.flip(0)]), "key_labels": torch.cat([labels, labels.flip(0)])}
     arguments = {"intra": how, "inter": how, "generator": generator, "backend": backend}
     pairs = mine_pairs(features, labels, **arguments), mine_pairs(features, labels, **keys, key_offset=0, **arguments)
-    return [*pairs[0], *pairs[1]]
-
-
-def drawn(device):
-    return random_pairs(features_and_labels(device)[1], 50, generator=torch.Generator(device).manual_seed(0))
+    return [*pairs[0], *pairs[1], *random_pairs(labels, 50, generator=generator)]
 
 
 def step_of_head(device, mutual):
@@ -63,7 +51,7 @@ def pushed(device):
 
 def step_in_chunks(device):
     backbone = nn.Sequential(nn.Conv2d(3, DIM, 3), nn.BatchNorm2d(DIM), nn.ReLU(), nn.Dropout(0.3)).to(device)
-    features = ChunkedBackbone(backbone, 3)(torch.randn(8, 3, 9, 9, device=device))
+    features = run_in_chunks(backbone, torch.randn(8, 3, 9, 9, device=device), 3)
     features.square().sum().backward()
     return [features, *(parameter.grad for parameter in backbone.parameters()), *backbone.buffers()]
 
@@ -76,17 +64,10 @@ def explained(device):
 CASES = {
     **{f"{backend}, {how}": (mined, backend, how) for backend in ("dense", "tiled", "triton") for how in HOWS},
     **{f"head, {mutual}": (step_of_head, mutual) for mutual in MUTUALS},
-    "random pairs": (drawn,),
     "memory": (pushed,),
     "chunks": (step_in_chunks,),
     "explained": (explained,),
 }
-
-
-def run(case, device):
-    function, *arguments = CASES[case]
-    torch.manual_seed(0)
-    return function(device, *arguments)
 
 
 def assert_equal(found, expected):
@@ -106,7 +87,12 @@ def deterministic(monkeypatch):
 def test_deterministic_algorithms_do_all_of_it(case, device, deterministic):
     if case.startswith("triton") and device == "cpu":
         pytest.skip("Triton's kernels are for a GPU")
-    assert_equal(run(case, device), run(case, device))
+    function, *arguments = CASES[case]
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append(function(device, *arguments))
+    assert_equal(*found)
 
 
 @pytest.mark.parametrize("backend", ["dense", "tiled"])

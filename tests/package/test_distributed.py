@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import product
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import pytest
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from commands import start
 from ranks import free_port, from_all, on_ranks
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
@@ -230,6 +232,13 @@ def head_over_a_group_is_the_head_on_the_batch_of_that_group(make_group, rows):
 
 
 @case()
+def net_over_a_group_can_be_copied_and_is_saved_without_the_group():
+    with TemporaryDirectory() as folder:
+        copy.deepcopy(APINet("test_resnet", 3, gather=dist.group.WORLD)).save_pretrained(folder)
+        assert APINet.from_pretrained(folder).head.gather is True
+
+
+@case()
 def groups_that_do_not_fit_are_an_error():
     """And what is not asked of all ranks must not wait for them."""
     first = dist.new_group([0])
@@ -328,7 +337,7 @@ def all_ranks_remember_the_images_of_all(wrap, gather):
         assert_close([*net.parameters()], [*alone.parameters()])
 
 
-# FSDP2: a net in chunks whose blocks are sharded over the ranks.
+# FSDP2: layers of the head, and a net in chunks whose blocks are sharded over the ranks.
 
 CHUNKS = [(None, 1), (4, 0), (4, 1), (3, 0), (3, 1), (3, 2), (3, 4)]  # their size, and how many are kept
 
@@ -337,14 +346,23 @@ def whole(gradient):
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
+@case([["mutual.fc1"]], [["mutual.fc1", "mutual.fc2", "classifier"]], worlds=[2])
+def layers_of_the_head_may_be_sharded(places):
+    (features, labels), nets = make_batch(1), (make_head(), make_head())
+    for place in places:
+        fsdp.fully_shard(nets[0].get_submodule(place))
+    losses = [api_loss(net(features, labels)) for net in nets]
+    sum(losses).backward()
+    assert_close(*losses)
+    assert_close(*({name: whole(value) for name, value in gradients(net).items()} for net in nets))
+
+
 @case(*product(CHUNKS, (True, False)), worlds=[2])
 def sharded_net_in_chunks_is_the_net_on_the_whole_batch(chunks, reshard):
-    from torch.distributed.fsdp import fully_shard
-
     net, alone = make_net(True, *chunks), make_net(False)
     for block in net.backbone[:BLOCKS]:
-        fully_shard(block, reshard_after_forward=reshard)
-    fully_shard(net)
+        fsdp.fully_shard(block, reshard_after_forward=reshard)
+    fsdp.fully_shard(net)
     images, labels = make_images(world()), make_batch(world())[1]
     for _ in range(2):
         net.zero_grad()
@@ -403,16 +421,6 @@ def test_two_nodes_of_torchrun_shard_a_net():
     finally:
         for node in nodes:
             node.kill()
-
-
-def test_net_over_a_group_can_be_copied_and_is_saved_without_the_group(tmp_path):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        net = APINet("test_resnet", 3, gather=dist.new_group([0]))
-        copy.deepcopy(net).save_pretrained(tmp_path)
-        assert APINet.from_pretrained(tmp_path).head.gather is True
-    finally:
-        dist.destroy_process_group()
 
 
 def test_one_process_needs_no_group():

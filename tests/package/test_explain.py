@@ -40,15 +40,9 @@ class Tiny(nn.Module):
         return self.grid(images).mean((2, 3))
 
 
-class Whitened(Tiny):
-    """Computes in bfloat16, takes and gives float32, and has a float64 parameter in front."""
-
-    def __init__(self):
-        super().__init__()
-        self.bfloat16().mean = nn.Parameter(torch.zeros(3, 1, 1, dtype=torch.float64))
-
-    def grid(self, images):
-        return super().grid((images - self.mean).bfloat16()).float()
+def pooling(**attributes):
+    """A backbone whose map is the images."""
+    return Calling(lambda images: images.mean((2, 3)), forward_features=nn.Identity(), **attributes)
 
 
 def two(*size):
@@ -135,11 +129,6 @@ def test_channels_are_those_of_the_largest_gates(make):
         assert channels.tolist() == order[:7]
 
 
-def without_float_parameters():
-    backbone = Calling(lambda images: images.mean((2, 3)), forward_features=nn.Identity())
-    return quantize_dynamically(APINet(backbone, 3, dim=3))
-
-
 NEWEST = Version(timm.__version__) >= Version("1.0.27")  # before, some models told less of their last map
 MODELS = {
     "resnet18": (64, 64), "test_resnet": (64, 96), "test_vit": (160, 160), "test_vit2": (160, 160),
@@ -151,8 +140,8 @@ NETS = {
     **{name: (partial(make, name), two(*size)) for name, size in MODELS.items()},
     "in half precision": (lambda: make(Tiny()).bfloat16(), two(16, 16).bfloat16()),
     "chunks": (lambda: APINet(ChunkedBackbone(Tiny(), 1), 3, dim=6), two(16, 16)),
-    "converts the images": (lambda: make(Whitened()), two(16, 16)),
-    "no float parameters": (without_float_parameters, two(16, 16)),
+    "of two dtypes": (lambda: APINet(pooling(float64=nn.Parameter(torch.zeros(1).double())), 3, dim=3), two(16, 16)),
+    "no float parameters": (lambda: quantize_dynamically(APINet(pooling(), 3, dim=3)), two(16, 16)),
 }
 
 
@@ -181,18 +170,6 @@ def test_the_map_is_what_was_pooled(model):
     with torch.no_grad():
         features, maps = features_and_maps(net.backbone, images)
     assert torch.corrcoef(torch.stack([features[0], maps.mean((2, 3))[0]]))[0, 1] > 0.99
-
-
-@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}])
-def test_vit_drops_prefix_tokens_and_folds_patches_as_timm_does(prefix):
-    net = make("test_vit", dynamic_img_size=True, **prefix).eval()
-    images = two(64, 96)
-    check(net, images)
-    with torch.no_grad():
-        maps = features_and_maps(net.backbone, images)[1]
-        folded = net.backbone.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)[0]
-    assert maps.shape == (2, 64, 4, 6)
-    torch.testing.assert_close(maps, folded)
 
 
 def with_hidden_layer():
