@@ -6,7 +6,7 @@ from mined import HOWS
 from strategies import make_batch
 from torch import nn
 
-from apinet_head import APIHead, APINet, FeatureMemory, api_loss, explain_pair, mine_pairs, random_pairs
+from apinet_head import APIHead, APINet, api_loss, explain_pair, mine_pairs, random_pairs
 from apinet_head.chunked import run_in_chunks
 from apinet_head.mutual import MUTUALS
 
@@ -25,28 +25,19 @@ def mined(device, backend, how):
     keys = {"keys": torch.cat([features, features.flip(0)]), "key_labels": torch.cat([labels, labels.flip(0)])}
     arguments = {"intra": how, "inter": how, "generator": generator, "backend": backend}
     pairs = mine_pairs(features, labels, **arguments), mine_pairs(features, labels, **keys, key_offset=0, **arguments)
-    return [*pairs[0], *pairs[1], *random_pairs(labels, 50, generator=generator)]
+    return [*pairs[0], *pairs[1]]
 
 
-def step_of_head(device, mutual):
-    """A step with dropout, and its gradients."""
+def steps_of_head(device, mutual):
+    """Two with dropout and a memory, the batch of the second larger than it, and their gradients."""
     features, labels = features_and_labels(device)
-    head = APIHead(DIM, CLASSES, hidden_dim=8, mutual=mutual, device=device)
-    output = head(features.requires_grad_(), labels)
-    loss = api_loss(output, label_smoothing=0.1)
-    loss.backward()
-    gradients = [parameter.grad for parameter in head.parameters()]
-    return [*output[:4], loss, features.grad, *gradients, *head.gates(features, output.pairs)]
-
-
-def pushed(device):
-    """Batches into a memory, the last of them larger than it, with a search in it in between."""
-    memory = FeatureMemory(30, DIM, device=device)
-    features, labels = features_and_labels(device)
-    memory.push(features[:8], labels[:8])
-    pairs = mine_pairs(features, labels, keys=memory.features, key_labels=memory.labels)
-    memory.push(features, labels)
-    return [*pairs, *memory.buffers()]
+    head = APIHead(DIM, CLASSES, hidden_dim=8, mutual=mutual, memory=30, device=device)
+    output = head(features[:8], labels[:8]), head(features.requires_grad_(), labels)
+    losses = [api_loss(one, label_smoothing=0.1) for one in output]
+    sum(losses).backward()
+    gradients = [parameter.grad for parameter in (features, *head.parameters())]
+    pairs = random_pairs(labels, 50, generator=torch.Generator(device).manual_seed(0))
+    return [*losses, *output[1][:4], *gradients, *head.memory.buffers(), *pairs, *head.gates(features, pairs)]
 
 
 def step_in_chunks(device):
@@ -63,8 +54,7 @@ def explained(device):
 
 CASES = {
     **{f"{backend}, {how}": (mined, backend, how) for backend in ("dense", "tiled", "triton") for how in HOWS},
-    **{f"head, {mutual}": (step_of_head, mutual) for mutual in MUTUALS},
-    "memory": (pushed,),
+    **{f"head, {mutual}": (steps_of_head, mutual) for mutual in MUTUALS},
     "chunks": (step_in_chunks,),
     "explained": (explained,),
 }
