@@ -18,13 +18,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def make_case(model="test_resnet", batch=3, **arguments):
+def make_case(model="test_resnet", **arguments):
     """A net whose BatchNorm has seen images, in eval mode, and images of its size."""
     torch.manual_seed(0)
     net = APINet(model, num_classes=5, **arguments)
-    channels = arguments.get("backbone_args", {}).get("in_chans", 3)
     config = getattr(net.backbone, "default_cfg", {"input_size": (3, 8, 8)})
-    images = torch.randn(batch, channels, *config["input_size"][1:])
+    images = torch.randn(3, arguments.get("backbone_args", {}).get("in_chans", 3), *config["input_size"][1:])
     net(images)
     return net.eval(), images
 
@@ -79,14 +78,11 @@ def parametrise(net):
 def test_what_was_put_around_layers_is_computed_into_the_plain_model(change):
     net, images = make_case()
     change(net)
-    net.eval()
-    expected = net(images)
-    model = net.to_deploy()
-    assert torch.equal(model(images), expected)
+    expected, model = net.eval()(images), net.to_deploy()
     served = timm.create_model("test_resnet", num_classes=5).eval()
     served.load_state_dict(model.state_dict())
-    assert torch.equal(served(images), expected)
-    assert torch.equal(net(images), expected)  # the net itself is as it was
+    for one in (model, served, net):  # the net itself is as it was
+        assert torch.equal(one(images), expected)
 
 
 class Normalised(APIHead):
@@ -116,10 +112,11 @@ def test_what_a_plain_model_cannot_compute_is_refused(change):
         net.to_deploy()
 
 
-def test_exported_program_of_the_net_itself_takes_any_batch_size():
-    net, images = make_case()
-    program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-    more = images.repeat(3, 1, 1, 1)
+@pytest.mark.parametrize(("model", "deployed"), [(MODELS[0], False), *((model, True) for model in MODELS[2:])])
+def test_exported_program_takes_any_batch_size(model, deployed):  # of the other models, by way of ONNX
+    net, images = make_case(model)
+    exported, shapes = net.to_deploy() if deployed else net, ({0: torch.export.Dim("batch", min=2)},)
+    program, more = torch.export.export(exported, (images,), dynamic_shapes=shapes), images.repeat(3, 1, 1, 1)
     torch.testing.assert_close(program.module()(more), net(more))
 
 

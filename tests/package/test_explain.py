@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
-from stand_ins import Calling, LoRA, StoredIn8Bits
+from stand_ins import Calling
 from torch import nn
 
 from apinet_head import APINet, ChunkedBackbone, Pairs
@@ -64,13 +64,6 @@ def quantize_dynamically(net):
         return quantization.quantize_dynamic(net, {nn.Linear})
 
 
-def with_linears(net, stand_in):
-    for name, module in [*net.named_modules()]:
-        if isinstance(module, nn.Linear):
-            net.set_submodule(name, stand_in(module))
-    return net
-
-
 def expected_maps(maps, channels, size):
     """By the definition: enlarge one channel, subtract its least value, divide by the largest that is left."""
     rows = []
@@ -112,8 +105,6 @@ GATED = {
     "single gate": lambda: make("test_resnet", {"gate": "single"}),
     "individual": lambda: make("test_resnet", {"mutual": "individual"}),
     "quantised": lambda: quantize_dynamically(make("test_vit", img_size=64)),
-    "int8": lambda: with_linears(make("test_vit", img_size=64), StoredIn8Bits),
-    "adapter": lambda: with_linears(make("test_vit", img_size=64), LoRA),
 }
 
 
