@@ -174,9 +174,6 @@ def test_features_gradients_and_state_are_those_of_the_chunks_run_plainly(name, 
     assert all(one is other for one, other in zip(chunked.buffers(), before, strict=True))
 
 
-# What runs, and what is kept.
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("keep", "backward"), [(0, [2, 4, 4]), (1, [4, 4]), (2, [4]), (3, []), (9, [])])
 def test_chunks_that_are_not_kept_hold_nothing_and_run_once_more_for_their_gradient(training, keep, backward):
@@ -211,9 +208,6 @@ def test_other_outputs_than_one_tensor(keep):
     for output in outputs:
         (output["features"].sum() + output["maps"][0].square().sum()).backward()
     assert torch.equal(images[1].grad, images[0].grad)
-
-
-# Functional transforms and compilers.
 
 
 def by_autograd(loss):
@@ -276,8 +270,6 @@ def test_compiled_net_leaves_its_chunks_as_they_are(compile_backbone):
         api_loss(run(batch(8).float(), torch.arange(8) % 4)).backward()
     assert_same(net, plain)
 
-
-# Errors.
 
 WEIGHT = r"weight \[6, 3, 3, 3\] of the backbone's Conv2d was"
 BEFORE = "between the forward pass and its backward pass"

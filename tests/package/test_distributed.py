@@ -111,9 +111,6 @@ def train(net, loss_of, batches):
     return torch.stack(losses).detach()
 
 
-# What is gathered.
-
-
 @case()
 def no_pair_on_any_rank_is_a_loss_of_zero():
     head = make_head(gather=True, intra=None)
@@ -249,9 +246,6 @@ def groups_that_do_not_fit_are_an_error():
         gather_features(*batch, group="data")
 
 
-# Whole nets, in chunks.
-
-
 @case(*([nn.BatchNorm2d, size] for size in (SIZE, 4, 5)), [group_norm, None], [group_norm, 4], [group_norm, 4, True])
 def net_is_the_published_one_on_the_whole_batch(norm, chunk_size, lonely=False):
     net, alone = make_net(True, chunk_size, norm=norm), make_net(False, norm=norm)
@@ -287,8 +281,6 @@ def net_is_the_published_one_on_the_whole_batch(norm, chunk_size, lonely=False):
     assert_close(gradients(net), gradients(alone))
 
 
-# With a memory.
-
 STEPS, MEMORY = 4, 60  # batches; the memory is full in the third with two ranks
 WRAPS = {
     "DDP": DistributedDataParallel,
@@ -323,7 +315,6 @@ def all_ranks_remember_the_images_of_all(wrap, gather):
     for of_rank in from_all(memories):
         assert_close(of_rank, memories, 0)
     features, labels, num_pushed = memories[-1]
-    assert int(num_pushed) == world() * SIZE * STEPS
     slots = torch.arange(num_pushed - MEMORY, num_pushed) % MEMORY
     assert torch.equal(labels[slots], torch.cat([labels for _, labels in past])[-MEMORY:])
     if model is not net:  # else the backbones drift apart
@@ -331,8 +322,6 @@ def all_ranks_remember_the_images_of_all(wrap, gather):
         assert_close(mean(from_all(losses)), expected)
         assert_close([*net.parameters()], [*alone.parameters()])
 
-
-# FSDP2: layers of the head, and a net in chunks whose blocks are sharded over the ranks.
 
 CHUNKS = [(None, 1), (4, 0), (4, 1), (3, 0), (3, 1), (3, 2), (3, 4)]  # their size, and how many are kept
 
@@ -419,10 +408,8 @@ def test_two_nodes_of_torchrun_shard_a_net():
 
 
 def test_one_process_needs_no_group():
-    features, labels = make_batch(1)
-    alone, gathering = make_head()(features, labels), make_head(gather=True)(features, labels)
-    assert gathering.num_rows is None
-    assert torch.equal(api_loss(alone), api_loss(gathering))
+    losses = [api_loss(make_head(gather=gather)(*make_batch(1))) for gather in (False, True)]
+    assert torch.equal(*losses)
 
 
 if __name__ == "__main__":  # on a node of torchrun's
