@@ -7,52 +7,20 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fuzzing import (
-    INTEGERS,
-    LAYOUTS,
-    MODES,
-    NO_CLASSES,
-    NO_COUNT,
-    NO_FEATURES,
-    NO_LABELS,
-    NO_NUMBER,
-    NO_SHARE,
-    be,
-    check_all_refused,
-    check_refused,
-    draw_batch,
-    fuzzed,
-    more,
-    one_of,
-)
+from fuzzing import INTEGERS, LAYOUTS, MODES, WAYS, be, check_all_refused, check_refused, draw_batch, fuzzed, one_of
 from hypothesis import strategies as st
 from mined import HOWS, check_pairs
+from stand_ins import Calling
 from strategies import DTYPES
 from torch import nn
 
-from apinet_head import (
-    APIHead,
-    APILoss,
-    APINet,
-    APIOutput,
-    BalancedBatchSampler,
-    ChunkedBackbone,
-    FeatureMemory,
-    LossTerms,
-    PairExplanation,
-    Pairs,
-    api_loss,
-    api_loss_terms,
-    explain_pair,
-    gather_features,
-    mine_pairs,
-    random_pairs,
-)
+import apinet_head as api
 from apinet_head.mutual import MUTUALS
 
-NO_DTYPE = (be(torch.int64), be(torch.bool), be(torch.complex64), be("float32"))
-NO_MODULE = (be(None), be(3), lambda net: [net], lambda net: (net, net), be(nn.Linear))
-NO_HOW = (be("nearest"), be(1), be(["similar"]))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* pairs of the first batch"),
+    pytest.mark.filterwarnings("ignore:no image will have another of the same class"),
+]
 
 
 def draw_hows(data):
@@ -67,10 +35,9 @@ def draw_keys(data, features, labels):
     before = data.draw(st.integers(0, min(3, len(features))))
     rows = torch.tensor([*range(before), *range(len(features)), 0])
     keys, key_labels = features.detach()[rows], labels.long()[rows]
-    wider = torch.promote_types(keys.dtype, torch.float32)
     dtype = one_of(data, [dtype for dtype in INTEGERS if torch.equal(key_labels.to(dtype).long(), key_labels)])
     return {
-        "keys": keys.to(one_of(data, [keys.dtype, wider])),
+        "keys": keys.to(one_of(data, [keys.dtype, torch.promote_types(keys.dtype, torch.float32)])),
         "key_labels": key_labels.to(dtype),
         "key_offset": one_of(data, [before, None]),
     }
@@ -82,24 +49,16 @@ def check_candidates(pairs, features, labels, intra, inter, **keys):
     check_pairs(pairs, features, labels, **any_of_them, **keys)
 
 
-KEYS = {
-    "keys": (*NO_FEATURES[1:], lambda x: torch.cat([x, x[:, :1]], 1)),
-    "key_labels": NO_LABELS,
-    "key_offset": (be(-1), be(100), be(0.5), be(True), be("0")),
-}
-
-
 @fuzzed
 def test_mine_pairs_takes_or_refuses_anything(data):
     features, labels, _ = draw_batch(data)
     if labels.dtype.is_signed:
         labels = labels - data.draw(st.integers(0, 20))
     arguments = {"features": features, "labels": labels, **draw_hows(data), **draw_keys(data, features, labels)}
-    backend = one_of(data, ["auto", "dense", "tiled"])
-    ways = {"features": NO_FEATURES, "labels": (*NO_LABELS, be(None)), "intra": NO_HOW, "inter": NO_HOW, **KEYS}
+    mine = partial(api.mine_pairs, backend=one_of(data, ["auto", "dense", "tiled"]))
     with one_of(data, MODES)():
-        check_all_refused(partial(mine_pairs, backend=backend), arguments, ways)
-        check_candidates(mine_pairs(**arguments, backend=backend), **arguments)
+        check_all_refused(mine, arguments)
+        check_candidates(mine(**arguments), **arguments)
 
 
 @fuzzed
@@ -107,15 +66,14 @@ def test_random_pairs_takes_or_refuses_anything(data):
     _, labels, _ = draw_batch(data)
     count = data.draw(st.integers(0, 20))
     if len(labels) == 0:
-        check_refused(lambda: random_pairs(labels, count), 0)
+        check_refused(lambda: api.random_pairs(labels, count), 0)
         return
     arguments = {"labels": labels, "num_pairs": count, "generator": torch.Generator()}
-    ways = {"labels": NO_CLASSES, "num_pairs": NO_COUNT[1:], "generator": (be(0), be("cpu"))}
-    check_all_refused(random_pairs, arguments, ways)
-    pairs = random_pairs(**arguments)
+    check_all_refused(api.random_pairs, arguments, labels=WAYS["labels alone"])
+    pairs = api.random_pairs(**arguments)
     assert {field.shape for field in pairs} == {(count,)}
-    assert ((pairs.anchor >= 0) & (pairs.anchor < len(labels))).all()
-    assert ((pairs.partner >= 0) & (pairs.partner < len(labels))).all()
+    for rows in (pairs.anchor, pairs.partner):
+        assert ((rows >= 0) & (rows < len(labels))).all()
     of_anchor, of_partner = labels.long()[pairs.anchor], labels.long()[pairs.partner]
     assert torch.equal(pairs.same_class, (of_anchor == of_partner) & (of_anchor >= 0))
     assert (pairs.anchor != pairs.partner).all() or len(labels) == 1
@@ -136,23 +94,10 @@ def draw_head(data, **fixed):
 
 @fuzzed
 def test_the_making_of_a_head_takes_or_refuses_anything(data):
-    arguments = draw_head(
-        data, dim=data.draw(st.integers(1, 9)), num_classes=data.draw(st.integers(0, 4)), dtype=one_of(data, DTYPES)
-    )
-    ways = {
-        "dim": NO_COUNT,
-        "num_classes": NO_COUNT[1:],
-        "hidden_dim": NO_COUNT,
-        "dropout": NO_SHARE,
-        "mutual": (be("attention"), be(None), be(["mlp"]), be(torch.nn.Linear)),
-        "gate": (be("triple"), be(None), be(["pair"])),
-        "intra": NO_HOW,
-        "inter": NO_HOW,
-        "memory": NO_COUNT[1:],
-        "dtype": NO_DTYPE,
-    }
-    check_all_refused(APIHead, {**arguments, "memory": 0}, ways)
-    assert {parameter.dtype for parameter in APIHead(**arguments).parameters()} <= {arguments["dtype"]}
+    dim, num_classes = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 4))
+    arguments = draw_head(data, dim=dim, num_classes=num_classes, dtype=one_of(data, DTYPES))
+    check_all_refused(api.APIHead, {**arguments, "memory": 0})
+    assert {parameter.dtype for parameter in api.APIHead(**arguments).parameters()} <= {arguments["dtype"]}
 
 
 def is_ordinary(features):
@@ -161,38 +106,21 @@ def is_ordinary(features):
     return bool(100 * peak**2 < torch.finfo(features.dtype).max)  # not for NaN either
 
 
-def check_loss(output, kind, ordinary, learning):
-    """Assert that a loss is finite with its gradients where it should be, and that it isn't where it should not."""
-    terms = api_loss_terms(output)
-    assert isinstance(terms, LossTerms)
-    if ordinary:
-        assert torch.equal(output.valid, output.pairs.valid.repeat(2))
-        assert all(term.isfinite() for term in terms)
-    if kind == "non-finite":
-        assert not terms.total.isfinite()
-    if terms.total.requires_grad:
-        gradients = torch.autograd.grad(terms.total, learning, allow_unused=True)
-        assert not ordinary or all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
-
-
-@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @fuzzed
 def test_head_and_loss_takes_or_refuses_anything(data):
     features, labels, kind = draw_batch(data)
     classes, dtype = max(0, *labels.tolist()) + 1 if len(labels) else 3, features.dtype
     autocast = dtype in (torch.bfloat16, torch.float32) and data.draw(st.booleans())
-    head = APIHead(features.shape[1], classes, **draw_head(data, dtype=torch.float32 if autocast else dtype))
+    head = api.APIHead(features.shape[1], classes, **draw_head(data, dtype=torch.float32 if autocast else dtype))
     arguments = {"features": features, "labels": labels, **draw_keys(data, features, labels)}
     if "keys" in arguments:
         arguments["keys"] = arguments["keys"].to(dtype)
-    wrong = (
-        lambda x: torch.cat([x, x[:, :1]], 1),
+    no_dtypes = (
         lambda x: x.to(torch.float32 if x.dtype == torch.float64 else torch.float64),
         lambda x: x.to(torch.bfloat16 if x.dtype == torch.float16 else torch.float16),
     )
-    ways = {"features": (*NO_FEATURES, *wrong), "labels": NO_LABELS, **KEYS}
     with one_of(data, MODES)(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        check_all_refused(head, arguments, ways)
+        check_all_refused(head, arguments, features=(*WAYS["features of D"], *no_dtypes), labels=WAYS["labels, if any"])
         assert head(features).shape == (len(features), classes)
         output = head(**arguments)
         pairs, rows = output.pairs, 2 * len(output.pairs.anchor)
@@ -201,18 +129,25 @@ def test_head_and_loss_takes_or_refuses_anything(data):
         partner_labels = arguments.get("key_labels", labels).long()
         assert torch.equal(output.labels, torch.cat([labels.long()[pairs.anchor], partner_labels[pairs.partner]]))
         check_candidates(pairs, intra=head.intra, inter=head.inter, **arguments)
-        learning = [value for value in (features, *head.parameters()) if value.requires_grad]
-        check_loss(output, kind, is_ordinary(features), learning)
-        if is_ordinary(features) and dtype in DTYPES[2:] and not (autocast or head.drop.p):
-            criterion = APILoss(rows=data.draw(st.none() | st.integers(1, 9)))
-            terms = head(**arguments, pairs=pairs, criterion=criterion)
-            torch.testing.assert_close([*terms], [*api_loss_terms(output)])
+        terms, ordinary = api.api_loss_terms(output), is_ordinary(features)
+        if ordinary:
+            assert torch.equal(output.valid, pairs.valid.repeat(2))
+            assert all(term.isfinite() for term in terms)
+        if kind == "non-finite":
+            assert not terms.total.isfinite()
+        if terms.total.requires_grad:
+            learning = [value for value in (features, *head.parameters()) if value.requires_grad]
+            gradients = torch.autograd.grad(terms.total, learning, materialize_grads=True)
+            assert not ordinary or all(gradient.isfinite().all() for gradient in gradients)
+        if ordinary and dtype in DTYPES[2:] and not (autocast or head.drop.p):
+            criterion = api.APILoss(rows=data.draw(st.none() | st.integers(1, 9)))
+            torch.testing.assert_close([*head(**arguments, pairs=pairs, criterion=criterion)], [*terms])
 
 
 @fuzzed
 def test_pairs_of_ones_own_takes_or_refuses_anything(data):
     features, labels, _ = draw_batch(data, dtypes=DTYPES[2:], least=1)
-    head = APIHead(features.shape[1], 50, **draw_head(data, dtype=features.dtype))
+    head = api.APIHead(features.shape[1], 50, **draw_head(data, dtype=features.dtype))
     keys = draw_keys(data, features, labels)
     count, rows = data.draw(st.integers(0, 9)), len(keys.get("keys", features))
     fields = {
@@ -221,15 +156,11 @@ def test_pairs_of_ones_own_takes_or_refuses_anything(data):
         "same_class": torch.zeros(count, dtype=torch.bool),
         "valid": torch.rand(count) < 0.8,
     }
-    ways = {
-        "anchor": (be(None), more, lambda y: y.tolist(), lambda y: y.double(), lambda y: torch.full_like(y, -1)),
-        "partner": (be(3), more, lambda y: y[:, None], lambda y: y.to("meta"), lambda y: torch.full_like(y, rows)),
-        "valid": (be(None), more, lambda y: y.long(), lambda y: y.to("meta"), lambda y: y.tolist()),
-    }
     if count:
-        check_all_refused(lambda **f: head.gates(features, Pairs(**f), keys=keys.get("keys")), fields, ways)
-        check_all_refused(lambda **f: head(features, labels, pairs=Pairs(**f), **keys), fields, ways)
-    pairs = Pairs(**fields)
+        ways = {"partner": [*WAYS["partner"], lambda y: torch.full_like(y, rows)], "same_class": ()}
+        check_all_refused(lambda **f: head.gates(features, api.Pairs(**f), keys=keys.get("keys")), fields, **ways)
+        check_all_refused(lambda **f: head(features, labels, pairs=api.Pairs(**f), **keys), fields, **ways)
+    pairs = api.Pairs(**fields)
     gates = head.gates(features, pairs, keys=keys.get("keys"))
     assert {gate.shape for gate in gates} == {(count, features.shape[1])}
     output = head(features, labels, pairs=pairs, **keys)
@@ -251,55 +182,41 @@ def test_loss_of_any_logits_takes_or_refuses_anything(data):
         "valid": torch.rand(rows) < 0.7,
         "num_rows": one_of(data, [None, torch.tensor(2.5)]),
     }
-    weights = {
-        "margin": data.draw(st.floats(-2, 2)),
-        "rank_weight": data.draw(st.floats(-2, 2)),
-        "label_smoothing": data.draw(st.floats(0, 1)),
-        "class_weight": one_of(data, [None, (torch.rand(classes) + 0.1).to(dtype)]),
-    }
-    bad_weights = torch.ones(classes + 1), torch.ones(classes).long(), torch.ones(classes, device="meta")
-    ways = {
-        "logits_self": NO_FEATURES,
-        "logits_other": (*NO_FEATURES, lambda x: torch.cat([x, x[:, :1]], 1)),
-        "labels": (*NO_LABELS, be(None)),
-        "valid": (be(None), more, lambda y: y.long(), lambda y: y.to("meta"), lambda y: y.tolist()),
-        "num_rows": (be(3), be(torch.ones(2))),
-        "margin": NO_NUMBER,
-        "rank_weight": NO_NUMBER,
-        "label_smoothing": NO_SHARE,
-        "class_weight": (be(3), be([1.0]), *map(be, bad_weights)),
-    }
+    weights = {name: data.draw(st.floats(-2, 2)) for name in ("margin", "rank_weight")}
+    class_weight = one_of(data, [None, (torch.rand(classes) + 0.1).to(dtype)])
+    weights |= {"label_smoothing": data.draw(st.floats(0, 1)), "class_weight": class_weight}
 
     def loss_of(**given):
-        return api_loss(APIOutput(pairs=None, **{name: given.pop(name) for name in fields}), **given)
+        return api.api_loss(api.APIOutput(pairs=None, **{name: given.pop(name) for name in fields}), **given)
 
-    check_all_refused(loss_of, fields | weights, ways)
+    bad = 3, [1.0], torch.ones(classes + 1), torch.ones(classes).long(), torch.ones(classes, device="meta")
+    check_all_refused(loss_of, fields | weights, class_weight=[*map(be, bad)])
     row = data.draw(st.integers(0, rows - 1)) if rows else None
     number, label = (one_of(data, choices) for choices in ([0.0, torch.nan, torch.inf], [0, -1, classes, 10**9]))
     counts = row is not None and bool(fields["valid"][row]) and label >= 0
     if row is not None:  # a row with a bad number, a bad label or both: nothing to the loss, unless the row counts
-        logits = fields["logits_self"]
-        bad_row = torch.full((1, classes), number, dtype=dtype)
+        logits, bad_row = fields["logits_self"], torch.full((1, classes), number, dtype=dtype)
         fields["logits_self"] = torch.cat([logits[:row], bad_row, logits[row + 1 :]])
         fields["labels"] = fields["labels"].long().index_fill(0, torch.tensor(row), label)
-    output = APIOutput(pairs=None, **fields)
     if counts and label:
-        check_refused(lambda: api_loss(output, **weights), label)
+        check_refused(lambda: loss_of(**fields, **weights), label)
         return
-    loss = api_loss(output, **weights)
+    loss = loss_of(**fields, **weights)
     assert loss.isfinite() == (number == 0 or not counts)
     if row is not None and not counts:  # whatever it holds, and why ever it is left out
         others = torch.arange(rows) != row
-        without = output._replace(**{name: getattr(output, name)[others] for name in list(fields)[:4]})
-        torch.testing.assert_close(loss, api_loss(without, **weights))
+        without = fields | {name: fields[name][others] for name in list(fields)[:4]}
+        torch.testing.assert_close(loss, loss_of(**without, **weights))
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, logits if rows else fields["logits_self"])
+        assert gradient.isfinite().all() or not loss.isfinite()
 
 
 @fuzzed
 def test_gather_features_of_one_process_takes_or_refuses_anything(data):
     features, labels, _ = draw_batch(data)
-    ways = {"features": NO_FEATURES, "labels": (*NO_LABELS, be(None))}
-    check_all_refused(gather_features, {"features": features, "labels": labels}, ways)
-    all_features, all_labels, offset = gather_features(features, labels)
+    check_all_refused(api.gather_features, {"features": features, "labels": labels})
+    all_features, all_labels, offset = api.gather_features(features, labels)
     assert all_features is features
     assert all_labels is labels
     assert offset == 0
@@ -308,14 +225,13 @@ def test_gather_features_of_one_process_takes_or_refuses_anything(data):
 @fuzzed
 def test_feature_memory_takes_or_refuses_anything(data):
     sizes = {"size": data.draw(st.integers(1, 9)), "dim": data.draw(st.integers(1, 4)), "dtype": one_of(data, DTYPES)}
-    check_all_refused(FeatureMemory, sizes, {"size": NO_COUNT, "dim": NO_COUNT, "dtype": NO_DTYPE})
-    memory, pushed = FeatureMemory(**sizes), []
+    check_all_refused(api.FeatureMemory, sizes)
+    memory, pushed = api.FeatureMemory(**sizes), []
     for _ in range(data.draw(st.integers(1, 4))):
         features, labels, _ = draw_batch(data)
         batch = {"features": features.detach()[:, [0] * memory.dim], "labels": labels}
-        ways = {"features": (*NO_FEATURES, lambda x: torch.cat([x, x], 1)), "labels": (*NO_LABELS, be(None))}
         with one_of(data, MODES)():
-            check_all_refused(memory.push, batch, ways)
+            check_all_refused(memory.push, batch, features=WAYS["features of D"])
             memory.push(**batch)
         pushed += zip(batch["features"].to(memory.features.dtype), labels.tolist(), strict=True)
     # What was refused has left no trace.
@@ -330,20 +246,28 @@ def test_feature_memory_takes_or_refuses_anything(data):
 
 @fuzzed
 def test_head_with_a_memory_takes_or_refuses_anything(data):
+    """Loss and gradients are those with the batch and the past as keys."""
     size, dim = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
-    head, plain = (APIHead(dim, 50, hidden_dim=3, dropout=0.0, memory=memory) for memory in (size, 0))
+    settings = draw_head(data, dropout=0.0, intra=one_of(data, HOWS[:2]), inter=one_of(data, HOWS[:2]))
+    head, plain = (api.APIHead(dim, 50, **settings, memory=memory) for memory in (size, 0))
     plain.load_state_dict({name: value for name, value in head.state_dict().items() if "memory" not in name})
-    past = FeatureMemory(size, dim)
+    past = api.FeatureMemory(size, dim)
     for _ in range(data.draw(st.integers(1, 4))):
         features, labels, _ = draw_batch(data, dtypes=[torch.float32], kinds=("normal", "ties", "non-finite"))
         features, labels = features[:, [0] * dim], labels.long() - data.draw(st.sampled_from([0, 6]))  # or no class
-        keys, key_labels = torch.cat([features.detach(), past.features]), torch.cat([labels, past.labels])
+        keys, key_labels = torch.cat([features, past.features]), torch.cat([labels, past.labels])
         check_refused(partial(head, features, labels[:, None]), labels[:, None])
         output = head(features, labels)
         expected = plain(features, labels, keys=keys, key_labels=key_labels, key_offset=0)
+        assert output.num_rows is None
         past.push(features, labels)
         torch.testing.assert_close([*output[:4], *output.pairs], [*expected[:4], *expected.pairs], equal_nan=True)
-        assert api_loss(output).isfinite() == api_loss(expected).isfinite()
+        gradients = []
+        for found, net in ((output, head), (expected, plain)):
+            learning = [*net.parameters(), *([features] if features.requires_grad else [])]
+            loss = api.api_loss(found)
+            gradients.append([loss, *torch.autograd.grad(loss, learning, materialize_grads=True)])
+        torch.testing.assert_close(*gradients, equal_nan=True)
     torch.testing.assert_close([*head.memory.buffers()], [*past.buffers()], rtol=0, atol=0, equal_nan=True)
 
 
@@ -364,31 +288,20 @@ def draw_sampler(data):
     }
 
 
-@pytest.mark.filterwarnings("ignore:no image will have another of the same class")
 @fuzzed
 def test_sampler_takes_or_refuses_anything(data):
     arguments = draw_sampler(data)
-    ways = {
-        "labels": (
-            *(lambda labels, way=way: way(torch.tensor([*labels])) for way in NO_CLASSES[1:]),
-            lambda labels: [*labels[:-1], math.nan],
-            lambda labels: [*labels[:-1], None],
-            lambda labels: [*labels[:-1], [1]],
-            lambda labels: np.array([*labels], dtype=float),
-            lambda labels: [str(label) for label in labels],
-            lambda labels: torch.tensor([*labels]).to("meta"),
-            be(None),
-            be(3),
-        ),
-        "n_classes": (*NO_COUNT, be(100)),
-        "n_samples": NO_COUNT,
-        "n_batches": NO_COUNT,
-        "seed": (be(0.5), be(None), be(math.nan), be("0"), be(True)),
-        "rank": (be(-1), be(3), be(0.0), be("0"), be(False)),
-        "world_size": (*NO_COUNT, be(101)),
-    }
-    check_all_refused(BalancedBatchSampler, arguments, ways)
-    sampler, labels = BalancedBatchSampler(**arguments), [int(label) for label in arguments["labels"]]
+    no_labels = (
+        *(lambda labels, way=way: way(torch.tensor([*labels])) for way in WAYS["labels alone"][1:]),
+        *(lambda labels, last=last: [*labels[:-1], last] for last in (math.nan, None, [1])),
+        lambda labels: np.array([*labels], dtype=float),
+        lambda labels: [str(label) for label in labels],
+        lambda labels: torch.tensor([*labels]).to("meta"),
+        be(None),
+        be(3),
+    )
+    check_all_refused(api.BalancedBatchSampler, arguments, labels=no_labels)
+    sampler, labels = api.BalancedBatchSampler(**arguments), [int(label) for label in arguments["labels"]]
     batches, size = list(sampler), arguments["n_classes"] * arguments["n_samples"]
     assert len(batches) == len(sampler) == (arguments["n_batches"] or max(1, len(labels) // size))
     for batch in batches:
@@ -397,17 +310,16 @@ def test_sampler_takes_or_refuses_anything(data):
         assert set(shares.values()) == {arguments["n_samples"]}
 
 
-@pytest.mark.filterwarnings("ignore:no image will have another of the same class")
 @fuzzed
 def test_state_of_a_sampler_takes_or_refuses_anything(data):
     arguments = {**draw_sampler(data), "n_batches": 4}
-    sampler, other = BalancedBatchSampler(**arguments), BalancedBatchSampler(**arguments)
+    sampler, other = api.BalancedBatchSampler(**arguments), api.BalancedBatchSampler(**arguments)
     first, done = list(sampler), data.draw(st.integers(0, 4))
     sampler.set_epoch(data.draw(st.integers(0, 9)))
     state = sampler.state_dict(done)
-    rubbish = (be(math.nan), be(-77), be(0.5), be(None), be("1"), be(True), be([1]), be(torch.ones(2)), be(10**9))
+    rubbish = [*map(be, (math.nan, -77, 0.5, None, "1", True, [1], torch.ones(2), 10**9))]
     ways = {name: rubbish[:-1] if name == "epoch" else rubbish for name in state}
-    check_all_refused(lambda **given: other.load_state_dict(given), state, ways)
+    check_all_refused(lambda **given: other.load_state_dict(given), state, **ways)
     for wrong in ([], None, 3, "state", {}, {"epoch": 1}, sampler):
         with pytest.raises((ValueError, TypeError), match="state"):
             other.load_state_dict(wrong)
@@ -419,7 +331,6 @@ def test_state_of_a_sampler_takes_or_refuses_anything(data):
 
 
 def flat_backbone(channels, dim, dtype=None):
-    torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(channels, dim, dtype=dtype))
 
 
@@ -427,13 +338,13 @@ def flat_backbone(channels, dim, dtype=None):
 def test_chunked_backbone_takes_or_refuses_anything(data):
     size, dtype = data.draw(st.integers(0, 9)), one_of(data, DTYPES[2:])
     images = one_of(data, LAYOUTS)(torch.randn(size, 3, 2, 2, dtype=dtype)).requires_grad_(data.draw(st.booleans()))
-    channels = images[0:1].numel() if size else images.new_zeros(1, *images.shape[1:]).numel()
-    arguments = {"backbone": flat_backbone(channels, 4, dtype), "chunk_size": data.draw(st.integers(1, 10))}
-    ways = {"backbone": (*NO_MODULE, be("resnet18")), "chunk_size": (*NO_COUNT, be(None))}
-    check_all_refused(ChunkedBackbone, arguments, ways)
-    net = ChunkedBackbone(**arguments)
+    backbone = flat_backbone(images.shape[1:].numel(), 4, dtype)
+    arguments = {"backbone": backbone, "chunk_size": data.draw(st.integers(1, 10))}
+    ways = {name: (*WAYS[name], be(wrong)) for name, wrong in (("backbone", "resnet18"), ("chunk_size", None))}
+    check_all_refused(api.ChunkedBackbone, arguments, **ways)
+    net = api.ChunkedBackbone(**arguments)
     for wrong in (None, [images], 3, torch.tensor(1.0), {"images": images}):
-        check_refused(lambda wrong=wrong: net(wrong), wrong)
+        check_refused(partial(net, wrong), wrong)
     with one_of(data, MODES)():
         features = net(images)
         expected = torch.cat([net.backbone(chunk) for chunk in images.split(net.chunk_size)])
@@ -443,83 +354,36 @@ def test_chunked_backbone_takes_or_refuses_anything(data):
         assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @fuzzed
 def test_apinet_takes_or_refuses_anything(data):
     features, labels, kind = draw_batch(data, dtypes=[torch.float32], kinds=("normal", "ties", "non-finite"))
     dim, classes = data.draw(st.integers(1, 5)), int(labels.long().max()) + 1 if len(labels) else 2
-    arguments = {
-        "backbone": flat_backbone(features.shape[1], dim),
-        "num_classes": classes,
-        "dim": dim,
-        "chunk_size": data.draw(st.none() | st.integers(1, 5)),
-        "hidden_dim": 3,
-    }
-    ways = {
-        "backbone": NO_MODULE,
-        "num_classes": (*NO_COUNT[1:], be(None)),
-        "dim": NO_COUNT,
-        "chunk_size": NO_COUNT,
-        "hidden_dim": NO_COUNT,
-    }
-    check_all_refused(APINet, arguments, ways)
-    net, rates = APINet(**arguments), {"lr": 0.1, "backbone_lr": 0.0, "weight_decay": 0.0}
-    check_all_refused(net.parameter_groups, rates, dict.fromkeys(rates, (*NO_NUMBER, be(-0.1))))
+    chunk_size, backbone = data.draw(st.none() | st.integers(1, 5)), flat_backbone(features.shape[1], dim)
+    arguments = {"backbone": backbone, "num_classes": classes, "dim": dim, "chunk_size": chunk_size, "hidden_dim": 3}
+    check_all_refused(api.APINet, arguments)
+    net, rates = api.APINet(**arguments), {"lr": 0.1, "backbone_lr": 0.0, "weight_decay": 0.0}
+    check_all_refused(net.parameter_groups, rates)
     assert len(net.parameter_groups(**rates)) == 2
     with one_of(data, MODES)():
-        check_all_refused(partial(net, features), {"labels": labels}, {"labels": NO_LABELS})
-        loss = api_loss(net(features, labels))
+        check_all_refused(partial(net, features), {"labels": labels}, labels=WAYS["labels, if any"])
+        loss = api.api_loss(net(features, labels))
         assert loss.isfinite() == (kind != "non-finite")
         assert net.eval()(features).shape == net.to_deploy()(features).shape == (len(features), classes)
 
 
-class Pooled(nn.Module):
-    """What `explain_pair` needs of a backbone: a map of 4 channels, and its mean."""
-
-    def __init__(self, dtype):
-        super().__init__()
-        self.num_features = 4
-        self.conv = nn.Conv2d(3, 4, 1, dtype=dtype)
-
-    def forward_features(self, images):
-        return self.conv(images)
-
-    def forward(self, images):
-        return self.forward_features(images).mean((2, 3))
-
-
 @fuzzed
 def test_explain_pair_takes_or_refuses_anything(data):
-    dtype = one_of(data, DTYPES[2:])
+    dtype, top_k = one_of(data, DTYPES[2:]), data.draw(st.integers(1, 4))
     sides = [data.draw(st.integers(1, 7)) for _ in range(2)]
-    images = one_of(data, [lambda x: x, lambda x: x.mT.contiguous().mT])(torch.randn(2, 3, *sides, dtype=dtype))
-    arguments = {
-        "net": APINet(Pooled(dtype), 3, hidden_dim=2, dtype=dtype),
-        "images": images,
-        "top_k": data.draw(st.integers(1, 4)),
-    }
-    ways = {
-        "net": (*NO_MODULE, lambda net: net.backbone),
-        "images": (
-            be(None),
-            lambda x: x.tolist(),
-            more,
-            lambda x: x[:1],
-            lambda x: x[0],
-            lambda x: x[..., :0],
-            lambda x: x.long(),
-            lambda x: x.half(),
-            lambda x: x.to("meta"),
-            lambda x: x.index_fill(2, torch.tensor(0), math.nan),
-            lambda x: x.index_fill(1, torch.tensor(0), math.inf),
-        ),
-        "top_k": (*NO_COUNT, be(5)),
-    }
-    top_k = arguments["top_k"]
+    images = one_of(data, LAYOUTS[:2])(torch.randn(2, 3, *sides, dtype=dtype))
+    conv = nn.Conv2d(3, 4, 1, dtype=dtype)
+    backbone = Calling(lambda x: conv(x).mean((2, 3)), forward_features=conv, num_features=4)
+    net = api.APINet(backbone, 3, hidden_dim=2, dtype=dtype)
+    arguments = {"net": net, "images": images, "top_k": top_k}
     with one_of(data, MODES)():
-        check_all_refused(explain_pair, arguments, ways)
-        seen = explain_pair(**arguments)
-    assert isinstance(seen, PairExplanation)
+        check_all_refused(api.explain_pair, arguments)
+        seen = api.explain_pair(**arguments)
+    assert isinstance(seen, api.PairExplanation)
     assert ((seen.gates > 0) & (seen.gates < 1)).all()
     for channels, maps in ((seen.channels, seen.heatmaps), (seen.plain_channels, seen.plain_heatmaps)):
         assert maps.shape == (2, top_k, *sides)
