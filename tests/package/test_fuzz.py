@@ -1,6 +1,7 @@
 """Anything at all into all that is public: the documented result, or an error that shows what came."""
 
 import math
+import operator
 from collections import Counter
 from functools import partial
 
@@ -17,10 +18,8 @@ from torch import nn
 import apinet_head as api
 from apinet_head.mutual import MUTUALS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.* pairs of the first batch"),
-    pytest.mark.filterwarnings("ignore:no image will have another of the same class"),
-]
+WARNINGS = "pairs of the first batch|no image will have another of the same class"
+pytestmark = pytest.mark.filterwarnings(f"ignore:.*({WARNINGS})")
 
 
 def draw_hows(data):
@@ -50,11 +49,14 @@ def check_candidates(pairs, features, labels, intra, inter, **keys):
 
 
 @fuzzed
-def test_mine_pairs_takes_or_refuses_anything(data):
+def test_mine_pairs_and_gather_features_of_one_process_take_or_refuse_anything(data):
     features, labels, _ = draw_batch(data)
     if labels.dtype.is_signed:
         labels = labels - data.draw(st.integers(0, 20))
-    arguments = {"features": features, "labels": labels, **draw_hows(data), **draw_keys(data, features, labels)}
+    batch = {"features": features, "labels": labels}
+    check_all_refused(api.gather_features, batch)
+    assert all(map(operator.is_, api.gather_features(**batch), (features, labels, 0)))
+    arguments = {**batch, **draw_hows(data), **draw_keys(data, features, labels)}
     mine = partial(api.mine_pairs, backend=one_of(data, ["auto", "dense", "tiled"]))
     with one_of(data, MODES)():
         check_all_refused(mine, arguments)
@@ -66,8 +68,7 @@ def test_random_pairs_takes_or_refuses_anything(data):
     _, labels, _ = draw_batch(data)
     count = data.draw(st.integers(0, 20))
     if len(labels) == 0:
-        check_refused(lambda: api.random_pairs(labels, count), 0)
-        return
+        return check_refused(lambda: api.random_pairs(labels, count), 0)
     arguments = {"labels": labels, "num_pairs": count, "generator": torch.Generator()}
     check_all_refused(api.random_pairs, arguments, labels=WAYS["labels alone"])
     pairs = api.random_pairs(**arguments)
@@ -92,14 +93,6 @@ def draw_head(data, **fixed):
     }
 
 
-@fuzzed
-def test_the_making_of_a_head_takes_or_refuses_anything(data):
-    dim, num_classes = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 4))
-    arguments = draw_head(data, dim=dim, num_classes=num_classes, dtype=one_of(data, DTYPES))
-    check_all_refused(api.APIHead, {**arguments, "memory": 0})
-    assert {parameter.dtype for parameter in api.APIHead(**arguments).parameters()} <= {arguments["dtype"]}
-
-
 def is_ordinary(features):
     """Whether products of two features, the most that a mutual vector holds, are far from infinite in their dtype."""
     peak = features.detach().double().abs().amax() if len(features) else torch.tensor(0.0)
@@ -111,7 +104,10 @@ def test_head_and_loss_takes_or_refuses_anything(data):
     features, labels, kind = draw_batch(data)
     classes, dtype = max(0, *labels.tolist()) + 1 if len(labels) else 3, features.dtype
     autocast = dtype in (torch.bfloat16, torch.float32) and data.draw(st.booleans())
-    head = api.APIHead(features.shape[1], classes, **draw_head(data, dtype=torch.float32 if autocast else dtype))
+    settings = draw_head(data, dtype=torch.float32 if autocast else dtype, dim=features.shape[1], num_classes=classes)
+    check_all_refused(api.APIHead, {**settings, "memory": 0})
+    head = api.APIHead(**settings)
+    assert {parameter.dtype for parameter in head.parameters()} <= {settings["dtype"]}
     arguments = {"features": features, "labels": labels, **draw_keys(data, features, labels)}
     if "keys" in arguments:
         arguments["keys"] = arguments["keys"].to(dtype)
@@ -198,8 +194,7 @@ def test_loss_of_any_logits_takes_or_refuses_anything(data):
         fields["logits_self"] = fields["logits_self"].index_fill(0, torch.tensor(row), number)
         fields["labels"] = fields["labels"].long().index_fill(0, torch.tensor(row), label)
     if counts and label:
-        check_refused(lambda: loss_of(**fields, **weights), label)
-        return
+        return check_refused(lambda: loss_of(**fields, **weights), label)
     loss = loss_of(**fields, **weights)
     assert loss.isfinite() == (number == 0 or not counts)
     if row is not None and not counts:  # whatever it holds, and why ever it is left out
@@ -210,16 +205,6 @@ def test_loss_of_any_logits_takes_or_refuses_anything(data):
         (gradient,) = torch.autograd.grad(loss, fields["logits_self"])
         assert gradient.isfinite().all()
         assert not gradient[~fields["valid"]].any()
-
-
-@fuzzed
-def test_gather_features_of_one_process_takes_or_refuses_anything(data):
-    features, labels, _ = draw_batch(data)
-    check_all_refused(api.gather_features, {"features": features, "labels": labels})
-    all_features, all_labels, offset = api.gather_features(features, labels)
-    assert all_features is features
-    assert all_labels is labels
-    assert offset == 0
 
 
 @fuzzed
@@ -234,12 +219,10 @@ def test_feature_memory_takes_or_refuses_anything(data):
             check_all_refused(memory.push, batch, features=WAYS["features of D"])
             memory.push(**batch)
         pushed += zip(batch["features"].to(memory.features.dtype), labels.tolist(), strict=True)
-    # What was refused has left no trace.
-    expected = [(torch.full((memory.dim,), math.nan, dtype=memory.features.dtype), -1)] * memory.size
-    for place, row in enumerate(pushed):
-        expected[place % memory.size] = row
-    assert memory.labels.tolist() == [label for _, label in expected]
-    rows = torch.stack([row for row, _ in expected])
+    rows, row_labels = torch.full_like(memory.features, math.nan), [-1] * memory.size
+    for place, (row, label) in enumerate(pushed):
+        rows[place % memory.size], row_labels[place % memory.size] = row, label
+    assert memory.labels.tolist() == row_labels, "what was refused has left a trace"
     torch.testing.assert_close(memory.features, rows, rtol=0, atol=0, equal_nan=True)
     assert int(memory.filled) == min(len(pushed), memory.size)
 
@@ -262,12 +245,11 @@ def test_head_with_a_memory_takes_or_refuses_anything(data):
         assert output.num_rows is None
         past.push(features, labels)
         torch.testing.assert_close([*output[:4], *output.pairs], [*expected[:4], *expected.pairs], equal_nan=True)
-        gradients = []
-        for found, net in ((output, head), (expected, plain)):
-            learning = [*net.parameters(), *([features] if features.requires_grad else [])]
-            loss = api.api_loss(found)
-            gradients.append([loss, *torch.autograd.grad(loss, learning, materialize_grads=True)])
+        losses = api.api_loss(output), api.api_loss(expected)
+        learning = ([*net.parameters(), *([features] * features.requires_grad)] for net in (head, plain))
+        gradients = map(partial(torch.autograd.grad, materialize_grads=True), losses, learning)
         torch.testing.assert_close(*gradients, equal_nan=True)
+        torch.testing.assert_close(*losses, equal_nan=True)
     torch.testing.assert_close([*head.memory.buffers()], [*past.buffers()], rtol=0, atol=0, equal_nan=True)
 
 
@@ -312,8 +294,9 @@ def test_sampler_takes_or_refuses_anything(data):
 
 @fuzzed
 def test_state_of_a_sampler_takes_or_refuses_anything(data):
-    arguments = {**draw_sampler(data), "n_batches": 4}
-    sampler, other = api.BalancedBatchSampler(**arguments), api.BalancedBatchSampler(**arguments)
+    sampler, other = (
+        api.BalancedBatchSampler(**arguments) for arguments in [draw_sampler(data) | {"n_batches": 4}] * 2
+    )
     first, done = list(sampler), data.draw(st.integers(0, 4))
     sampler.set_epoch(data.draw(st.integers(0, 9)))
     state = sampler.state_dict(done)
@@ -326,8 +309,8 @@ def test_state_of_a_sampler_takes_or_refuses_anything(data):
     assert list(other) == first, "a refused state is to change nothing"
     other.load_state_dict(state)
     assert list(other) == list(sampler)[done:]
-    check_refused(lambda: sampler.set_epoch(-1), -1)
-    check_refused(lambda: sampler.state_dict(0.5), 0.5)
+    check_refused(partial(sampler.set_epoch, -1), -1)
+    check_refused(partial(sampler.state_dict, 0.5), 0.5)
 
 
 def flat_backbone(channels, dim, dtype=None):

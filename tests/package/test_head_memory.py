@@ -4,14 +4,14 @@ import pytest
 import torch
 from footprint import saved_bytes
 
-from apinet_head import APIHead, FeatureMemory, api_loss, random_pairs
+from apinet_head import APIHead, FeatureMemory, api_loss, mine_pairs
 
 N, DIM, CLASSES = 10, 8, 5
 
 
-def make_head(memory=N, **head_args):
+def make_head(memory=N):
     torch.manual_seed(0)
-    return APIHead(DIM, CLASSES, memory=memory, hidden_dim=6, dropout=0.0, dtype=torch.float64, **head_args)
+    return APIHead(DIM, CLASSES, memory=memory, hidden_dim=6, dropout=0.0, dtype=torch.float64)
 
 
 def make_batch(seed):
@@ -20,15 +20,12 @@ def make_batch(seed):
     return features.requires_grad_(), torch.randint(CLASSES, (6,), generator=generator)
 
 
-PAIRS = random_pairs(torch.arange(6) % 3, 5)
-
-
 @pytest.mark.parametrize(
     "call",
     [
         lambda head, x, y: head.eval()(x, y).logits_self,
         lambda head, x, y: torch.no_grad()(head)(x, y).logits_self,
-        lambda head, x, y: head(x, y, pairs=PAIRS).logits_self,
+        lambda head, x, y: head(x, y, pairs=mine_pairs(x, y)).logits_self,
         lambda head, x, y: head(x),
     ],
     ids=["eval mode", "no grad", "given pairs", "no labels"],
@@ -47,26 +44,19 @@ def test_room_for_the_gradient_is_that_of_the_batch():
     assert kept < head.memory.features.nbytes / 10
 
 
-def test_state_dict_goes_on_as_if_never_interrupted():
-    head, resumed = make_head(), make_head()
+def test_state_dict_goes_on_as_if_never_interrupted_also_in_a_memory_set_later():
+    head, resumed = make_head(), make_head(0)
     for step in range(3):
         head(*make_batch(step))
+    resumed(*make_batch(0))
+    names = {"memory.features", "memory.labels", "memory.num_pushed"}
+    assert head.state_dict().keys() - resumed.state_dict().keys() == names
+    resumed.memory = FeatureMemory(N, DIM, dtype=torch.float64)
     resumed.load_state_dict(head.state_dict())
     for step in range(3, 6):
         found, expected = resumed(*make_batch(step)), head(*make_batch(step))
         torch.testing.assert_close([*found[:4], *found.pairs], [*expected[:4], *expected.pairs])
     torch.testing.assert_close([*resumed.memory.buffers()], [*head.memory.buffers()], rtol=0, atol=0)
-    names = {"memory.features", "memory.labels", "memory.num_pushed"}
-    assert head.state_dict().keys() - make_head(0).state_dict().keys() == names
-
-
-def test_a_memory_set_later_is_used_from_then_on():
-    head = make_head(0)
-    head(*make_batch(0))
-    head.memory = FeatureMemory(N, DIM, dtype=torch.float64)
-    head(*make_batch(1))
-    assert torch.equal(head.memory.features[:6], make_batch(1)[0])
-    assert (head(*make_batch(2)).pairs.partner >= 6).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,13 +83,3 @@ def test_compiled_training_is_that_of_eager(backend):
         learning = [*head.parameters(), features], [*eager.parameters(), features]
         torch.testing.assert_close(*map(torch.autograd.grad, losses, learning))
         torch.testing.assert_close([*head.memory.buffers()], [*eager.memory.buffers()], equal_nan=True)
-
-
-def test_repr_shows_the_memory():
-    assert [f"memory={size}" in make_head(size).extra_repr() for size in (N, 0)] == [True, True]
-
-
-def test_keys_beside_a_memory_are_refused():
-    features, labels = make_batch(0)
-    with pytest.raises(ValueError, match=r"searches partners there, got keys float64 \[6, 8\].*memory=0"):
-        make_head()(features, labels, keys=features, key_labels=labels)

@@ -19,21 +19,22 @@ SIZE, CHANNELS, CLASSES = 8, 16, 4
 
 
 def training(device):
-    """A function that takes a step: chunks, mining in batch and memory, head, loss in one of two ways, optimiser."""
+    """A function that takes steps: chunks, mining in batch and memory, head, loss in one of two ways, optimiser."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     net = APINet(ChunkedBackbone(backbone, 5), CLASSES, dim=CHANNELS, hidden_dim=8, memory=32).to(device)
     optimizer = torch.optim.Adam(net.parameter_groups(1e-4))
     labels, criterions = torch.arange(SIZE, device=device) % CLASSES, cycle([None, APILoss(rows=16)])
 
-    def step():
-        output = net(torch.randn(SIZE, 3, 8, 8, device=device), labels, criterion=(criterion := next(criterions)))
-        loss = (api_loss_terms(output) if criterion is None else output).total
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def take(steps):
+        for _, criterion in zip(range(steps), criterions, strict=False):
+            output = net(torch.randn(SIZE, 3, 8, 8, device=device), labels, criterion=criterion)
+            loss = (api_loss_terms(output) if criterion is None else output).total
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
-    return step
+    return take
 
 
 def live_tensors():
@@ -44,8 +45,8 @@ def live_tensors():
 class MallInfo(ctypes.Structure):
     """What glibc says of its heap, see mallinfo(3)."""
 
-    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    _fields_ = [(name, ctypes.c_size_t) for name in names]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
 def bytes_in_use() -> int:
@@ -60,13 +61,11 @@ def bytes_in_use() -> int:
 
 def take_all_steps() -> None:
     """Fails if tensors, bytes or objects grow; for a process of its own, as what other tests leave comes and goes."""
-    step = training("cpu")
-    for _ in range(WARM_UP):
-        step()
+    take = training("cpu")
+    take(WARM_UP)
     tensors, before, objects = live_tensors(), bytes_in_use(), [sys.getallocatedblocks()]
     for _ in range(PARTS):
-        for _ in range(STEPS // PARTS):
-            step()
+        take(STEPS // PARTS)
         assert live_tensors() == tensors
         objects.append(sys.getallocatedblocks())
     # A step has over 100 KiB of tensors, and a thousandth of it is too much; caches fill by some 10 KiB in all.
@@ -82,11 +81,8 @@ def test_memory_of_the_process_and_tensors_are_as_many_after_800_steps():
 
 @pytest.mark.gpu
 def test_memory_of_the_device_is_as_much_after_800_steps():
-    step = training("cuda")
-    for _ in range(WARM_UP):
-        step()
+    take = training("cuda")
+    take(WARM_UP)
     tensors, before = live_tensors(), torch.cuda.memory_allocated()
-    for _ in range(STEPS):
-        step()
-    assert live_tensors() == tensors
-    assert torch.cuda.memory_allocated() == before
+    take(STEPS)
+    assert (live_tensors(), torch.cuda.memory_allocated()) == (tensors, before)
