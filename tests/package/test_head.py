@@ -320,6 +320,16 @@ HEAD, PAST, TWO = APIHead(DIM, 3), APIHead(DIM, memory=4), nn.Unflatten(0, (2, 1
         (lambda: HEAD(X, Y, pairs=mine_pairs(X.to("meta"), Y.to("meta"))), ValueError, r"pairs.anchor.*one device"),
         (lambda: HEAD(X, Y, criterion=nn.CrossEntropyLoss()), TypeError, "an APILoss, got CrossEntropyLoss"),
         (lambda: APIHead(DIM)(X, Y, criterion=APILoss()), ValueError, r"no classifier.*num_classes=.*classifier="),
+        (
+            lambda: api_loss(APIHead(DIM)(X, Y)),
+            ValueError,
+            r"no classifier.*float32 \[16, 9\].*num_classes=.*classifier=",
+        ),
+        (
+            lambda: APILoss()(APIHead(DIM)(X, Y)),
+            ValueError,
+            r"no classifier.*float32 \[16, 9\].*num_classes=.*classifier=",
+        ),
         (lambda: APIHead(DIM, mutual="individual", gate="single"), ValueError, r"'individual' has none"),
         (lambda: HEAD(X, Y, classifier=TWO), ValueError, r"map \[N, D\] to \[N, C\], got float32 \[2, 16, 9\].*N=32"),
         (lambda: HEAD(X, Y, classifier=lambda rows: rows.view(16, -1)), ValueError, r"got float32 \[16, 18\].*N=32"),
