@@ -37,13 +37,9 @@ def make_batch(seed: int, size: int, dim: int, classes: int, dtype: torch.dtype,
         labels = torch.arange(size)
     elif kind == "ties":
         features = features.round().clamp(-1, 1)
-    elif kind == "huge":
-        features *= torch.finfo(dtype).max / 8
-    elif kind == "tiny":
-        features *= torch.finfo(dtype).tiny * 64
-    elif kind == DENORMAL:
-        features *= torch.finfo(dtype).tiny / 64
-    features = features.to(dtype)
+    scales = {"huge": torch.finfo(dtype).max / 8, "tiny": torch.finfo(dtype).tiny * 64}
+    scales[DENORMAL] = torch.finfo(dtype).tiny / 64
+    features = (features * scales.get(kind, 1)).to(dtype)
     if kind == "non-finite":
         bad = torch.randint(size, (1 + size // 10,), generator=generator)
         features[bad, torch.randint(dim, bad.shape, generator=generator)] = float("nan")

@@ -73,8 +73,7 @@ def test_random_pairs_takes_or_refuses_anything(data):
     check_all_refused(api.random_pairs, arguments, labels=WAYS["labels alone"])
     pairs = api.random_pairs(**arguments)
     assert {field.shape for field in pairs} == {(count,)}
-    for rows in (pairs.anchor, pairs.partner):
-        assert ((rows >= 0) & (rows < len(labels))).all()
+    assert {*pairs.anchor.tolist(), *pairs.partner.tolist()} <= {*range(len(labels))}
     of_anchor, of_partner = labels.long()[pairs.anchor], labels.long()[pairs.partner]
     assert torch.equal(pairs.same_class, (of_anchor == of_partner) & (of_anchor >= 0))
     assert (pairs.anchor != pairs.partner).all() or len(labels) == 1
@@ -82,15 +81,11 @@ def test_random_pairs_takes_or_refuses_anything(data):
 
 
 def draw_head(data, **fixed):
-    gate = one_of(data, ["pair", "single"])
-    return {
-        "hidden_dim": data.draw(st.integers(1, 5)),
-        "dropout": one_of(data, [0.0, 0.5, 1.0]),
-        "mutual": one_of(data, [name for name in MUTUALS if (gate, name) != ("single", "individual")]),
-        "gate": gate,
-        **draw_hows(data),
-        **fixed,
-    }
+    gate, hidden_dim = one_of(data, ["pair", "single"]), data.draw(st.integers(1, 5))
+    mutual = one_of(data, [name for name in MUTUALS if (gate, name) != ("single", "individual")])
+    dropout = one_of(data, [0.0, 0.5, 1.0])
+    drawn = {"gate": gate, "mutual": mutual, "hidden_dim": hidden_dim, "dropout": dropout, **draw_hows(data)}
+    return drawn | fixed
 
 
 def is_ordinary(features):
@@ -111,17 +106,15 @@ def test_head_and_loss_takes_or_refuses_anything(data):
     arguments = {"features": features, "labels": labels, **draw_keys(data, features, labels)}
     if "keys" in arguments:
         arguments["keys"] = arguments["keys"].to(dtype)
-    no_dtypes = (
-        lambda x: x.to(torch.float32 if x.dtype == torch.float64 else torch.float64),
-        lambda x: x.to(torch.bfloat16 if x.dtype == torch.float16 else torch.float16),
-    )
+    wrong = [torch.float32 if dtype == torch.float64 else torch.float64]
+    wrong += [torch.bfloat16 if dtype == torch.float16 else torch.float16]
+    ways = {"features": (*WAYS["features of D"], *(lambda x, dtype=dtype: x.to(dtype) for dtype in wrong))}
     with one_of(data, MODES)(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        check_all_refused(head, arguments, features=(*WAYS["features of D"], *no_dtypes), labels=WAYS["labels, if any"])
+        check_all_refused(head, arguments, **ways, labels=WAYS["labels, if any"])
         assert head(features).shape == (len(features), classes)
         output = head(**arguments)
         pairs, rows = output.pairs, 2 * len(output.pairs.anchor)
-        assert output.logits_self.shape == output.logits_other.shape == (rows, classes)
-        assert output.labels.shape == output.valid.shape == (rows,)
+        assert [value.shape for value in output[:4]] == [(rows, classes)] * 2 + [(rows,)] * 2
         partner_labels = arguments.get("key_labels", labels).long()
         assert torch.equal(output.labels, torch.cat([labels.long()[pairs.anchor], partner_labels[pairs.partner]]))
         check_candidates(pairs, intra=head.intra, inter=head.inter, **arguments)
@@ -321,8 +314,7 @@ def flat_backbone(channels, dim, dtype=None):
 def test_chunked_backbone_takes_or_refuses_anything(data):
     size, dtype = data.draw(st.integers(0, 9)), one_of(data, DTYPES[2:])
     images = one_of(data, LAYOUTS)(torch.randn(size, 3, 2, 2, dtype=dtype)).requires_grad_(data.draw(st.booleans()))
-    backbone = flat_backbone(images.shape[1:].numel(), 4, dtype)
-    arguments = {"backbone": backbone, "chunk_size": data.draw(st.integers(1, 10))}
+    arguments = {"backbone": flat_backbone(12, 4, dtype), "chunk_size": data.draw(st.integers(1, 10))}
     ways = {name: (*WAYS[name], be(wrong)) for name, wrong in (("backbone", "resnet18"), ("chunk_size", None))}
     check_all_refused(api.ChunkedBackbone, arguments, **ways)
     net = api.ChunkedBackbone(**arguments)
@@ -344,13 +336,15 @@ def test_apinet_takes_or_refuses_anything(data):
     chunk_size, backbone = data.draw(st.none() | st.integers(1, 5)), flat_backbone(features.shape[1], dim)
     arguments = {"backbone": backbone, "num_classes": classes, "dim": dim, "chunk_size": chunk_size, "hidden_dim": 3}
     check_all_refused(api.APINet, arguments)
-    net, rates = api.APINet(**arguments), {"lr": 0.1, "backbone_lr": 0.0, "weight_decay": 0.0}
+    net, rates = api.APINet(**arguments, dropout=0.0), {"lr": 0.1, "backbone_lr": 0.0, "weight_decay": 0.0}
     check_all_refused(net.parameter_groups, rates)
     assert len(net.parameter_groups(**rates)) == 2
     with one_of(data, MODES)():
         check_all_refused(partial(net, features), {"labels": labels}, labels=WAYS["labels, if any"])
         loss = api.api_loss(net(features, labels))
         assert loss.isfinite() == (kind != "non-finite")
+        terms = net(features, labels, criterion=api.APILoss(rows=data.draw(st.integers(1, 9))))
+        torch.testing.assert_close(terms.total, loss, equal_nan=True)
         assert net.eval()(features).shape == net.to_deploy()(features).shape == (len(features), classes)
 
 

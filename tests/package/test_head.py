@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watching import no_waiting, no_warnings
 
-from apinet_head import APIHead, APILoss, APINet, LossTerms, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
+from apinet_head import APIHead, APILoss, LossTerms, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
 from apinet_head.mutual import MUTUALS
 
 DIM, CLASSES = 9, 5
@@ -95,15 +95,6 @@ def test_initialisation_is_torchs_default():
     torch.testing.assert_close(*parameters, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_lower_precision_stays_near_float64(dtype):
-    head, features, labels = make_case(size=24, dim=32, classes=6)
-    expected = api_loss(head(features, labels))
-    found = api_loss(head.to(dtype)(features.to(dtype), labels, pairs=mine_pairs(features, labels)))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
-
-
 # With a criterion.
 
 
@@ -124,14 +115,6 @@ def test_a_criterion_gives_the_terms_of_the_loss(rows, gate, own):
     torch.testing.assert_close([*terms], [*expected], rtol=0, atol=1e-12)
     of_both = (gradients(loss.total, head.mutual, features) for loss in (terms, expected))
     torch.testing.assert_close(*of_both, rtol=0, atol=1e-12)
-
-
-def test_a_criterion_through_apinet_and_compiled():
-    net = APINet(nn.Flatten(), CLASSES, dim=DIM, hidden_dim=6, dropout=0.0)
-    images, labels = torch.randn(12, DIM, 1, 1), torch.arange(12) % CLASSES
-    expected, compiled = api_loss(net(images, labels)), torch.compile(net, backend="aot_eager")
-    for found in (net(images, labels, criterion=APILoss(rows=8)), compiled(images, labels, criterion=APILoss())):
-        torch.testing.assert_close(found.total, expected)
 
 
 # Images without a class.
@@ -256,13 +239,10 @@ def test_grad_of_torch_func_is_that_of_autograd(mutual):
     def loss(parameters, features):
         return api_loss(torch.func.functional_call(head, parameters, (features, labels)))
 
-    right = api_loss(head(features, labels))
-    expected = gradients(right, head, features)
+    expected = gradients(api_loss(head(features, labels)), head, features)
     parameters = {name: parameter.detach() for name, parameter in head.named_parameters()}
     found, of_features = torch.func.grad(loss, argnums=(0, 1))(parameters, features.detach())
     torch.testing.assert_close([*(found[name] for name in parameters), of_features], [*expected])
-    of_features, value = torch.func.grad_and_value(lambda x: loss(parameters, x))(features.detach())
-    torch.testing.assert_close((of_features, value), (expected[-1], right.detach()))
 
 
 @pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
@@ -299,7 +279,9 @@ def test_the_head_keeps_five_numbers_a_channel_of_each_pair():
 
 
 X, Y = torch.zeros(4, DIM), torch.zeros(4, dtype=torch.long)
-HEAD, PAST, TWO = APIHead(DIM, 3), APIHead(DIM, memory=4), nn.Unflatten(0, (2, 16))
+HEAD, PAST, BARE = APIHead(DIM, 3), APIHead(DIM, memory=4), APIHead(DIM)
+PAIRS, ELSEWHERE = mine_pairs(X, Y), mine_pairs(X.to("meta"), Y.to("meta"))
+NO_LOGITS = r"no classifier.*float32 \[16, 9\].*num_classes=.*classifier="
 
 
 @pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
@@ -310,29 +292,17 @@ HEAD, PAST, TWO = APIHead(DIM, 3), APIHead(DIM, memory=4), nn.Unflatten(0, (2, 1
         (lambda: HEAD(X, keys=X), ValueError, r"need labels"),
         (lambda: HEAD(X, criterion=APILoss()), ValueError, "need labels, got labels=None"),
         (lambda: HEAD(X, Y, keys=X), ValueError, r"keys and key_labels need each other.*only keys"),
-        (lambda: HEAD(X, Y, key_labels=Y, pairs=mine_pairs(X, Y)), ValueError, r"need each other.*only key_labels"),
-        (
-            lambda: PAST(X, Y, keys=X, key_labels=Y),
-            ValueError,
-            r"searches partners there, got keys.*\[4, 9\].*memory=0",
-        ),
+        (lambda: HEAD(X, Y, key_labels=Y, pairs=PAIRS), ValueError, r"need each other.*only key_labels"),
         (lambda: HEAD(X, Y, key_offset=0), ValueError, r"key_offset needs both, got only key_offset"),
-        (lambda: HEAD(X, Y, pairs=mine_pairs(X.to("meta"), Y.to("meta"))), ValueError, r"pairs.anchor.*one device"),
+        (lambda: PAST(X, Y, keys=X, key_labels=Y), ValueError, r"partners there, got keys.*\[4, 9\].*memory=0"),
+        (lambda: HEAD(X, Y, pairs=ELSEWHERE), ValueError, r"pairs.anchor.*one device"),
         (lambda: HEAD(X, Y, criterion=nn.CrossEntropyLoss()), TypeError, "an APILoss, got CrossEntropyLoss"),
-        (lambda: APIHead(DIM)(X, Y, criterion=APILoss()), ValueError, r"no classifier.*num_classes=.*classifier="),
-        (
-            lambda: api_loss(APIHead(DIM)(X, Y)),
-            ValueError,
-            r"no classifier.*float32 \[16, 9\].*num_classes=.*classifier=",
-        ),
-        (
-            lambda: APILoss()(APIHead(DIM)(X, Y)),
-            ValueError,
-            r"no classifier.*float32 \[16, 9\].*num_classes=.*classifier=",
-        ),
+        (lambda: BARE(X, Y, criterion=APILoss()), ValueError, r"no classifier.*num_classes=.*classifier="),
+        (lambda: api_loss(BARE(X, Y)), ValueError, NO_LOGITS),
+        (lambda: APILoss()(BARE(X, Y)), ValueError, NO_LOGITS),
         (lambda: APIHead(DIM, mutual="individual", gate="single"), ValueError, r"'individual' has none"),
-        (lambda: HEAD(X, Y, classifier=TWO), ValueError, r"map \[N, D\] to \[N, C\], got float32 \[2, 16, 9\].*N=32"),
-        (lambda: HEAD(X, Y, classifier=lambda rows: rows.view(16, -1)), ValueError, r"got float32 \[16, 18\].*N=32"),
+        (lambda: HEAD(X, Y, classifier=lambda x: x.view(2, 16, 9)), ValueError, r"\[N, C\], got .*\[2, 16, 9\].*N=32"),
+        (lambda: HEAD(X, Y, classifier=lambda x: x.view(16, 18)), ValueError, r"\[N, D\] to .*\[16, 18\].*N=32"),
     ],
 )
 def test_errors_show_what_came(call, error, message):

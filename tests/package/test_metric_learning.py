@@ -8,7 +8,7 @@ import reference
 import torch
 from pytorch_metric_learning import losses, miners
 
-from apinet_head import APIHead, api_loss, api_loss_terms
+from apinet_head import APIHead, api_loss_terms
 from apinet_head.metric_learning import APIMiner, pairs_from_tuple
 
 SIZE, DIM, CLASSES = 15, 10, 4
@@ -50,15 +50,6 @@ def test_pairs_of_a_miner_may_point_to_keys():
     assert torch.equal(pairs.same_class, Y[pairs.anchor] == LABELS[pairs.partner])
     output = make_head()(X, Y, pairs=pairs, keys=OTHERS, key_labels=LABELS)
     assert torch.equal(output.labels, torch.cat([Y[pairs.anchor], LABELS[pairs.partner]]))
-
-
-@pytest.mark.parametrize("length", [3, 4])
-def test_no_pairs_give_a_loss_of_zero(length):
-    features, none = X.clone().requires_grad_(), torch.empty(0, dtype=torch.long)
-    loss = api_loss(make_head()(features, Y, pairs=pairs_from_tuple([none] * length)))
-    loss.backward()
-    assert loss == 0
-    assert not features.grad.any()
 
 
 ROWS, ORDER = torch.arange(3), torch.randperm(SIZE, generator=torch.Generator().manual_seed(1))
