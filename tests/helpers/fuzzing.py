@@ -4,6 +4,7 @@ import math
 import reprlib
 from contextlib import nullcontext
 from functools import partial, wraps
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -60,11 +61,6 @@ def draw_batch(data, dtypes=DTYPES, kinds=(*KINDS, DENORMAL), least=0):
     return features, labels.to(one_of(data, dtypes)), kind
 
 
-def be(value):
-    """A way to spoil an argument: another value, whatever it was."""
-    return lambda _: value
-
-
 def more(tensor):
     return torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])])
 
@@ -74,7 +70,7 @@ def wider(rows):
 
 
 NO_FEATURES = (
-    be(None), lambda x: x.tolist(), lambda x: x.long(), lambda x: x > 0, lambda x: x.to(torch.complex64),
+    None, lambda x: x.tolist(), lambda x: x.long(), lambda x: x > 0, lambda x: x.to(torch.complex64),
     lambda x: x[:, :0], lambda x: x[:, :, None], lambda x: x.flatten(), lambda x: x.sum(),
     lambda x: x.detach().to_sparse(), lambda x: x.to("meta"),
 )  # fmt: skip
@@ -85,46 +81,46 @@ NO_CLASSES = (
 )  # fmt: skip
 NO_LABELS = (*NO_CLASSES, lambda y: more(y.long()), lambda y: y.to("meta"))
 NO_IMAGES = (
-    be(None), more, lambda x: x.tolist(), lambda x: x[:1], lambda x: x[0], lambda x: x[..., :0], lambda x: x.long(),
+    None, more, lambda x: x.tolist(), lambda x: x[:1], lambda x: x[0], lambda x: x[..., :0], lambda x: x.long(),
     lambda x: x.half(), lambda x: x.to("meta"), lambda x: x.index_fill(2, torch.tensor(0), math.nan),
     lambda x: x.index_fill(1, torch.tensor(0), math.inf),
 )  # fmt: skip
-NO_COUNT = (be(0), be(-1), be(2.5), be(math.nan), be("3"), be(True), be([2]))
-NO_NUMBER = (be(math.nan), be(math.inf), be(-math.inf), be("1"), be(False), be([1.0]))
-NO_MODULE = (be(None), be(3), lambda net: [net], lambda net: (net, net), be(nn.Linear))
+NO_COUNT = (0, -1, 2.5, math.nan, "3", True, [2])
+NO_NUMBER = (math.nan, math.inf, -math.inf, "1", False, [1.0])
+NO_MODULE = (None, 3, lambda net: [net], lambda net: (net, net), nn.Linear)
 
-WAYS = {  # to spoil an argument of each name
+WAYS = {  # to spoil an argument of each name: other values, and functions of the good one
     **dict.fromkeys(("dim", "hidden_dim", "size", "chunk_size", "n_samples", "n_batches"), NO_COUNT),
     **dict.fromkeys(("memory", "num_pairs"), NO_COUNT[1:]),
-    **dict.fromkeys(("lr", "backbone_lr", "weight_decay"), (*NO_NUMBER, be(-0.1))),
+    **dict.fromkeys(("lr", "backbone_lr", "weight_decay"), (*NO_NUMBER, -0.1)),
     **dict.fromkeys(("margin", "rank_weight"), NO_NUMBER),
-    **dict.fromkeys(("dropout", "label_smoothing"), (*NO_NUMBER, be(-0.1), be(1.1), be(None))),
-    **dict.fromkeys(("intra", "inter"), (be("nearest"), be(1), be(["similar"]))),
+    **dict.fromkeys(("dropout", "label_smoothing"), (*NO_NUMBER, -0.1, 1.1, None)),
+    **dict.fromkeys(("intra", "inter"), ("nearest", 1, ["similar"])),
     **dict.fromkeys(("features", "logits_self"), NO_FEATURES),
     **dict.fromkeys(("features of D", "logits_other"), (*NO_FEATURES, wider)),
     "keys": (*NO_FEATURES[1:], wider),
-    "labels": (*NO_LABELS, be(None)),
+    "labels": (*NO_LABELS, None),
     "labels, if any": NO_LABELS,
     "labels alone": NO_CLASSES,
     "key_labels": NO_LABELS,
-    "key_offset": (be(-1), be(100), be(0.5), be(True), be("0")),
-    "anchor": (be(None), more, lambda y: y.tolist(), lambda y: y.double(), lambda y: torch.full_like(y, -1)),
-    "partner": (be(3), more, lambda y: y[:, None], lambda y: y.to("meta")),
-    "valid": (be(None), more, lambda y: y.long(), lambda y: y.to("meta"), lambda y: y.tolist()),
-    "num_rows": (be(3), be(torch.ones(2))),
-    "generator": (be(0), be("cpu")),
-    "num_classes": (*NO_COUNT[1:], be(None)),
-    "mutual": (be("attention"), be(None), be(["mlp"]), be(nn.Linear)),
-    "gate": (be("triple"), be(None), be(["pair"])),
-    "dtype": (be(torch.int64), be(torch.bool), be(torch.complex64), be("float32")),
+    "key_offset": (-1, 100, 0.5, True, "0"),
+    "anchor": (None, more, lambda y: y.tolist(), lambda y: y.double(), lambda y: torch.full_like(y, -1)),
+    "partner": (3, more, lambda y: y[:, None], lambda y: y.to("meta")),
+    "valid": (None, more, lambda y: y.long(), lambda y: y.to("meta"), lambda y: y.tolist()),
+    "num_rows": (3, torch.ones(2)),
+    "generator": (0, "cpu"),
+    "num_classes": (*NO_COUNT[1:], None),
+    "mutual": ("attention", None, ["mlp"], nn.Linear),
+    "gate": ("triple", None, ["pair"]),
+    "dtype": (torch.int64, torch.bool, torch.complex64, "float32"),
     "backbone": NO_MODULE,
     "net": (*NO_MODULE, lambda net: net.backbone),
     "images": NO_IMAGES,
-    "top_k": (*NO_COUNT, be(5)),
-    "n_classes": (*NO_COUNT, be(100)),
-    "seed": (be(0.5), be(None), be(math.nan), be("0"), be(True)),
-    "rank": (be(-1), be(3), be(0.0), be("0"), be(False)),
-    "world_size": (*NO_COUNT, be(101)),
+    "top_k": (*NO_COUNT, 5),
+    "n_classes": (*NO_COUNT, 100),
+    "seed": (0.5, None, math.nan, "0", True),
+    "rank": (-1, 3, 0.0, "0", False),
+    "world_size": (*NO_COUNT, 101),
 }
 
 
@@ -133,7 +129,7 @@ def check_all_refused(call, arguments, **ways):
     ways = WAYS | ways
     for name, value in arguments.items():
         for way in ways[name]:
-            spoiled = way(value)
+            spoiled = way(value) if isinstance(way, FunctionType) else way
             check_refused(partial(call, **arguments | {name: spoiled}), spoiled)
 
 

@@ -1,4 +1,4 @@
-"""`FeatureMemory` compiled and on a GPU; what it holds is in test_fuzz.py, with a head in test_head_memory.py."""
+"""`FeatureMemory` compiled and on a GPU; what it holds is in test_fuzz.py, with a head in test_head.py."""
 
 import copy
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fuzzing import INTEGERS, LAYOUTS, MODES, WAYS, be, check_all_refused, check_refused, draw_batch, fuzzed, one_of
+from fuzzing import INTEGERS, LAYOUTS, MODES, WAYS, check_all_refused, check_refused, draw_batch, fuzzed, one_of
 from hypothesis import strategies as st
 from mined import HOWS, check_pairs
 from stand_ins import Calling
@@ -179,7 +179,7 @@ def test_loss_of_any_logits_takes_or_refuses_anything(data):
         return api.api_loss(api.APIOutput(pairs=None, **{name: given.pop(name) for name in fields}), **given)
 
     bad = 3, [1.0], torch.ones(classes + 1), torch.ones(classes).long(), torch.ones(classes, device="meta")
-    check_all_refused(loss_of, fields | weights, class_weight=[*map(be, bad)])
+    check_all_refused(loss_of, fields | weights, class_weight=bad)
     row = data.draw(st.integers(0, rows - 1)) if rows else None
     number, label = (one_of(data, choices) for choices in ([0.0, torch.nan, torch.inf], [0, -1, classes, 10**9]))
     counts = row is not None and bool(fields["valid"][row]) and label >= 0
@@ -266,17 +266,12 @@ def draw_sampler(data):
 @fuzzed
 def test_sampler_takes_or_refuses_anything(data):
     arguments = draw_sampler(data)
-    no_labels = (
-        *(lambda labels, way=way: way(torch.tensor([*labels])) for way in WAYS["labels alone"][1:]),
-        *(lambda labels, last=last: [*labels[:-1], last] for last in (math.nan, None, [1])),
-        lambda labels: np.array([*labels], dtype=float),
-        lambda labels: [str(label) for label in labels],
-        lambda labels: torch.tensor([*labels]).to("meta"),
-        be(None),
-        be(3),
-    )
+    labels = [int(label) for label in arguments["labels"]]
+    no_labels = [way(torch.tensor(labels)) for way in (*WAYS["labels alone"][1:], lambda y: y.to("meta"))]
+    no_labels += [[*labels[:-1], last] for last in (math.nan, None, [1])]
+    no_labels += [np.array(labels, dtype=float), [*map(str, labels)], None, 3]
     check_all_refused(api.BalancedBatchSampler, arguments, labels=no_labels)
-    sampler, labels = api.BalancedBatchSampler(**arguments), [int(label) for label in arguments["labels"]]
+    sampler = api.BalancedBatchSampler(**arguments)
     batches, size = list(sampler), arguments["n_classes"] * arguments["n_samples"]
     assert len(batches) == len(sampler) == (arguments["n_batches"] or max(1, len(labels) // size))
     for batch in batches:
@@ -287,13 +282,12 @@ def test_sampler_takes_or_refuses_anything(data):
 
 @fuzzed
 def test_state_of_a_sampler_takes_or_refuses_anything(data):
-    sampler, other = (
-        api.BalancedBatchSampler(**arguments) for arguments in [draw_sampler(data) | {"n_batches": 4}] * 2
-    )
+    arguments = draw_sampler(data) | {"n_batches": 4}
+    sampler, other = (api.BalancedBatchSampler(**arguments) for _ in range(2))
     first, done = list(sampler), data.draw(st.integers(0, 4))
     sampler.set_epoch(data.draw(st.integers(0, 9)))
     state = sampler.state_dict(done)
-    rubbish = [*map(be, (math.nan, -77, 0.5, None, "1", True, [1], torch.ones(2), 10**9))]
+    rubbish = math.nan, -77, 0.5, None, "1", True, [1], torch.ones(2), 10**9
     ways = {name: rubbish[:-1] if name == "epoch" else rubbish for name in state}
     check_all_refused(lambda **given: other.load_state_dict(given), state, **ways)
     for wrong in ([], None, 3, "state", {}, {"epoch": 1}, sampler):
@@ -315,7 +309,7 @@ def test_chunked_backbone_takes_or_refuses_anything(data):
     size, dtype = data.draw(st.integers(0, 9)), one_of(data, DTYPES[2:])
     images = one_of(data, LAYOUTS)(torch.randn(size, 3, 2, 2, dtype=dtype)).requires_grad_(data.draw(st.booleans()))
     arguments = {"backbone": flat_backbone(12, 4, dtype), "chunk_size": data.draw(st.integers(1, 10))}
-    ways = {name: (*WAYS[name], be(wrong)) for name, wrong in (("backbone", "resnet18"), ("chunk_size", None))}
+    ways = {name: (*WAYS[name], wrong) for name, wrong in (("backbone", "resnet18"), ("chunk_size", None))}
     check_all_refused(api.ChunkedBackbone, arguments, **ways)
     net = api.ChunkedBackbone(**arguments)
     for wrong in (None, [images], 3, torch.tensor(1.0), {"images": images}):

@@ -1,4 +1,4 @@
-"""`APIHead`: the formulas pair by pair, criteria, images without a class, the look at the first batch, devices."""
+"""`APIHead`: the formulas, criteria, images without a class, the look at the first batch, a memory, devices."""
 
 import copy
 
@@ -13,7 +13,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watching import no_waiting, no_warnings
 
-from apinet_head import APIHead, APILoss, LossTerms, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
+from apinet_head import APIHead, FeatureMemory, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
+from apinet_head.loss import APILoss, LossTerms
 from apinet_head.mutual import MUTUALS
 
 DIM, CLASSES = 9, 5
@@ -227,6 +228,80 @@ def test_only_the_first_batch_waits_for_the_device():
     fresh = APIHead(DIM, 40, dropout=0.0).cuda()
     with no_warnings(), torch.cuda.graph(torch.cuda.CUDAGraph()):
         fresh(features, labels)
+
+
+# With a memory. That it is the head with the batch and the past as keys, is in test_fuzz.py.
+
+
+def with_memory(size=10):
+    """A head with a memory and one without, of the same weights, and batches for them."""
+    heads = [make_case(memory=size)[0], make_case()[0]]
+    return *heads, [make_case(size=6, seed=seed)[1:] for seed in range(6)]
+
+
+@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda head, x, y: head.eval()(x, y).logits_self,
+        lambda head, x, y: torch.no_grad()(head)(x, y).logits_self,
+        lambda head, x, y: head(x, y, pairs=mine_pairs(x, y)).logits_self,
+        lambda head, x, y: head(x),
+    ],
+)
+def test_only_training_searches_and_fills_a_memory(call):
+    head, plain, batches = with_memory()
+    head(*batches[0])
+    before = [buffer.clone() for buffer in head.memory.buffers()]
+    torch.testing.assert_close(call(head, *batches[1]), call(plain, *batches[1]))
+    torch.testing.assert_close([*head.memory.buffers()], before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_room_for_the_gradient_of_a_memory_is_that_of_the_batch():
+    head, _, batches = with_memory(5000)
+    kept, _ = saved_bytes(lambda: api_loss(head(*batches[0])), [batches[0][0], *head.parameters()])
+    assert kept < head.memory.features.nbytes / 10
+
+
+@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
+def test_state_dict_goes_on_as_if_never_interrupted_also_in_a_memory_set_later():
+    head, resumed, batches = with_memory()
+    for batch in batches[:3]:
+        head(*batch)
+    resumed(*batches[0])
+    names = {"memory.features", "memory.labels", "memory.num_pushed"}
+    assert head.state_dict().keys() - resumed.state_dict().keys() == names
+    resumed.memory = FeatureMemory(10, DIM, dtype=torch.float64)
+    resumed.load_state_dict(head.state_dict())
+    for batch in batches[3:]:
+        found, expected = resumed(*batch), head(*batch)
+        torch.testing.assert_close([*found[:4], *found.pairs], [*expected[:4], *expected.pairs])
+        assert (found.pairs.partner >= 6).any()
+    torch.testing.assert_close([*resumed.memory.buffers()], [*head.memory.buffers()], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_memory_works_in_half_precision_and_under_autocast(dtype):
+    (head, _, batches), (exact, *_) = with_memory(), with_memory()
+    head.to(dtype)
+    for features, labels in batches[:3]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+            loss = api_loss(head(features.bfloat16(), labels))
+        expected = api_loss(exact(features.bfloat16().double(), labels))
+        torch.testing.assert_close(loss.double(), expected, rtol=0.05, atol=0.05)
+        loss.backward()
+    assert head.memory.features.dtype == dtype
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_with_a_memory_is_that_of_eager(backend):
+    (head, _, batches), (eager, *_) = with_memory(), with_memory()
+    step_of = torch.compile(lambda x, y: api_loss(head(x, y)), fullgraph=True, backend=backend)
+    for features, labels in batches[:4]:
+        losses = step_of(features, labels), api_loss(eager(features, labels))
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*map(gradients, losses, (head, eager), [features] * 2))
+        torch.testing.assert_close([*head.memory.buffers()], [*eager.memory.buffers()], equal_nan=True)
 
 
 # functorch, devices, numbers, errors.
