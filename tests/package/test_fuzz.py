@@ -12,7 +12,7 @@ from fuzzing import INTEGERS, LAYOUTS, MODES, WAYS, check_all_refused, check_ref
 from hypothesis import strategies as st
 from mined import HOWS, check_pairs
 from stand_ins import Calling
-from strategies import DTYPES
+from strategies import DTYPES, KINDS
 from torch import nn
 
 import apinet_head as api
@@ -135,16 +135,15 @@ def test_head_and_loss_takes_or_refuses_anything(data):
 
 @fuzzed
 def test_pairs_of_ones_own_takes_or_refuses_anything(data):
-    features, labels, _ = draw_batch(data, dtypes=DTYPES[2:], least=1)
+    kinds = (*KINDS, *["unlabelled"] * len(KINDS))
+    features, labels, _ = draw_batch(data, dtypes=DTYPES[2:], kinds=kinds, least=1)
     head = api.APIHead(features.shape[1], 50, **draw_head(data, dtype=features.dtype))
     keys = draw_keys(data, features, labels)
     count, rows = data.draw(st.integers(0, 9)), len(keys.get("keys", features))
     fields = {
-        "anchor": torch.randint(len(features), (count,)),
-        "partner": torch.randint(rows, (count,)),
-        "same_class": torch.zeros(count, dtype=torch.bool),
-        "valid": torch.rand(count) < 0.8,
-    }
+        "anchor": torch.randint(len(features), (count,)), "partner": torch.randint(rows, (count,)),
+        "same_class": torch.zeros(count, dtype=torch.bool), "valid": torch.rand(count) < 0.8,
+    }  # fmt: skip
     if count:
         ways = {"partner": [*WAYS["partner"], lambda y: torch.full_like(y, rows)], "same_class": ()}
         check_all_refused(lambda **f: head.gates(features, api.Pairs(**f), keys=keys.get("keys")), fields, **ways)
@@ -168,9 +167,8 @@ def test_loss_of_any_logits_takes_or_refuses_anything(data):
         "logits_self": torch.randn(rows, classes).to(dtype).requires_grad_(data.draw(st.booleans())),
         "logits_other": torch.randn(rows, classes).to(one_of(data, DTYPES)),
         "labels": torch.randint(classes, (rows,)).to(one_of(data, INTEGERS)),
-        "valid": torch.rand(rows) < 0.7,
-        "num_rows": one_of(data, [None, torch.tensor(2.5)]),
-    }
+        "valid": torch.rand(rows) < 0.7, "num_rows": one_of(data, [None, torch.tensor(2.5)]),
+    }  # fmt: skip
     weights = {name: data.draw(st.floats(-2, 2)) for name in ("margin", "rank_weight")}
     class_weight = one_of(data, [None, (torch.rand(classes) + 0.1).to(dtype)])
     weights |= {"label_smoothing": data.draw(st.floats(0, 1)), "class_weight": class_weight}
@@ -253,14 +251,11 @@ def draw_sampler(data):
     container = one_of(data, [list, tuple, np.array, torch.tensor, lambda rows: torch.tensor(rows, dtype=torch.int8)])
     world_size = one_of(data, [size for size in (1, 2, 3) if size <= len(counts)])
     return {
-        "labels": container(labels),
-        "n_classes": world_size * data.draw(st.integers(1, len(counts) // world_size)),
-        "n_samples": data.draw(st.integers(1, 4)),
-        "n_batches": data.draw(st.none() | st.integers(1, 4)),
-        "seed": data.draw(st.integers(-5, 5)),
-        "rank": data.draw(st.integers(0, world_size - 1)),
+        "labels": container(labels), "n_classes": world_size * data.draw(st.integers(1, len(counts) // world_size)),
+        "n_samples": data.draw(st.integers(1, 4)), "n_batches": data.draw(st.none() | st.integers(1, 4)),
+        "seed": data.draw(st.integers(-5, 5)), "rank": data.draw(st.integers(0, world_size - 1)),
         "world_size": world_size,
-    }
+    }  # fmt: skip
 
 
 @fuzzed

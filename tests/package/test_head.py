@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from watching import no_waiting, no_warnings
+from watching import no_warnings
 
 from apinet_head import APIHead, FeatureMemory, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
 from apinet_head.loss import APILoss, LossTerms
 from apinet_head.mutual import MUTUALS
 
 DIM, CLASSES = 9, 5
+pytestmark = pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 GATES = pytest.mark.parametrize("gate", ["pair", "single"])
 
 
@@ -31,7 +32,6 @@ def gradients(loss, head, features):
     return torch.autograd.grad(loss, [*head.parameters(), features], retain_graph=True)
 
 
-@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 14), st.integers(1, 12), st.integers(1, 4), st.floats(0, 0.3))
 def test_logits_loss_and_gradients_follow_the_formulas(seed, size, dim, classes, margin):
@@ -135,7 +135,6 @@ def test_images_without_a_class_are_masked_out(label):
         torch.testing.assert_close(*(gradients(one, head, features) for one in (loss, right)))
 
 
-@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("where", ["batch", "keys that hold it", "keys of no class"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -151,19 +150,6 @@ def test_what_images_without_a_class_hold_leaves_gradients_alone(value, where, r
         found.append([loss, *gradients(loss, head, batch)])
     torch.testing.assert_close(*found)
     assert found[0][0].any() == (where != "keys of no class")
-
-
-def test_given_pairs_with_an_image_without_a_class_are_not_valid():
-    head, features, labels = make_case()
-    labels[[2, 7]] = -100
-    anchor, partner = torch.tensor([0, 2, 1, 7, 3]), torch.tensor([1, 3, 7, 2, 4])
-    pairs = Pairs(anchor, partner, labels[anchor] == labels[partner], torch.ones(5, dtype=torch.bool))
-    output = head(features, labels, pairs=pairs)
-    assert output.valid.tolist() == [True, False, False, False, True] * 2
-    some = Pairs(*(field[[0, 4]] for field in pairs))
-    torch.testing.assert_close(api_loss(output), api_loss(head(features, labels, pairs=some)))
-    of_keys = head(features, labels.abs(), pairs=pairs, keys=features.detach(), key_labels=labels)
-    assert of_keys.valid.tolist() == [True, True, False, False, True] * 2
 
 
 # The look at the first batch.
@@ -218,18 +204,6 @@ def test_nothing_is_looked_at_while_tracing():
         head(x, SHUFFLED)
 
 
-@pytest.mark.gpu
-def test_only_the_first_batch_waits_for_the_device():
-    head, features, labels = APIHead(DIM, 40).cuda(), torch.randn(32, DIM).cuda(), SHUFFLED.cuda()
-    with pytest.warns(UserWarning, match="32 of the 64 pairs"):
-        head(features, labels)
-    with no_waiting():
-        head(features, labels)
-    fresh = APIHead(DIM, 40, dropout=0.0).cuda()
-    with no_warnings(), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        fresh(features, labels)
-
-
 # With a memory. That it is the head with the batch and the past as keys, is in test_fuzz.py.
 
 
@@ -239,7 +213,6 @@ def with_memory(size=10):
     return *heads, [make_case(size=6, seed=seed)[1:] for seed in range(6)]
 
 
-@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @pytest.mark.parametrize(
     "call",
     [
@@ -263,7 +236,6 @@ def test_room_for_the_gradient_of_a_memory_is_that_of_the_batch():
     assert kept < head.memory.features.nbytes / 10
 
 
-@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 def test_state_dict_goes_on_as_if_never_interrupted_also_in_a_memory_set_later():
     head, resumed, batches = with_memory()
     for batch in batches[:3]:
@@ -293,17 +265,6 @@ def test_a_memory_works_in_half_precision_and_under_autocast(dtype):
     assert head.memory.features.dtype == dtype
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_training_with_a_memory_is_that_of_eager(backend):
-    (head, _, batches), (eager, *_) = with_memory(), with_memory()
-    step_of = torch.compile(lambda x, y: api_loss(head(x, y)), fullgraph=True, backend=backend)
-    for features, labels in batches[:4]:
-        losses = step_of(features, labels), api_loss(eager(features, labels))
-        torch.testing.assert_close(*losses)
-        torch.testing.assert_close(*map(gradients, losses, (head, eager), [features] * 2))
-        torch.testing.assert_close([*head.memory.buffers()], [*eager.memory.buffers()], equal_nan=True)
-
-
 # functorch, devices, numbers, errors.
 
 
@@ -320,7 +281,6 @@ def test_grad_of_torch_func_is_that_of_autograd(mutual):
     torch.testing.assert_close([*(found[name] for name in parameters), of_features], [*expected])
 
 
-@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @pytest.mark.parametrize("mutual", MUTUALS)
 @pytest.mark.parametrize("memory", [0, 8])
 def test_the_default_device_may_be_another(mutual, memory):
@@ -359,7 +319,6 @@ PAIRS, ELSEWHERE = mine_pairs(X, Y), mine_pairs(X.to("meta"), Y.to("meta"))
 NO_LOGITS = r"no classifier.*float32 \[16, 9\].*num_classes=.*classifier="
 
 
-@pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

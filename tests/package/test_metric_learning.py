@@ -99,6 +99,7 @@ def nearest(same_class, batch=X, labels=Y, keys=X, key_labels=Y, own=range(SIZE)
 )
 def test_miner_returns_the_nearest_as_a_tuple(miner, refs, expected):
     assert [rows.tolist() for rows in miner(X, Y, *refs)] == expected
+    assert f"intra={miner.intra!r}, inter={miner.inter!r}" in repr(miner)
 
 
 def watched_memory(size):
@@ -136,10 +137,6 @@ def test_embeddings_that_are_queries_alone_are_searched_in_all_of_the_memory():
     both, labels = torch.cat([X, X + 0.01]), torch.cat([Y, Y])  # a momentum encoder's copies are almost the queries
     memory(both, labels, enqueue_mask=torch.arange(2 * SIZE) >= SIZE)
     assert seen[0][2][1].tolist() == seen[0][2][0].tolist() == list(range(SIZE))
-
-
-def test_repr_shows_the_searches():
-    assert "intra='similar', inter='random'" in repr(APIMiner(inter="random"))
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch):
