@@ -14,46 +14,34 @@ import train_cub
 from apinet_head import APINet
 from workbench import metrics, model_folder
 from workbench.datasets import open_data
-from workbench.settings import HARMLESS, PRESETS, Settings, differences, parse, run_folder
+from workbench.settings import AUTO, HARMLESS, PRESETS, Settings, differences, parse
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that this says is missing")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(birds, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "api"
     return output, run(birds, output)
 
 
 @pytest.mark.parametrize("method", ["api", "baseline"])
-def test_a_run_leaves_everything(birds, tmp_path, method):
+def test_a_run_leaves_everything_and_logs_the_mean_of_an_epochs_steps(birds, tmp_path, monkeypatch, method):
+    compute_loss, steps = train_cub.compute_loss, []
+    monkeypatch.setattr(train_cub, "compute_loss", lambda *args: steps.append(compute_loss(*args)) or steps[-1])
     result = run(birds, tmp_path / "run", "--method", method, "--epochs", "2")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"settings.json", "log.csv", "result.json", "best", "last", "state", "tensorboard", "lock"}
     log = rows(tmp_path / "run")
-    assert [row["epoch"] for row in log] == ["1", "2"]
-    assert [row["step"] for row in log] == ["3", "6"]
+    assert [(row["epoch"], row["step"]) for row in log] == [("1", "3"), ("2", "6")]
+    for name in ("loss", "cross_entropy", "ranking", "train_top1"):
+        assert float(log[0][name]) == pytest.approx(sum(step[name].item() for step in steps[:3]) / 3)
     assert float(log[1]["test_top1"]) == result["test_top1"]
     assert (float(log[0]["ranking"]) > 0) == (method == "api")
     assert result["images"] == 18
     assert result["errors"] == result["errors_within_families"] + result["errors_across_families"]
     assert result["errors"] == round(18 * (1 - result["test_top1"] / 100))
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
-
-
-def test_the_log_has_the_mean_of_an_epochs_steps(birds, tmp_path, monkeypatch):
-    compute_loss, steps = train_cub.compute_loss, []
-
-    def noted(*args):
-        steps.append(compute_loss(*args))
-        return steps[-1]
-
-    monkeypatch.setattr(train_cub, "compute_loss", noted)
-    run(birds, tmp_path / "run", "--epochs", "1")
-    (row,) = rows(tmp_path / "run")
-    assert len(steps) == 3
-    for name in ("loss", "cross_entropy", "ranking", "train_top1"):
-        assert float(row[name]) == pytest.approx(sum(step[name].item() for step in steps) / 3)
 
 
 def test_both_methods_start_from_the_same_weights_and_batches(birds):
@@ -73,9 +61,7 @@ def test_finished_run_is_not_trained_again(birds, finished, monkeypatch):
     assert run(birds, output)["test_top1"] == result["test_top1"]
 
 
-def test_folder_of_another_run_is_refused_with_the_differences(birds, finished, tmp_path):
-    with pytest.raises(SystemExit, match=r"(?s)lr: 0.05 there, 0.5 here.*another folder"):
-        run(birds, finished[0], "--lr", "0.5")
+def test_a_folder_of_something_else_is_refused(birds, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(SystemExit, match="not empty"):
         run(birds, tmp_path)
@@ -114,16 +100,22 @@ def test_confusion_counts():
 @pytest.mark.parametrize(
     "flags",
     [["--mutual", "sum", "--gate", "single", "--rank-weight", "0"], ["--pairs", "random"], ["--intra", "none"],
-     ["--intra", "dissimilar", "--inter", "random"], ["--chunk-size", "2"]],
+     ["--intra", "dissimilar", "--inter", "random"], ["--chunk-size", "2", "--memory", "16"],
+     ["--memory", "16", "--method", "baseline"]],
 )  # fmt: skip
 def test_variants_of_the_method_reach_the_net(birds, tmp_path, flags):
     run(birds, tmp_path / "run", "--epochs", "1", *flags)
-    net = APINet.from_pretrained(tmp_path / "run" / "last")
+    head = (net := APINet.from_pretrained(tmp_path / "run" / "last")).head
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
-    assert net.head.gate == settings["gate"]
+    assert head.gate == settings["gate"]
     assert (net.chunk_size or 0) == settings["chunk_size"]
-    assert (net.head.intra or "none", net.head.inter or "none") == (settings["intra"], settings["inter"])
-    assert ("mutual.fc1.weight" in net.head.state_dict()) == (settings["mutual"] == "mlp")
+    assert (head.intra or "none", head.inter or "none") == (settings["intra"], settings["inter"])
+    assert ("mutual.fc1.weight" in head.state_dict()) == (settings["mutual"] == "mlp")
+    if settings["memory"] and settings["method"] == "api":
+        assert head.memory.features.shape[0] == 16
+        assert head.memory.features.isfinite().all()  # filled by the 18 images of the training
+    else:
+        assert head.memory is None
 
 
 def test_frozen_epochs_keep_the_backbone(birds, tmp_path):
@@ -177,15 +169,10 @@ def test_every_setting_is_a_flag_and_presets_name_settings():
             assert getattr(parse(["--data", "folder", flag, str(value)]), item.name) == value
 
 
-def test_preset_follows_the_data_unless_given():
-    assert parse([]).backbone == "resnet10t"
-    assert parse(["--data", "CUB"]).backbone == "resnet101"
-    assert parse(["--data", "CUB", "--preset", "demo"]).backbone == "resnet10t"
-    assert str(run_folder(parse(["--data", "some/CUB"]))) == "runs/CUB-api-resnet101-seed0"
-
-
-def test_the_presets_backbone_arguments_go_with_its_backbone():
+def test_preset_follows_the_data_and_its_backbone_arguments_its_backbone():
     own = parse([])
+    assert own.backbone == "resnet10t" == parse(["--data", "CUB", "--preset", "demo"]).backbone
+    assert parse(["--data", "CUB"]).backbone == "resnet101"
     assert "channels" in own.backbone_args
     assert parse(["--backbone", own.backbone]) == own
     assert parse(["--backbone", "resnet18"]).backbone_args == "{}"
@@ -251,19 +238,10 @@ def test_bad_flags_end_with_usage(flags, capsys):
 
 
 def test_differences_pass_over_what_changes_no_result():
-    settings = vars(parse([]))
-    assert differences(settings, settings | {"workers": 9, "output": "elsewhere"}, HARMLESS) == []
-    assert differences(settings, settings | {"seed": 9}, HARMLESS) == ["seed: 0 there, 9 here"]
-
-
-def test_embedded_birds_are_drawn_once_into_the_cache(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    settings = parse(["--species", "3", "--images-per-species", "4", "--image-size", "32"])
-    data = open_data(settings)
-    assert (len(data.classes), len(data.train), len(data.test)) == (3, 6, 6)
-    assert str(tmp_path) in capsys.readouterr().out
-    open_data(settings)
-    assert capsys.readouterr().out == ""
+    settings = vars(parse(["--chunk-size", "7", "--keep-chunks", "2"]))
+    harmless = {"workers": 9, "output": "elsewhere", "chunk_size": AUTO, "keep_chunks": 1}
+    assert differences(settings, settings | harmless, HARMLESS) == []
+    assert differences(settings, settings | harmless | {"seed": 9}, HARMLESS) == ["seed: 0 there, 9 here"]
 
 
 def test_demo_compares_the_methods(birds, tmp_path, monkeypatch, capsys):
