@@ -1,116 +1,113 @@
-"""What a training run survives: kills at any moment, damaged checkpoints, full disks, signals."""
+"""What a training run survives: kills at any moment, damaged checkpoints, full disks, signals, files that are code."""
 
 import errno
 import os
+import pickle
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cub_runs import FULL, TINY, KilledError, assert_ends_alike, at_call, killed, run
+from commands import ROOT, TORCHRUN, start
+from cub_runs import FULL, TINY, KilledError, assert_ends_alike, at_call, run
+from safetensors import SafetensorError
 
+import score
 import train_cub
+from apinet_head import APINet
 from workbench import checkpoint, run_folder
 from workbench.datasets import open_data
 from workbench.images import ImageDataset, train_loader, train_transform
 from workbench.run_folder import RunFolder
 from workbench.settings import parse
 
-
-@pytest.fixture(scope="module")
-def whole(birds, tmp_path_factory):
-    """A run never interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    run(birds, folder, *FULL)
-    return folder
+PLACES = [
+    (Path, "replace"), (Path, "mkdir"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"),
+    (train_cub, "compute_loss"), (train_cub, "nonfinite"), (train_cub, "record"), (train_cub, "save_model"),
+    (train_cub, "predict"), (RunFolder, "write_log"),
+]  # fmt: skip
 
 
-class Kill:
-    """Raises KilledError at the n-th of the moments that change a run or its folder; the file of that moment is cut."""
+def kill_at(patch, moment=None):
+    """Have KilledError raised at the n-th moment that changes a run or its folder, its file cut; the moments passed."""
+    passed, write = [], checkpoint.write_bytes
 
-    def __init__(self, patch, moment=None):
-        self.moment, self.passed = moment, []
-        write = checkpoint.write_bytes
+    def is_now(name):
+        passed.append(name)
+        return len(passed) - 1 == moment
 
-        def cut(path, content):
-            if self.is_now("write"):
-                path.write_bytes(content[: len(content) // 2])
-                raise KilledError
-            write(path, content)
+    def cut(path, content):
+        if is_now("write"):
+            path.write_bytes(content[: len(content) // 2])
+            raise KilledError
+        write(path, content)
 
-        patch.setattr(checkpoint, "write_bytes", cut)
-        patch.setattr(run_folder, "write_bytes", cut)
-        places = [(Path, "replace"), (Path, "mkdir"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"),
-                  (train_cub, "compute_loss"), (train_cub, "nonfinite"), (train_cub, "record"),
-                  (train_cub, "save_model"), (train_cub, "predict"), (RunFolder, "write_log")]  # fmt: skip
-        for owner, name in places:
-            patch.setattr(owner, name, self._before(name, getattr(owner, name)))
-
-    def is_now(self, name):
-        self.passed.append(name)
-        return len(self.passed) - 1 == self.moment
-
-    def after(self, moments):
-        """Set the moment: so many after the next one."""
-        self.moment = len(self.passed) + 1 + moments
-
-    def _before(self, name, function):
+    def before(name, function):
         def killed_before(*args, **kwargs):
-            if self.is_now(name):
+            if is_now(name):
                 raise KilledError
             return function(*args, **kwargs)
 
         return killed_before
 
+    for module in (checkpoint, run_folder):
+        patch.setattr(module, "write_bytes", cut)
+    for owner, name in PLACES:
+        patch.setattr(owner, name, before(name, getattr(owner, name)))
+    return passed
 
-def test_killed_at_any_moment_a_run_ends_as_if_never_killed(birds, tmp_path, whole, monkeypatch):
-    with monkeypatch.context() as patch:
-        moments = Kill(patch)
-        run(birds, tmp_path / "count", *FULL)
-    assert {"write", "replace", "fsync", "rmtree", "compute_loss", "record"} <= set(moments.passed)
-    rng, kills = random.Random(0), []
+
+@pytest.fixture(scope="module")
+def uninterrupted(birds, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        moments = kill_at(patch)
+        run(birds, folder, *FULL)
+    return folder, moments
+
+
+@pytest.fixture
+def whole(uninterrupted):
+    return uninterrupted[0]
+
+
+def test_killed_at_any_moment_a_run_ends_as_if_never_killed(birds, tmp_path, uninterrupted, monkeypatch):
+    whole, moments = uninterrupted
+    assert {"write", "replace", "fsync", "rmtree", "compute_loss", "record"} <= set(moments)
+    rng, kills = random.Random(0), 0
     # The first start, the first checkpoint, and then anywhere; each run is killed again and again until it is done.
-    for first in (2, 14, 40):
-        folder = tmp_path / f"run-{first}"
-        moment = first
-        while True:
+    for moment in (2, 14, 40):
+        folder, done = tmp_path / f"run-{moment}", False
+        while not done:
             # Nothing may depend on what the new process happens to have.
             torch.manual_seed(rng.randrange(1000))
             random.seed(rng.randrange(1000))
             np.random.seed(rng.randrange(1000))
             with monkeypatch.context() as patch:
-                kill = Kill(patch, moment)
+                kill_at(patch, moment)
                 try:
-                    run(birds, folder, *FULL)
-                    break
+                    done = bool(run(birds, folder, *FULL))
                 except KilledError:
-                    kills.append(kill.passed[-1])
+                    kills += 1
             moment = rng.randrange(16, 44)
         assert_ends_alike(folder, whole)
-    assert len(kills) >= 15, kills
+    assert kills >= 15
 
 
 @pytest.mark.parametrize("moment", range(8))
-def test_killed_while_a_checkpoint_is_written(birds, tmp_path, whole, monkeypatch, moment):
-    """Each moment between the third step and the fourth."""
+def test_killed_while_a_checkpoint_is_written(birds, tmp_path, uninterrupted, monkeypatch, moment):
+    """Each moment between two steps."""
+    whole, moments = uninterrupted
+    fourth = [number for number, name in enumerate(moments) if name == "compute_loss"][3]
     with monkeypatch.context() as patch:
-        kill = Kill(patch)
-        at_call(patch, 4, train_cub, "compute_loss", lambda: kill.after(moment))
+        kill_at(patch, fourth + 1 + moment)
         with pytest.raises(KilledError):
             run(birds, tmp_path / "run", *FULL)
     run(birds, tmp_path / "run", *FULL)
-    assert_ends_alike(tmp_path / "run", whole)
-
-
-def test_workers_change_nothing_also_when_the_run_goes_on(birds, tmp_path, whole, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_call(patch, 5, train_cub, "compute_loss", killed)
-        with pytest.raises(KilledError):
-            run(birds, tmp_path / "run", *FULL, "--workers", "2")
-    run(birds, tmp_path / "run", *FULL, "--workers", "2")
     assert_ends_alike(tmp_path / "run", whole)
 
 
@@ -133,58 +130,86 @@ def test_crops_depend_on_place_and_epoch(birds):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def damaged(how, folder):
-    file = folder / "state.pt"
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, ran):
+        self.ran = ran
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.ran)!r}, 'w')",)
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """What would run, and must not be run."""
+    ran = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Evil(ran)))
+    ran.unlink()
+    yield Evil(ran)
+    assert not ran.exists()
+
+
+def damage(checkpoint, how, evil=None):
+    file = checkpoint / "state.pt"
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif how == "altered":
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    else:
-        (folder / "process-0.pt").unlink()
+    elif how == "missing":
+        (checkpoint / "process-0.pt").unlink()
+    else:  # the file of that name is code
+        torch.save({"processes": 1, "net": evil, "random": evil}, checkpoint / how)
 
 
-@pytest.mark.parametrize("how", ["truncated", "altered", "missing"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(birds, tmp_path, whole, capsys, how):
-    shutil.copytree(whole, tmp_path / "run")
-    assert [path.name for path in sorted((tmp_path / "run" / "state").iterdir())] == [
-        "epoch-0002-batch-00002",
-        "epoch-0003",
-    ]
-    damaged(how, tmp_path / "run" / "state" / "epoch-0003")
+@pytest.mark.parametrize("how", ["truncated", "altered", "missing", "state.pt", "process-0.pt"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(birds, tmp_path, whole, capsys, evil, how):
+    state = shutil.copytree(whole, tmp_path / "run") / "state"
+    assert sorted(path.name for path in state.iterdir()) == ["epoch-0002-batch-00002", "epoch-0003"]
+    damage(state / "epoch-0003", how, evil)
     run(birds, tmp_path / "run", *FULL, "--keep-checkpoints", "1")
     said = capsys.readouterr().out
-    assert f"the checkpoint {tmp_path / 'run' / 'state' / 'epoch-0003'} cannot be loaded" in said
+    assert f"the checkpoint {state / 'epoch-0003'} cannot be loaded" in said
     assert "resuming after epoch 2 of 3 and 2 of 3 batches" in said
     assert_ends_alike(tmp_path / "run", whole)
-    assert [path.name for path in (tmp_path / "run" / "state").iterdir()] == ["epoch-0003"]
+    assert [path.name for path in state.iterdir()] == ["epoch-0003"]
 
 
 def test_without_a_whole_checkpoint_nothing_is_trained_anew(birds, tmp_path, whole):
-    shutil.copytree(whole, tmp_path / "run")
-    for folder in (tmp_path / "run" / "state").iterdir():
-        damaged("altered", folder)
+    for folder in (shutil.copytree(whole, tmp_path / "run") / "state").iterdir():
+        damage(folder, "altered")
     with pytest.raises(SystemExit, match=r"no checkpoint in .* can be loaded"):
         run(birds, tmp_path / "run", *FULL)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_model_folder_with_code_is_refused(whole, tmp_path, evil, name):
+    """`pytorch_model.bin` is what the Hub's older models have: a pickle, which is not looked for."""
+    folder = shutil.copytree(whole / "best", tmp_path / "best")
+    (folder / "model.safetensors").unlink()
+    torch.save(evil, folder / name)
+    for load in (APINet.from_pretrained, lambda path: score.main([str(path), "--device", "cpu"])):
+        with pytest.raises((SafetensorError, FileNotFoundError, SystemExit)):
+            load(folder)
+
+
 @pytest.mark.parametrize("fails_from", [0, 2, 6])
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(birds, tmp_path, whole, monkeypatch, fails_from):
+    write, calls = checkpoint.write_bytes, []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) > fails_from:
+            path.write_bytes(content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    message = r"cannot write to .*No space left[\s\S]*the same command resumes from there"
     with monkeypatch.context() as patch:
-        write, calls = checkpoint.write_bytes, []
-
-        def full(path, content):
-            calls.append(path)
-            if len(calls) > fails_from:
-                path.write_bytes(content[:10])
-                raise OSError(errno.ENOSPC, "No space left on device", str(path))
-            write(path, content)
-
         patch.setattr(checkpoint, "write_bytes", full)
-        with pytest.raises(
-            SystemExit, match=r"cannot write to .*No space left[\s\S]*the same command resumes from there"
-        ):
+        with pytest.raises(SystemExit, match=message):
             run(birds, tmp_path / "run", *FULL)
     left = [path.name for path in (tmp_path / "run" / "state").iterdir()]
     assert left == {0: [], 2: ["epoch-0000-batch-00001"], 6: left}[fails_from]  # a checkpoint is two files
@@ -203,29 +228,27 @@ def in_the_foreground():
 
 @pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize(
-    ("number", "owner", "name", "call", "saved"),
-    [(signal.SIGTERM, train_cub, "compute_loss", 4, "epoch-0001-batch-00001"),
-     (signal.SIGINT, train_cub, "compute_loss", 6, "epoch-0001-batch-00003"),
-     (signal.SIGTERM, train_cub, "predict", 1, "epoch-0002")],
+    ("number", "name", "call", "saved"),
+    [(signal.SIGTERM, "compute_loss", 4, "epoch-0001-batch-00001"),
+     (signal.SIGINT, "compute_loss", 6, "epoch-0001-batch-00003"), (signal.SIGTERM, "predict", 1, "epoch-0002")],
 )  # fmt: skip
-def test_signals_save_and_stop(birds, tmp_path, whole, monkeypatch, capsys, number, owner, name, call, saved):
-    flags = [*FULL, "--checkpoint-minutes", "0"]
+def test_signals_save_and_stop(birds, tmp_path, whole, monkeypatch, capsys, number, name, call, saved):
+    flags, state = [*FULL, "--checkpoint-minutes", "0"], tmp_path / "run" / "state"
     with monkeypatch.context() as patch:
-        at_call(patch, call, owner, name, lambda: os.kill(os.getpid(), number))
+        at_call(patch, call, train_cub, name, lambda: os.kill(os.getpid(), number))
         before = signal.getsignal(number)
         with pytest.raises(SystemExit) as stopped:
             run(birds, tmp_path / "run", *flags)
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) is before
-    assert max(path.name for path in (tmp_path / "run" / "state").iterdir()) == saved
-    assert f"saved as {tmp_path / 'run' / 'state' / saved}; the same command resumes" in capsys.readouterr().err
+    assert max(path.name for path in state.iterdir()) == saved
+    assert f"saved as {state / saved}; the same command resumes" in capsys.readouterr().err
     run(birds, tmp_path / "run", *flags)
     assert_ends_alike(tmp_path / "run", whole)
 
 
 def test_other_data_of_the_same_name_is_refused(birds, tmp_path):
-    data = tmp_path / "CUB_200_2011"
-    shutil.copytree(birds, data)
+    data = shutil.copytree(birds, tmp_path / "CUB_200_2011")
     run(data, tmp_path / "run", "--epochs", "1")
     split = data / "train_test_split.txt"
     lines = split.read_text().splitlines()
@@ -233,3 +256,68 @@ def test_other_data_of_the_same_name_is_refused(birds, tmp_path):
     split.write_text("\n".join(lines) + "\n")
     with pytest.raises(SystemExit, match=r"another run:\n  sha256 .*\n  test images: 18 there, 1[79] here"):
         run(data, tmp_path / "run", "--epochs", "1")
+
+
+# Runs as processes of their own, ended by real signals.
+LONG = [*FULL, "--epochs", "16", "--eval-every", "8", "--checkpoint-minutes", "0.001"]
+
+
+def killed(birds, output, number, delay, *flags, launcher=()):
+    """Start the run, and end its whole group after two more checkpoints and a delay; (exit code, what it said)."""
+
+    def checkpoints():
+        return {path.name for path in (output / "state").glob("epoch-*") if not path.suffix}
+
+    known = seen = checkpoints()
+    train = ROOT / "examples" / "train_cub.py"
+    process = start(*launcher, train, *TINY, "--data", birds, "--output", output, *flags, start_new_session=True)
+    try:
+        end = time.monotonic() + 60
+        while len(seen - known) < 2 and process.poll() is None:
+            assert time.monotonic() < end, "no checkpoint in a minute"
+            seen = seen | checkpoints()
+            time.sleep(0.001)
+        time.sleep(delay)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out + err
+
+
+def test_sigkill_then_sigterm_to_a_whole_group_with_workers(birds, tmp_path):
+    """Workers change nothing."""
+    run(birds, tmp_path / "whole", *LONG)
+    assert killed(birds, tmp_path / "run", signal.SIGKILL, 0.05, *LONG)[0] == -signal.SIGKILL
+    code, said = killed(birds, tmp_path / "run", signal.SIGTERM, 0.1, *LONG, "--workers", "2")
+    assert code == 128 + signal.SIGTERM, said
+    assert "the same command resumes from there" in said
+    run(birds, tmp_path / "run", *LONG)
+    assert_ends_alike(tmp_path / "run", tmp_path / "whole", last="epoch-0016")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_signals_to_two_ranks_stop_them_at_the_same_step(birds, tmp_path, number):
+    flags = [*FULL, "--n-classes", "4", "--epochs", "400", "--eval-every", "400"]
+    code, said = killed(birds, tmp_path / "run", number, 0.3, *flags, launcher=TORCHRUN)
+    assert code not in (0, -signal.SIGKILL), said
+    assert said.count("the same command resumes from there") == 1, said
+    newest = max((tmp_path / "run" / "state").glob("epoch-*"))
+    assert f"saved as {newest}" in said
+    assert not list(tmp_path.rglob("*.partial"))
+    assert len(list(newest.glob("process-*.pt"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_killed_again_and_again(birds, tmp_path, workers):
+    flags = [*LONG, "--epochs", "60", "--workers", workers]
+    run(birds, tmp_path / "whole", *flags)
+    rng, codes = random.Random(int(workers)), []
+    while not codes or codes[-1]:
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+        codes.append(killed(birds, tmp_path / "run", number, rng.uniform(0, 1), *flags)[0])
+        assert codes[-1] in (0, -signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM)
+        assert len(codes) < 60
+    assert len(codes) > 3
+    assert_ends_alike(tmp_path / "run", tmp_path / "whole", last="epoch-0060")

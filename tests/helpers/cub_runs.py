@@ -39,10 +39,6 @@ class KilledError(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
-def killed():
-    raise KilledError
-
-
 def at_call(patch, number, owner, name, action):
     """Have something done in a function's call of that number, before what the function does."""
     function, calls = getattr(owner, name), []
