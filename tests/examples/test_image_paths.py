@@ -7,7 +7,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from bad_files import PIXELS
+from dataset_folders import draw
 from dataset_folders import dog_rows, write
 
 import check_images
