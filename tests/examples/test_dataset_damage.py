@@ -1,15 +1,19 @@
-"""workbench/datasets: wrong and partial folders give an error that names the file and where to get the data set."""
+"""workbench/datasets: wrong and partial folders give an error that names the file and where to get the data set; what a
+list calls an image stays in the folder, and circles of links hang nothing."""
 
+import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from dataset_folders import CARS, CUB, NABIRDS, cells, dog_rows, write, write_annotations, write_dog_list
+from dataset_folders import CARS, CUB, NABIRDS, cells, dog_rows, draw, write, write_annotations, write_dog_list
 from scipy.io import savemat
 
+import check_images
 from workbench.datasets import ARCHIVES, READERS
 from workbench.datasets.lists import some
 
@@ -38,9 +42,149 @@ def test_missing_list(tmp_path: Path, name: str, file: str) -> None:
 def test_missing_root(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; expected .*https?://"):
         READERS[name](tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"; expected .*https?://") as caught:
+    files = ", ".join(file.removeprefix("data/") for file in REQUIRED[name])
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} has no {files}; expected .*https?://"):
         READERS[name](tmp_path)
-    assert f"{tmp_path} has no {', '.join(file.removeprefix('data/') for file in REQUIRED[name])}" in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("name", READERS)
+def test_missing_images(tmp_path: Path, name: str, part: str) -> None:
+    root = write(name, tmp_path)
+    path = getattr(READERS[name](root), part)[-1].path
+    path.unlink()
+    source = re.escape(ARCHIVES[name].source)
+    with pytest.raises(FileNotFoundError) as caught:
+        READERS[name](root)
+    found = re.match(rf"(.*) lacks 1 image \((.*)\) of the \d in .*{source}$", str(caught.value))
+    assert Path(found[1], found[2]) == path
+    shutil.rmtree(found[1])
+    with pytest.raises(FileNotFoundError, match=rf"^{found[1]} lacks (\d) images? \(.*\) of the \1 in .*{source}$"):
+        READERS[name](root)
+
+
+@pytest.mark.parametrize(("name", "file"), FILES)
+def test_file_that_is_cut_or_something_else(tmp_path: Path, name: str, file: str) -> None:
+    path = write(name, tmp_path) / file
+    data, is_mat = path.read_bytes(), path.suffix == ".mat"
+    cut = [data[: int(share * len(data))] for share in (0.1, 0.5, 0.9)] if is_mat else []
+    for content in (b"", b"\n \n", b"<html>Not found</html>\n" * 20, *cut):
+        path.write_bytes(content)
+        about = " is empty, expected lines '<.* again$" if not is_mat and not content.strip() else ""
+        with pytest.raises(ValueError, match=re.escape(str(path)) + (".* replace it$" if is_mat else about)):
+            READERS[name](path.parents[len(Path(file).parts) - 1])
+
+
+def test_of_many_that_are_missing_the_first_few_are_named() -> None:
+    assert some("image", map(str, range(100, 110))) == "10 images (100, 101, 102, 103, 104, ...)"
+
+
+# What CUB-200-2011's lists hold, which are read and checked by the same code, isn't held for the others again.
+DAMAGE = {
+    "cub": [
+        ("images", "4 020.Great_Auk/Auk_1.jpg", "4", "images.txt, line 4, '4': 1 of 2 columns; expected '<image_id>"),
+        ("images", "30 003", "x 003", "images.txt, line 1, 'x 003.Sooty_Albatross/b.jpg': invalid literal"),
+        ("image_class_labels", "7 20", "7 20 1", "image_class_labels.txt, line 2, '7 20 1': invalid literal"),
+        ("train_test_split", "4 0", "4 01", "train_test_split.txt, line 2, '4 01': must be 0 or 1, not '01'"),
+        ("images", "Sooty_Albatross/a", "Sooty/../../../a", "'2 003.Sooty/../../../a.jpg': the path leaves images/"),
+        ("images", "003.Sooty_Albatross/a", "/tmp/a", "line 2, '2 /tmp/a.jpg': the path leaves images/"),
+        ("images", "003.Sooty_Albatross/a", "..\\a", "line 2, '2 ..\\\\a.jpg': the path leaves images/"),
+        ("images", "003.Sooty_Albatross/a", "C:\\a", "line 2, '2 C:\\\\a.jpg': the path leaves images/"),
+        ("images", "003.Sooty_Albatross/a.jpg", ".", "line 2, '2 .': the path is empty"),
+        ("images", "003.Sooty_Albatross/a", "a\0", "{}/images lacks 1 image (a\0.jpg) of the 4"),
+        ("images", "30 003", "7 003", "images.txt, line 3, '7 020.Great_Auk/Auk 2.jpg': id 7 was in an earlier line"),
+        ("image_class_labels", "7 20\n4 20\n", "", "2 image ids (4, 7) of {}/images.txt not in {}/image_class_labels"),
+        ("image_class_labels", "7 20", "7 20\n8 20", "1 image id (8) of {}/image_class_labels.txt not in {}/images"),
+        ("train_test_split", "4 0\n", "", "1 image id (4) of {}/images.txt not in {}/train_test_split.txt"),
+        ("train_test_split", "4 0", "4 0\n5 0", "1 image id (5) of {}/train_test_split.txt not in {}/images.txt"),
+        ("image_class_labels", "7 20", "7 21", "1 class id (21) of {}/image_class_labels.txt not in {}/classes.txt"),
+        ("classes", "3 003", "3 003.Auk\n9 003", "1 class id (9) of {}/classes.txt not in {}/image_class_labels.txt"),
+        ("train_test_split", "7 1", "7 0", "{}/train_test_split.txt has no training images for 1 class id (20); each"),
+        ("images", "s/a.jpg", "s/A.jpg", "{}/images lacks 1 image (003.Sooty_Albatross/A.jpg) of the 4 in {}/images"),
+    ],
+    "nabirds": [
+        ("images", "0295/", "../0295/", "the path leaves images/; expected '<image_id> <path under images/>'"),
+        ("classes", "22 Oldsquaw\n", "", "1 class id (22) of {}/hierarchy.txt not in {}/classes.txt"),
+        ("hierarchy", "295 22\n", "", "1 class id (295) of {}/image_class_labels.txt not in {}/hierarchy.txt"),
+        ("hierarchy", "295 22", "295 22 1", "hierarchy.txt, line 4, '295 22 1': invalid literal for int"),
+    ],
+    "aircraft": [
+        ("images_variant_test", "0034317 707-320", "0034317", "line 1, '0034317': 1 of 2 columns; expected '<image_i"),
+        ("images_variant_test", "F/A-18", "F-18", "1 variant (F-18) of {}/images_variant_test.txt not in {}/variants"),
+        ("images_variant_test", "0034317", "0034309", "1 image id (0034309) of {}/images_variant_trainval.txt also in"),
+        ("images_variant_test", "0034317", "../../x", "the path leaves images/"),
+        ("images_variant_trainval", "0034309", "0034317", "1 image id (0034317) of {}/images_variant_trainval.txt not"),
+        ("variants", "F/A-18", "F/A-18\nF-19", "{}/images_variant_trainval.txt has no training images for 1 variant ("),
+        ("images_family_trainval", "0034309 Boeing 707", "0034309 Boeing 7", ") into Boeing 7 and Boeing 707; unpack"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new", "message"), [(name, *case) for name, cases in DAMAGE.items() for case in cases]
+)
+def test_damaged_list(tmp_path: Path, name: str, file: str, old: str, new: str, message: str) -> None:
+    root = write(name, tmp_path)
+    path = root / ("data" if name == "aircraft" else "") / f"{file}.txt"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message.replace("{}", str(path.parent)))):
+        READERS[name](root)
+
+
+def car_list(labels: list[Any], names: list[Any] | None = None) -> Callable[[Path], None]:
+    return lambda file: write_annotations(file, labels, names or ())
+
+
+def dog_list(*rows: tuple[Any, Any]) -> Callable[[Path], None]:
+    return lambda file: write_dog_list(file, rows)
+
+
+def mat(**variables: Any) -> Callable[[Path], None]:
+    return lambda file: savemat(file, variables)
+
+
+META, TRAIN, ROWS = "devkit/cars_meta.mat", "devkit/cars_train_annos.mat", dog_rows([5927, 16])
+DAMAGED_MAT = {
+    "cars": [
+        (TRAIN, car_list([0]), r"row 1, \('00001.jpg', 0\): class 0 is not one of 1 to 3; expected \(fname, class\)"),
+        (TRAIN, car_list([1, 4]), r"row 2, \('00002.jpg', 4\): class 4 is not one of 1 to 3"),
+        (TRAIN, car_list([1.5]), "must be a whole number, not 1.5"),
+        (TRAIN, car_list([np.nan]), "cannot convert float NaN"),
+        (TRAIN, car_list([np.inf]), "cannot convert float infinity"),
+        (TRAIN, car_list(["1"]), "must be a whole number, not '1'"),
+        (TRAIN, car_list([1], ["../cars_test/00001.jpg"]), "the path leaves cars_train/"),
+        (TRAIN, car_list([1], [17]), "must be a path, not 17"),
+        (TRAIN, car_list([1, 1], ["1.jpg", "1.jpg"]), "id cars_train/1.jpg was in an earlier row"),
+        (TRAIN, car_list([1, 2]), r"no training images for 1 class name \(Acura TL Sedan 2012\); each class of"),
+        (TRAIN, mat(annotations=np.zeros((2, 3))), "has no fname, class in 'annotations', only none; replace it"),
+        (TRAIN, mat(other=1), "has no fname, class in 'annotations', only other; replace it"),
+        (META, mat(names=cells(CARS)), "has no class_names, only names; replace it"),
+        (META, mat(class_names=cells(["Audi", 3])), r"row 2, \(3,\): must be a name, not 3"),
+        (META, mat(class_names=cells(["Audi", " "])), r"row 2, \(' ',\): must be a name, not ' '"),
+        (META, mat(class_names=cells([])), r"is empty, expected rows \(class_names\)"),
+    ],
+    "dogs": [
+        ("train_list.mat", dog_list(*ROWS[:5], (ROWS[5][0], 2)), "row 6, .* class 2 was in n02086079-Pekinese before"),
+        ("train_list.mat", dog_list(*ROWS[:5], (ROWS[5][0], 4)), "n02113799-standard_poodle had class 3 before"),
+        ("train_list.mat", dog_list(*ROWS, dog_rows([199])[0]), r"1 image \(.*_199.jpg\) of .*train_list.mat also in"),
+        ("train_list.mat", dog_list(ROWS[0]), r"has no training images for 1 class label \(2\); each class of .*test"),
+        ("train_list.mat", dog_list(("../" + ROWS[0][0], 1)), "row 1, .* the path leaves Images/"),
+        ("test_list.mat", mat(file_list=cells([name for name, _ in ROWS]), labels=np.ones((4, 1))),
+         "file_list, labels have 6, 4 entries; replace it"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "damage", "message"), [(name, *case) for name, cases in DAMAGED_MAT.items() for case in cases]
+)
+def test_damaged_mat_file(tmp_path: Path, name: str, file: str, damage: Callable, message: str) -> None:
+    root = write(name, tmp_path)
+    damage(root / file)
+    with pytest.raises(ValueError, match=message) as caught:
+        READERS[name](root)
+    assert f"{root / file}" in str(caught.value)
 
 
 def test_cars_without_test_labels(tmp_path: Path) -> None:
@@ -53,195 +197,63 @@ def test_cars_without_test_labels(tmp_path: Path) -> None:
         READERS["cars"](root)
 
 
-@pytest.mark.parametrize(
-    ("name", "folder", "image"),
-    [
-        ("cub", "images", "003.Sooty_Albatross/a.jpg"),
-        ("cars", "cars_train", "00003.jpg"),
-        ("cars", "cars_test", "00002.jpg"),
-        ("aircraft", "data/images", "0034309.jpg"),
-        ("aircraft", "data/images", "0034320.jpg"),
-        ("dogs", "Images", "n02086079-Pekinese/n02086079_16.jpg"),
-        ("dogs", "Images", "n02086079-Pekinese/n02086079_199.jpg"),
-        ("nabirds", "images", "0817/0000000121dc4d0cbfe14cae3c85c829.jpg"),
-    ],
-)
-def test_missing_images(tmp_path: Path, name: str, folder: str, image: str) -> None:
-    root, source = write(name, tmp_path), re.escape(ARCHIVES[name].source)
-    (root / folder / image).unlink()
-    one = rf"{root / folder} lacks 1 image \({re.escape(image)}\) of the \d in .*{source}"
-    with pytest.raises(FileNotFoundError, match=one):
-        READERS[name](root)
-    shutil.rmtree(root / folder)
-    every = rf"{root / folder} lacks (\d) images? \(.*\) of the \1 in .*{source}"
-    with pytest.raises(FileNotFoundError, match=every):
-        READERS[name](root)
+PHOTOS = {
+    "cub": ("images/020.Great_Auk/Auk 2.jpg", "images.txt, line 3, '7 020.Great_Auk/Auk 2.jpg'"),
+    "cars": ("cars_train/00003.jpg", "devkit/cars_train_annos.mat, row 3, ('00003.jpg', 2)"),
+    "aircraft": ("data/images/0034310.jpg", "data/images_variant_trainval.txt, line 2, '0034310 F/A-18'"),
+    "dogs": (f"Images/{ROWS[4][0]}", f"train_list.mat, row 5, ('{ROWS[4][0]}', 2)"),
+    "nabirds": ("images/0295/0000000221dc4d0cbfe14cae3c85c829.jpg", "images.txt, line 3, '00000002-21dc-4d0c-bfe1"),
+}
 
 
-@pytest.mark.parametrize(("name", "file"), FILES)
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"<html>Not found</html>\n" * 20])
-def test_file_that_is_something_else(tmp_path: Path, name: str, file: str, content: bytes) -> None:
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("what", ["file", "folder", "relative", "dangling", "chain"])
+def test_link_out_is_refused_with_path_and_line(name: str, what: str, tmp_path: Path) -> None:
+    root, outside = write(name, tmp_path), tmp_path / "nabirds of others"  # its name begins like that of a folder
+    photo, place = root / PHOTOS[name][0], PHOTOS[name][1]
+    target = outside / ("nothing.jpg" if what == "dangling" else photo.name)
+    draw(outside / photo.name)
+    if what == "folder":
+        shutil.rmtree(photo.parent)
+        photo.parent.symlink_to(outside)
+        target, place = outside, place.split(", ")[0]  # its first image is met first
+    else:
+        photo.unlink()
+        (root / "hop").symlink_to(target)
+        photo.symlink_to({"relative": os.path.relpath(target, photo.parent), "chain": root / "hop"}.get(what, target))
+    base = root / ("data" if name == "aircraft" else "")
+    link = re.escape(f"the path leaves {base} by a link, to {target}") + ".*; put the files there instead"
+    for complete in (True, False):
+        with pytest.raises(ValueError, match=re.escape(f"{root}/{place}") + f".*{link}"):
+            READERS[name](root, complete=complete)
+    with pytest.raises(SystemExit, match="the path leaves"):
+        check_images.main([str(root), "--dataset", name, "--workers", "0", "--output", str(tmp_path / "list")])
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_links_that_stay_inside_are_followed(name: str, tmp_path: Path) -> None:
     root = write(name, tmp_path)
-    (root / file).write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(root / file))) as caught:
-        READERS[name](root)
-    if file.endswith(".txt") and not content.strip():
-        assert re.search(r"\.txt is empty, expected lines '<.* again$", str(caught.value))
+    before = READERS[name](root)
+    photo, elsewhere = root / PHOTOS[name][0], root / ("data" if name == "aircraft" else "") / "elsewhere.jpg"
+    photo.rename(elsewhere)
+    photo.symlink_to(elsewhere)
+    (tmp_path / "linked").symlink_to(root)  # the folder itself may be a link
+    for given in (root, tmp_path / "linked"):
+        found = READERS[name](given)
+        assert [image.path.resolve().name for image in found.train].count("elsewhere.jpg") == 1
+        assert [image.image_id for image in found.train] == [image.image_id for image in before.train]
 
 
-@pytest.mark.parametrize(("name", "file"), [case for case in FILES if case[1].endswith(".mat")])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_mat_file_cut_short(tmp_path: Path, name: str, file: str, share: float) -> None:
-    root = write(name, tmp_path)
-    data = (root / file).read_bytes()
-    (root / file).write_bytes(data[: int(share * len(data))])
-    with pytest.raises(ValueError, match=re.escape(f"{root / file}") + r".* replace it$"):
-        READERS[name](root)
-
-
-def test_of_many_that_are_missing_the_first_few_are_named() -> None:
-    assert some("image", map(str, range(100, 110))) == "10 images (100, 101, 102, 103, 104, ...)"
-
-
-# What CUB-200-2011's lists hold, which are read and checked by the same code, isn't held for NABirds' again.
-DAMAGE = {
-    "cub": [
-        ("images", "4 020.Great_Auk/Auk_1.jpg", "4", "images.txt, line 4, '4': 1 of 2 columns; expected '<image_id>"),
-        ("images", "30 003", "x 003", "images.txt, line 1, 'x 003.Sooty_Albatross/b.jpg': invalid literal"),
-        ("image_class_labels", "7 20", "7 20 1", "image_class_labels.txt, line 2, '7 20 1': invalid literal"),
-        ("image_class_labels", "7 20", "7 Auk", "image_class_labels.txt, line 2, '7 Auk': invalid literal"),
-        ("classes", "3 003.Sooty_Albatross", "3", "classes.txt, line 2, '3': 1 of 2 columns"),
-        ("train_test_split", "4 0", "4 2", "train_test_split.txt, line 2, '4 2': must be 0 or 1, not '2'"),
-        ("train_test_split", "4 0", "4 01", "train_test_split.txt, line 2, '4 01': must be 0 or 1, not '01'"),
-        ("images", "003.Sooty_Albatross/a", "../a", "images.txt, line 2, '2 ../a.jpg': the path leaves images/"),
-        ("images", "Sooty_Albatross/a", "Sooty/../../../a", "'2 003.Sooty/../../../a.jpg': the path leaves images/"),
-        ("images", "003.Sooty_Albatross/a", "/tmp/a", "line 2, '2 /tmp/a.jpg': the path leaves images/"),
-        ("images", "003.Sooty_Albatross/a", "..\\a", "line 2, '2 ..\\\\a.jpg': the path leaves images/"),
-        ("images", "003.Sooty_Albatross/a", "C:\\a", "line 2, '2 C:\\\\a.jpg': the path leaves images/"),
-        ("images", "003.Sooty_Albatross/a.jpg", ".", "line 2, '2 .': the path is empty"),
-        ("images", "003.Sooty_Albatross/a", "a\0", "{}/images lacks 1 image (a\0.jpg) of the 4"),
-        ("images", "30 003", "7 003", "images.txt, line 3, '7 020.Great_Auk/Auk 2.jpg': id 7 was in an earlier line"),
-        ("image_class_labels", "30 3", "7 3", "image_class_labels.txt, line 4, '7 3': id 7 was"),
-        ("train_test_split", "2 0", "30 0", "train_test_split.txt, line 3, '30 0': id 30 was"),
-        ("classes", "3 003", "20 003", "classes.txt, line 2, '20 003.Sooty_Albatross': id 20 was"),
-        ("image_class_labels", "7 20\n4 20\n", "", "2 image ids (4, 7) of {}/images.txt not in {}/image_class_labels"),
-        ("image_class_labels", "7 20", "7 20\n8 20", "1 image id (8) of {}/image_class_labels.txt not in {}/images"),
-        ("train_test_split", "4 0\n", "", "1 image id (4) of {}/images.txt not in {}/train_test_split.txt"),
-        ("train_test_split", "4 0", "4 0\n5 0", "1 image id (5) of {}/train_test_split.txt not in {}/images.txt"),
-        ("images", "4 020.Great_Auk/Auk_1.jpg\n", "", "1 image id (4) of {}/image_class_labels.txt not in {}/images"),
-        ("image_class_labels", "7 20", "7 21", "1 class id (21) of {}/image_class_labels.txt not in {}/classes.txt"),
-        ("classes", "3 003", "3 003.Auk\n9 003", "1 class id (9) of {}/classes.txt not in {}/image_class_labels.txt"),
-        ("train_test_split", "7 1", "7 0", "{}/train_test_split.txt has no training images for 1 class id (20)"),
-        ("images", "s/a.jpg", "s/c.jpg", "{}/images lacks 1 image (003.Sooty_Albatross/c.jpg) of the 4 in {}/images"),
-        ("images", "s/a.jpg", "s/A.jpg", "{}/images lacks 1 image (003.Sooty_Albatross/A.jpg) of the 4 in {}/images"),
-        ("images", "Sooty_Albatross/a", "sooty_albatross/a", "{}/images lacks 1 image (003.sooty_albatross/a.jpg)"),
-        ("images", "020.Great_Auk/", "021/", "{}/images lacks 2 images (021/Auk 2.jpg, 021/Auk_1.jpg) of the 4"),
-    ],
-    "nabirds": [
-        ("images", "0295/", "../0295/", "the path leaves images/; expected '<image_id> <path under images/>'"),
-        ("images", "00000003-", "00000002-", "id 00000002-21dc-4d0c-bfe1-4cae3c85c829 was in an earlier line"),
-        ("train_test_split", "829 1", "829 0", "no training images for 3 class ids (295, 817, 900); each class of {}/"),
-        ("classes", "22 Oldsquaw\n", "", "1 class id (22) of {}/hierarchy.txt not in {}/classes.txt"),
-        ("hierarchy", "295 22\n", "", "1 class id (295) of {}/image_class_labels.txt not in {}/hierarchy.txt"),
-        ("hierarchy", "295 22", "295", "hierarchy.txt, line 4, '295': 1 of 2 columns; expected '<class_id> <class_id"),
-        ("hierarchy", "295 22", "295 22 1", "hierarchy.txt, line 4, '295 22 1': invalid literal for int"),
-    ],
-    "aircraft": [
-        ("images_variant_test", "0034317 707-320", "0034317", "line 1, '0034317': 1 of 2 columns; expected '<image_i"),
-        ("images_variant_test", "0034318", "0034317", "line 2, '0034317 F/A-18': id 0034317 was in an earlier line"),
-        ("images_variant_test", "F/A-18", "F-18", "1 variant (F-18) of {}/images_variant_test.txt not in {}/variants"),
-        ("images_variant_test", "0034317", "0034309", "1 image id (0034309) of {}/images_variant_trainval.txt also in"),
-        ("images_variant_test", "0034317", "../../x", "the path leaves images/"),
-        ("images_variant_trainval", "0034309", "0034317", "1 image id (0034317) of {}/images_variant_trainval.txt not"),
-        ("images_variant_trainval", "Falcon 2000", "F/A-18", "{}/images_family_trainval.txt puts images of F/A-18 "),
-        ("variants", "F/A-18", "F/A-18\nF-19", "{}/images_variant_trainval.txt has no training images for 1 variant ("),
-        ("variants", "F/A-18\n", "", "1 variant (F/A-18) of {}/images_variant_trainval.txt not in {}/variants.txt"),
-        ("variants", "F/A-18", "707-320", "variants.txt, line 2, '707-320': id 707-320 was in an earlier line"),
-        ("images_family_trainval", "0034310 F/A-18\n", "", "1 image id (0034310) of {}/images_variant_trainval.txt n"),
-        ("images_family_trainval", "0034309 Boeing 707", "0034309 Boeing 7", "into Boeing 7 and Boeing 707; unpack"),
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "old", "new", "message"), [(name, *case) for name, cases in DAMAGE.items() for case in cases]
-)
-def test_damaged_list(tmp_path: Path, name: str, file: str, old: str, new: str, message: str) -> None:
-    root = write(name, tmp_path)
-    folder = root / "data" if name == "aircraft" else root
-    text = (folder / f"{file}.txt").read_text()
-    assert old in text
-    (folder / f"{file}.txt").write_text(text.replace(old, new))
-    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message.replace("{}", str(folder)))):
-        READERS[name](root)
-
-
-@pytest.mark.parametrize(
-    ("labels", "names", "message"),
-    [
-        ([0], ["00001.jpg"], "row 1, ('00001.jpg', 0): class 0 is not one of 1 to 3; expected (fname, class)"),
-        ([1, 4], ["00001.jpg", "00002.jpg"], "row 2, ('00002.jpg', 4): class 4 is not one of 1 to 3"),
-        ([1.5], ["00001.jpg"], "must be a whole number, not 1.5"),
-        ([np.nan], ["00001.jpg"], "cannot convert float NaN"),
-        ([np.inf], ["00001.jpg"], "cannot convert float infinity"),
-        (["1"], ["00001.jpg"], "must be a whole number, not '1'"),
-        ([1], ["../cars_test/00001.jpg"], "the path leaves cars_train/"),
-        ([1], [17], "must be a path, not 17"),
-        ([1, 1], ["00001.jpg", "00001.jpg"], "id cars_train/00001.jpg was in an earlier row"),
-        ([1, 2], ["00001.jpg", "00002.jpg"], "no training images for 1 class name (Acura TL Sedan 2012); each class"),
-    ],
-)
-def test_damaged_car_list(tmp_path: Path, labels: list[Any], names: list[Any], message: str) -> None:
-    root = write("cars", tmp_path)
-    file = root / "devkit/cars_train_annos.mat"
-    write_annotations(file, labels, names)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}.*{re.escape(message)}"):
-        READERS["cars"](root)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("meta", {"names": cells(CARS)}, "cars_meta.mat has no class_names, only names; replace it"),
-        ("meta", {"class_names": cells(["Audi", 3])}, "cars_meta.mat, row 2, (3,): must be a name, not 3"),
-        ("meta", {"class_names": cells(["Audi", " "])}, "cars_meta.mat, row 2, (' ',): must be a name, not ' '"),
-        ("meta", {"class_names": cells(["A", "A"])}, "cars_meta.mat, row 2, ('A',): id A was in an earlier row"),
-        ("meta", {"class_names": cells([])}, "cars_meta.mat is empty, expected rows (class_names)"),
-        ("train_annos", {"annotations": np.zeros((2, 3))}, "has no fname, class in 'annotations', only none"),
-        ("train_annos", {"other": 1}, "has no fname, class in 'annotations', only other"),
-    ],
-)
-def test_mat_file_with_other_content(tmp_path: Path, file: str, content: dict[str, Any], message: str) -> None:
-    root = write("cars", tmp_path)
-    savemat(root / f"devkit/cars_{file}.mat", content)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        READERS["cars"](root)
-
-
-ROWS = dog_rows([5927, 16])
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([*ROWS[:5], (ROWS[5][0], 2)], r"row 6, .* class 2 was in n02086079-Pekinese before; expected \(file_list, la"),
-        ([*ROWS[:5], (ROWS[5][0], 4)], "row 6, .* n02113799-standard_poodle had class 3 before"),
-        ([*ROWS, ROWS[0]], "row 7, .* id n02085620-Chihuahua/n02085620_5927.jpg was in an earlier row"),
-        ([*ROWS, dog_rows([199])[0]], r"1 image \(n02085620-Chihuahua/n02085620_199.jpg\) of .*train_list.mat also in"),
-        ([ROWS[0]], r"train_list.mat has no training images for 1 class label \(2\); each class of .*test_list.mat"),
-        ([("../" + ROWS[0][0], 1)], "row 1, .* the path leaves Images/"),
-        ([(3, 1)], "row 1, .* must be a path, not 3"),
-    ],
-)
-def test_damaged_dog_list(tmp_path: Path, rows: list[tuple[Any, Any]], message: str) -> None:
-    root = write("dogs", tmp_path)
-    write_dog_list(root / "train_list.mat", rows)
-    with pytest.raises(ValueError, match=message):
-        READERS["dogs"](root)
-
-
-def test_dog_list_with_too_few_labels(tmp_path: Path) -> None:
-    root = write("dogs", tmp_path)
-    savemat(root / "test_list.mat", {"file_list": cells([name for name, _ in ROWS]), "labels": np.ones((4, 1))})
-    with pytest.raises(ValueError, match=r"test_list\.mat: file_list, labels have 6, 4 entries; replace it"):
-        READERS["dogs"](root)
+def test_circles_of_folders(cub: Path, tmp_path: Path) -> None:
+    """A walk that follows links would go through 2 to the power of 40 folders here."""
+    for name in ("one", "two"):
+        (cub / "images" / name).symlink_to(cub / "images")
+        (cub / "images/020.Great_Auk" / name).symlink_to("..")
+    assert len(READERS["cub"](cub).train) == 2
+    (cub / "images/003.Sooty_Albatross").rename(tmp_path / "away")
+    (cub / "images/003.Sooty_Albatross").symlink_to("003.Sooty_Albatross")
+    with pytest.raises(FileNotFoundError, match=r"lacks 2 images \(003\.Sooty_Albatross/a\.jpg, 003"):
+        READERS["cub"](cub)
+    bad = check_images.main([str(cub), "--workers", "0", "--output", str(tmp_path / "list")])
+    assert [path.name for path, _ in bad] == ["b.jpg", "a.jpg"]
+    assert all("Too many levels of symbolic links" in reason for _, reason in bad)
