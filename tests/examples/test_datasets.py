@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import dataset_folders as folders
 import numpy as np
@@ -17,15 +16,38 @@ from workbench.datasets import ARCHIVES, READERS, open_data
 from workbench.datasets.bird_lists import family
 from workbench.settings import PRESETS, RECIPES, Settings, parse, run_folder
 
+POODLE = "n02113799-standard_poodle/n02113799_16.jpg"
+# Of each: the classes, their families, the labels for training and testing, and one training image: place, path and id.
+EXPECTED = {
+    "cub": (
+        ["003.Sooty_Albatross", "020.Great_Auk"], ["Albatross", "Auk"], [1, 0], [0, 1],
+        (1, "images/003.Sooty_Albatross/b.jpg", 30),
+    ),
+    "cars": (
+        folders.CARS, ["AM", "Acura", "Acura"], [2, 0, 1, 0], [1, 1],
+        (0, "cars_train/00001.jpg", "cars_train/00001.jpg"),
+    ),
+    "aircraft": (
+        list(folders.AIRCRAFT), list(folders.AIRCRAFT.values()), [0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3],
+        (1, "data/images/0034310.jpg", "0034310"),
+    ),
+    "dogs": (folders.DOGS, [], [0, 1, 2, 0, 1, 2], [0, 1], (5, f"Images/{POODLE}", POODLE)),
+    "nabirds": (
+        ["Oldsquaw (Breeding male)", "Mallard (Female/Eclipse male)", "Oldsquaw (Female)"],
+        ["Oldsquaw", "Mallard", "Oldsquaw"], [1, 0, 2], [1, 0, 2],
+        (1, "images/0295/0000000221dc4d0cbfe14cae3c85c829.jpg", "00000002-21dc-4d0c-bfe1-4cae3c85c829"),
+    ),
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_all_have_in_common(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = write(name, tmp_path)
+def test_official_folder_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, (classes, families, train, test, (place, path, image_id)) = write(name, tmp_path), EXPECTED[name]
     found = READERS[name](root)
-    assert found.name == ARCHIVES[name].name
-    assert {image.label for image in found.train} == set(range(len(found.classes)))
-    assert {image.label for image in found.test} <= set(range(len(found.classes)))
-    assert len(found.families) in (0, len(found.classes))
+    assert (found.name, found.classes, found.families) == (ARCHIVES[name].name, classes, families)
+    assert [image.label for image in found.train] == train
+    assert [image.label for image in found.test] == test
+    assert found.train[place] == (root / path, train[place], image_id)
     images = found.train + found.test
     assert all(image.path.is_file() for image in images)
     assert len({image.path for image in images}) == len({image.image_id for image in images}) == len(images)
@@ -39,16 +61,11 @@ def test_what_all_have_in_common(name: str, tmp_path: Path, monkeypatch: pytest.
     assert [root / image.path for image in READERS[name](Path(".")).train] == [image.path for image in found.train]
 
 
-def test_cub(cub: Path) -> None:
+def test_images_of_cub_come_in_the_order_of_their_ids_and_families_are_last_words(cub: Path) -> None:
     found = READERS["cub"](cub)
-    assert found.classes == ["003.Sooty_Albatross", "020.Great_Auk"]
-    assert found.families == ["Albatross", "Auk"]
-    images = cub / "images"
-    assert found.train == [(images / "020.Great_Auk/Auk 2.jpg", 1, 7), (images / "003.Sooty_Albatross/b.jpg", 0, 30)]
-    assert found.test == [(images / "003.Sooty_Albatross/a.jpg", 0, 2), (images / "020.Great_Auk/Auk_1.jpg", 1, 4)]
-    assert [family(name) for name in ("105.Whip_poor_Will", "091.Mockingbird", "Sparrow")] == [
-        "Will", "Mockingbird", "Sparrow",
-    ]  # fmt: skip
+    assert [image.image_id for image in (*found.train, *found.test)] == [7, 30, 2, 4]
+    names = ("105.Whip_poor_Will", "091.Mockingbird", "Sparrow")
+    assert [family(name) for name in names] == ["Will", "Mockingbird", "Sparrow"]
 
 
 def test_lists_from_other_systems(cub: Path) -> None:
@@ -59,53 +76,18 @@ def test_lists_from_other_systems(cub: Path) -> None:
     assert READERS["cub"](cub) == expected
 
 
-@pytest.mark.parametrize("inside", ["", "data"])
-def test_aircraft(tmp_path: Path, inside: str) -> None:
-    root = write("aircraft", tmp_path)
-    found = READERS["aircraft"](root / inside)
-    assert found.classes == list(folders.AIRCRAFT)
-    assert found.families == list(folders.AIRCRAFT.values())
-    assert [image.label for image in found.train] == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert found.train[1] == (root / "data/images/0034310.jpg", 1, "0034310")
-    assert [image.image_id for image in found.test] == ["0034317", "0034318", "0034319", "0034320"]
-
-
-@pytest.mark.parametrize("labels_in", ["", "devkit"])
-def test_cars(tmp_path: Path, labels_in: str) -> None:
-    root = write("cars", tmp_path)
-    (root / "cars_test_annos_withlabels.mat").rename(root / labels_in / "cars_test_annos_withlabels.mat")
-    found = READERS["cars"](root)
-    assert found.classes == folders.CARS
-    assert found.families == ["AM", "Acura", "Acura"]
-    assert found.train[0] == (root / "cars_train/00001.jpg", 2, "cars_train/00001.jpg")
-    assert [image.label for image in found.train] == [2, 0, 1, 0]
-    assert [image.path.name for image in found.test] == ["00001.jpg", "00002.jpg"]
-    assert [image.label for image in found.test] == [1, 1]
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
-def test_dogs(tmp_path: Path, dtype: Any) -> None:
-    root = write("dogs", tmp_path)
-    (root / "lists").mkdir()
-    (root / "train_list.mat").unlink()
-    folders.write_dog_list(root / "lists/train_list.mat", dog_rows([5927, 16])[::-1], dtype)
-    found = READERS["dogs"](root)
-    assert found.classes == folders.DOGS
-    assert found.families == []
-    name = "n02113799-standard_poodle/n02113799_16.jpg"
-    assert found.train[0] == (root / "Images" / name, 2, name)
-    assert [image.label for image in found.train] == [2, 1, 0, 2, 1, 0]
-    assert [image.label for image in found.test] == [0, 1]
-
-
-def test_nabirds(tmp_path: Path) -> None:
-    root = write("nabirds", tmp_path)
-    found = READERS["nabirds"](root)
-    assert found.classes == ["Oldsquaw (Breeding male)", "Mallard (Female/Eclipse male)", "Oldsquaw (Female)"]
-    assert found.families == ["Oldsquaw", "Mallard", "Oldsquaw"]
-    assert [image.label for image in found.train] == [1, 0, 2] == [image.label for image in found.test]
-    path = root / "images/0295/0000000221dc4d0cbfe14cae3c85c829.jpg"
-    assert found.train[1] == (path, 0, "00000002-21dc-4d0c-bfe1-4cae3c85c829")
+def test_files_may_be_in_other_places_and_labels_of_another_type(tmp_path: Path) -> None:
+    aircraft, cars, dogs = (write(name, tmp_path) for name in ("aircraft", "cars", "dogs"))
+    assert READERS["aircraft"](aircraft / "data") == READERS["aircraft"](aircraft)
+    found = READERS["cars"](cars)
+    (cars / "cars_test_annos_withlabels.mat").rename(cars / "devkit/cars_test_annos_withlabels.mat")
+    assert READERS["cars"](cars) == found
+    found = READERS["dogs"](dogs)
+    (dogs / "train_list.mat").unlink()
+    (dogs / "lists").mkdir()
+    folders.write_dog_list(dogs / "lists/train_list.mat", dog_rows([5927, 16])[::-1], np.float64)
+    again = READERS["dogs"](dogs)
+    assert (again.classes, again.test, again.train[::-1]) == (found.classes, found.test, found.train)
 
 
 def test_one_row_is_a_list_too(tmp_path: Path) -> None:

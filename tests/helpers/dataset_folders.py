@@ -21,15 +21,11 @@ CUB = {
     "classes.txt": "20 020.Great_Auk\n3 003.Sooty_Albatross\n",
 }
 # Ids and folders in the style of NABirds: a child is in a folder of its class id.
+IMAGES = {f"{i:08x}-21dc-4d0c-bfe1-4cae3c85c829": label for i, label in enumerate((817, 817, 295, 295, 900, 900))}
 NABIRDS = {
-    "images.txt": "".join(
-        f"{i:08x}-21dc-4d0c-bfe1-4cae3c85c829 {folder:04}/{i:08x}21dc4d0cbfe14cae3c85c829.jpg\n"
-        for i, folder in enumerate((817, 817, 295, 295, 900, 900))
-    ),
-    "image_class_labels.txt": "".join(
-        f"{i:08x}-21dc-4d0c-bfe1-4cae3c85c829 {label}\n" for i, label in enumerate((817, 817, 295, 295, 900, 900))
-    ),
-    "train_test_split.txt": "".join(f"{i:08x}-21dc-4d0c-bfe1-4cae3c85c829 {1 - i % 2}\n" for i in range(6)),
+    "images.txt": "".join(f"{i} {label:04}/{i.replace('-', '')}.jpg\n" for i, label in IMAGES.items()),
+    "image_class_labels.txt": "".join(f"{i} {label}\n" for i, label in IMAGES.items()),
+    "train_test_split.txt": "".join(f"{i} {1 - number % 2}\n" for number, i in enumerate(IMAGES)),
     "classes.txt": "0 Birds\n1 Ducks, Geese, and Swans\n295 Oldsquaw (Breeding male)\n22 Oldsquaw\n"
     "817 Mallard (Female/Eclipse male)\n23 Mallard\n900 Oldsquaw (Female)\n",
     "hierarchy.txt": "1 0\n22 1\n23 1\n295 22\n900 22\n817 23\n",
@@ -76,14 +72,9 @@ def write_cars(root: Path) -> None:
 
 def write_dog_list(file: Path, rows: Sequence[tuple[Any, Any]], dtype: Any = np.uint8) -> None:
     names, labels = zip(*rows, strict=True)
-    savemat(
-        file,
-        {
-            "file_list": cells(names),
-            "annotation_list": cells([str(name).removesuffix(".jpg") for name in names]),
-            "labels": np.array(labels, dtype)[:, None],
-        },
-    )
+    annotations = cells([str(name).removesuffix(".jpg") for name in names])
+    labels = np.array(labels, dtype)[:, None]
+    savemat(file, {"file_list": cells(names), "annotation_list": annotations, "labels": labels})
 
 
 def dog_rows(numbers: Sequence[int]) -> list[tuple[Any, Any]]:
