@@ -14,6 +14,7 @@ from cub_runs import TINY, at_call, in_a_worker, run
 import train_cub
 from workbench.images import end_workers_with_the_parent
 from workbench.run_folder import RunFolder
+from workbench.settings import parse
 
 WORKERS = ["--workers", "2", "--checkpoint-minutes", "1e-9"]
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9.00 GiB"
@@ -76,6 +77,7 @@ def out_of_memory():
     ("flags", "chunks", "less"), [([], "all at once", 3), (["--chunk-size", "4"], "in chunks of 4", 2)]
 )
 def test_a_full_gpu_ends_the_run_with_a_smaller_chunk_size(birds, tmp_path, monkeypatch, flags, chunks, less):
+    """Other settings and data may follow, as nothing was trained."""
     with monkeypatch.context() as patch:
         at_call(patch, 1, train_cub, "compute_loss", out_of_memory)
         with pytest.raises(SystemExit) as ended:
@@ -83,8 +85,11 @@ def test_a_full_gpu_ends_the_run_with_a_smaller_chunk_size(birds, tmp_path, monk
     said = str(ended.value)
     assert said.startswith(f"\n{OUT_OF_MEMORY}\nThe step was one of 6 images of 32 x 32 pixels")
     assert f"through the backbone {chunks}: --chunk-size {less} takes less memory" in said
-    run(birds, tmp_path / "run", "--chunk-size", str(less), "--epochs", "1")  # no training is in the way
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["chunk_size"] == less
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json", "tensorboard"}
+    run(birds, tmp_path / "run", "--chunk-size", str(less), "--seed", "6", "--epochs", "1")
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert (settings["chunk_size"], settings["seed"]) == (less, 6)
+    assert len(list((tmp_path / "run" / "tensorboard").rglob("events*"))) == 1
 
 
 def test_memory_that_the_test_takes_is_no_matter_of_chunks(birds, tmp_path, monkeypatch):
@@ -101,27 +106,12 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_other_settings_and_data_may_follow_where_nothing_was_trained(birds, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_call(patch, 1, train_cub, "compute_loss", out_of_memory)
-        with pytest.raises(SystemExit):
-            run(birds, tmp_path / "run", "--seed", "5")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json", "tensorboard"}
-    run(birds, tmp_path / "run", "--seed", "6", "--epochs", "1")
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["seed"] == 6
-    assert len(list((tmp_path / "run" / "tensorboard").rglob("events*"))) == 1
-
-
-@pytest.mark.parametrize("left", ["state", "best", "log.csv"])
-def test_but_not_where_anything_was(birds, tmp_path, left):
+@pytest.mark.parametrize("left", ["state/epoch-0001.damaged", "best", "log.csv"])
+def test_other_settings_may_not_follow_where_anything_was_trained(birds, tmp_path, left):
     """Each of what a run trained is enough: somebody may have removed the rest."""
-    settings = asdict(train_cub.parse([*TINY, "--data", str(birds), "--seed", "5"]))
-    RunFolder(tmp_path / "run", settings).begin()
-    if left == "state":
-        (tmp_path / "run" / left / "epoch-0001.damaged").mkdir(parents=True)
-    else:
-        (tmp_path / "run" / left).mkdir()
+    RunFolder(tmp_path / "run", asdict(parse([*TINY, "--data", str(birds), "--seed", "5"]))).begin()
+    (tmp_path / "run" / left).mkdir(parents=True)
     before = tree(tmp_path / "run")
-    with pytest.raises(SystemExit, match=r"holds another run:\n  seed: 5 there, 6 here"):
+    with pytest.raises(SystemExit, match=r"(?s)holds another run:\n  seed: 5 there, 6 here\n.*Choose another folder"):
         run(birds, tmp_path / "run", "--seed", "6")
     assert tree(tmp_path / "run") == before

@@ -2,15 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from commands import ROOT, TORCHRUN, finish
-from cub_runs import rows, same
+from cub_runs import rows, same, weights
 
 import score
 import train_cub
-from apinet_head import APINet
 from workbench.images import eval_transform
 
 # 5 species: 25 test images, which two ranks cannot share equally.
@@ -85,40 +85,34 @@ def test_ranks_end_with_the_same_net_and_differ_in_chance(finished):
     for name in RUNS:
         first, second = told(folder / name)
         assert same(first["weights"], second["weights"])
-        assert same(first["weights"], APINet.from_pretrained(folder / name / "last").state_dict())
+        assert same(first["weights"], weights(folder / name / "last"))
     first, second = told(folder / "api")
     assert not torch.equal(first["random"], second["random"])
 
 
-def test_there_is_one_log_and_one_state_of_both(finished):
+def test_there_is_one_log_and_one_state_of_both_and_every_test_image_is_scored_once(finished):
     output = finished[0] / "api"
-    assert [row["epoch"] for row in rows(output)] == ["1", "2", "3"]
-    assert [row["step"] for row in rows(output)] == ["3", "6", "9"]
+    assert [(row["epoch"], row["step"]) for row in rows(output)] == [("1", "3"), ("2", "6"), ("3", "9")]
     assert len(list((output / "tensorboard").iterdir())) == 1
     assert sorted(path.name for path in (output / "state").iterdir()) == ["epoch-0002", "epoch-0003"]
     assert json.loads((output / "last" / "config.json").read_text())["gather"] is True
     assert not list(output.rglob("*.partial"))
-
-
-def test_every_test_image_is_scored_once(finished):
-    folder, *_ = finished
-    alone = score.main([str(folder / "api" / "last"), "--device", "cpu"])
+    alone = score.main([str(output / "last"), "--device", "cpu"])
     assert alone["images"] == 25
-    assert json.loads((folder / "api-scores.json").read_text()) == alone
-    for rank in told(folder / "api"):
+    assert json.loads(Path(f"{output}-scores.json").read_text()) == alone
+    for rank in told(output):
         assert alone.items() <= rank["result"].items()
 
 
 @pytest.mark.parametrize("name", ["api-exact", "baseline-exact", "memory-exact"])
 def test_two_ranks_train_as_one_process_with_the_whole_batch(finished, cache, tmp_path, monkeypatch, name):
-    folder, *_ = finished
+    here, there = tmp_path / "run", finished[0] / name
     monkeypatch.setattr(train_cub, "train_transform", eval_transform)
-    train_cub.main([*RUNS[name], "--output", str(tmp_path / "run")])
-    here, there = (output / "last" for output in (tmp_path / "run", folder / name))
-    here, there = (APINet.from_pretrained(path).state_dict() for path in (here, there))
-    for key in here:
-        torch.testing.assert_close(there[key], here[key], atol=1e-5, rtol=1e-4)
-    for one, other in zip(rows(tmp_path / "run"), rows(folder / name), strict=True):
+    train_cub.main([*RUNS[name], "--output", str(here)])
+    expected, found = weights(here / "last"), weights(there / "last")
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-4)
+    for one, other in zip(rows(here), rows(there), strict=True):
         figures = [{k: float(v or 0) for k, v in row.items()} for row in (one, other)]
         assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 

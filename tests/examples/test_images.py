@@ -7,7 +7,6 @@ import pytest
 import torch
 from dataset_folders import noise
 from timm.data import create_transform
-from torch.utils.data import DataLoader
 
 from workbench.datasets.bird_lists import read_cub
 from workbench.image_files import load_image
@@ -16,39 +15,25 @@ from workbench.images import ImageDataset, eval_transform, train_transform, unno
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 
-def test_dataset(cub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = read_cub(cub).train + read_cub(cub).test
-    loads: list[Path] = []
+@pytest.mark.parametrize("settings", [{}, {"resize": 24}, {"cache": True}, {"resize": 24, "cache": True}])
+def test_resized_and_cached_images_are_the_same_and_cached_ones_are_loaded_once(
+    cub: Path, monkeypatch, settings
+) -> None:
+    images, loads = read_cub(cub).train + read_cub(cub).test, []
     monkeypatch.setattr("workbench.images.load_image", lambda path: loads.append(path) or load_image(path))
     transform = eval_transform({"squash": 24, "crop": 16, **HALF})
-    plain = ImageDataset(images, transform)
-    assert len(plain) == 4
-    assert plain.labels == [image.label for image in images] == [1, 0, 0, 1]
-    first = list(map(plain.__getitem__, range(4)))
-    for settings in ({"resize": 24}, {"cache": True}, {"resize": 24, "cache": True}):
-        loads.clear()
-        dataset = ImageDataset(images, transform, **settings)
-        assert loads == []
-        for _ in range(2):
-            for index, (picture, label, own_index) in enumerate(map(dataset.__getitem__, range(4))):
-                assert torch.equal(picture, first[index][0])
-                assert (label, own_index) == (images[index].label, index) == first[index][1:]
-        assert loads == [image.path for image in images] * (1 if "cache" in settings else 2)
-        sizes = [picture.size for picture in dataset._pictures.values()]
-        expected = [(24, 24)] * 4 if "resize" in settings else [load_image(image.path).size for image in images]
-        assert sizes == (expected if "cache" in settings else [])
-
-
-@pytest.mark.parametrize("cache", [False, True])
-def test_dataset_in_a_loader_with_workers(cub: Path, cache: bool) -> None:
-    images = read_cub(cub).train + read_cub(cub).test
-    dataset = ImageDataset(images, eval_transform({"squash": 24, "crop": 16, **HALF}), resize=24, cache=cache)
-    loader = DataLoader(dataset, batch_size=3, num_workers=2, persistent_workers=True)
+    dataset = ImageDataset(images, transform, **settings)
+    assert len(dataset) == 4
+    assert dataset.labels == [1, 0, 0, 1]
     for _ in range(2):
-        pictures, labels, indices = map(torch.cat, zip(*loader, strict=True))
-        assert labels.tolist() == dataset.labels
-        assert indices.tolist() == [0, 1, 2, 3]
-        assert torch.equal(pictures, torch.stack([dataset[index][0] for index in range(4)]))
+        for index, image in enumerate(images):
+            picture, *rest = dataset[index]
+            assert torch.equal(picture, transform(load_image(image.path)))
+            assert rest == [image.label, index]
+    cached = "cache" in settings
+    assert loads == [image.path for image in images] * (1 if cached else 2)
+    size = (24, 24) if "resize" in settings else load_image(images[0].path).size
+    assert [picture.size for picture in dataset._pictures.values()] == ([size] * 4 if cached else [])
 
 
 def test_transform_for_testing_is_timms() -> None:
