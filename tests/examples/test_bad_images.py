@@ -1,6 +1,5 @@
 """Bad images: the opener refuses them, check_images.py lists them, training stops with the path or leaves them out."""
 
-import csv
 import io
 import os
 import re
@@ -15,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from commands import ROOT, finish
-from cub_runs import TINY
+from cub_runs import TINY, rows
 
 import check_images
 import score
@@ -106,15 +105,6 @@ GOOD: dict[str, tuple[Make, np.ndarray]] = {
 }
 
 
-def make_bad(kind: str, path: Path) -> str:
-    """Make an image a bad file; a part of the reason."""
-    make, reason = BAD[kind]
-    make(path)
-    if kind == "unreadable" and os.access(path, os.R_OK):
-        pytest.skip("this user, root perhaps, reads every file")
-    return reason
-
-
 @pytest.fixture
 def folder(birds: Path, tmp_path: Path) -> Path:
     """Six classes with three images for training and three for testing each, to damage."""
@@ -129,7 +119,10 @@ def run(folder: Path, *flags: str) -> dict:
 def test_bad_file_is_refused_with_path_and_reason(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     PHOTO.save(path)
-    reason = make_bad(kind, path)
+    make, reason = BAD[kind]
+    make(path)
+    if kind == "unreadable" and os.access(path, os.R_OK):
+        pytest.skip("this user, root perhaps, reads every file")
     with pytest.raises(BadImageError) as caught:
         load_image(path)
     assert reason in str(caught.value)
@@ -156,33 +149,27 @@ def test_limits_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert (why_bad(tmp_path / "x.png") is None) == taken
 
 
-def test_checked_and_trained_alike() -> None:
-    assert images.load_image is bad_images.load_image is load_image
-
-
-@pytest.mark.parametrize("kind", ["missing", "text", "truncated JPEG", "pipe"])  # one function judges all of BAD
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated JPEG", "pipe"])
 def test_training_stops_with_the_path_or_leaves_it_out(kind: str, folder: Path, capsys, monkeypatch) -> None:
+    assert images.load_image is bad_images.load_image is load_image  # so all of BAD is judged alike
     monkeypatch.chdir(folder.parent)
-    image = READERS["cub"](folder).train[4]
-    reason = make_bad(kind, image.path)
+    path = READERS["cub"](folder).train[4].path
+    BAD[kind][0](path)
+    reason = why_bad(path)
     with pytest.raises(SystemExit) as caught:
         run(folder)
     # The reader sees at once that one is missing.
-    stopped = image.path.name if kind == "missing" else f"bad image: {image.path} {why_bad(image.path)}"
-    assert stopped in str(caught.value)
-    assert check_images.main([str(folder), "--workers", "0"]) == [(image.path, why_bad(image.path))]
-    out = capsys.readouterr().out
-    assert reason in out
-    assert "36 images of CUB-200-2011, 1 bad; the list is bad_images.txt" in out
-    (row,) = csv.reader(Path("bad_images.txt").read_text().splitlines(), delimiter="\t")
-    assert row == [os.path.relpath(image.path, folder), why_bad(image.path)]
+    assert (path.name if kind == "missing" else f"bad image: {path} {reason}") in str(caught.value)
+    assert check_images.main([str(folder), "--workers", "0"]) == [(path, reason)]
+    said = f"{path}: {reason}\n36 images of CUB-200-2011, 1 bad; the list is bad_images.txt\n"
+    assert capsys.readouterr().out.endswith(said)
+    assert Path("bad_images.txt").read_text() == f"{os.path.relpath(path, folder)}\t{reason}\n"
     shutil.rmtree("run", ignore_errors=True)
     result = run(folder, "--skip-bad")
     out = capsys.readouterr().out
     assert "1 bad images left out: 1 of training, 0 of testing (bad_images.txt)" in out
     assert "17 training and 18 test images" in out
-    (row,) = csv.DictReader(Path("run/log.csv").read_text().splitlines())
-    assert (result["left_out"], row["left_out"]) == (1, "1")
+    assert (result["left_out"], rows(folder.parent / "run")[0]["left_out"]) == (1, "1")
 
 
 def test_bad_image_in_testing(folder: Path) -> None:
