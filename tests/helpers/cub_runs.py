@@ -68,44 +68,35 @@ def weights(folder):
     return APINet.from_pretrained(folder).state_dict()
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def rows(folder):
     """The log's, less how long an epoch took."""
     with (folder / "log.csv").open() as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-def figures(folder):
-    """What a run says of itself, less how long it took."""
-    return rows(folder), json.loads((folder / "result.json").read_text()) | {"seconds": 0}
-
-
 def end_state(folder, last):
-    """The newest checkpoint: optimiser, memory, random states and all, without times."""
+    """All that a run leaves, and its newest checkpoint: optimiser, memory, random states and all; without times."""
     newest = max((folder / "state").iterdir())
     assert newest.name == last
     shared = load(newest / "state.pt")
     assert shared.pop("progress")["epoch"] > 0  # has times in it, and else what the log has
-    return shared, load(newest / "process-0.pt")
+    result = json.loads((folder / "result.json").read_text()) | {"seconds": 0}
+    nets = [weights(folder / name) for name in ("last", "best")]
+    return [*nets, rows(folder), result, shared, load(newest / "process-0.pt")]
 
 
-def alike(one, other):
+def same(one, other):
     """Bit for bit, whatever it is made of."""
     if isinstance(one, torch.Tensor):
         return one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(alike, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     return one == other
 
 
 def assert_ends_alike(folder, whole, last="epoch-0003"):
-    assert same(weights(folder / "last"), weights(whole / "last"))
-    assert same(weights(folder / "best"), weights(whole / "best"))
-    assert figures(folder) == figures(whole)
-    assert alike(end_state(folder, last), end_state(whole, last))
+    for one, other in zip(end_state(folder, last), end_state(whole, last), strict=True):
+        assert same(one, other)
     assert not list(folder.rglob("*.partial"))
