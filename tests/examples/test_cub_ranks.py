@@ -51,7 +51,7 @@ def finished(cache, tmp_path_factory):
     """The folder of all runs, and what was said; after them, a rank was killed in one more, "killed"."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [{"flags": [*flags, "--output", str(folder / name)], "plain": name != "api"} for name, flags in RUNS.items()]
-    code, out, err = on_two_ranks(*runs, {"flags": resumable(folder), "kill_in_epoch": 3})
+    code, out, err = on_two_ranks(*runs, {"flags": resumable(folder), "kill_in_step": 8})
     assert all((folder / f"{name}-scores.json").exists() for name in RUNS), err
     assert code != 0
     return folder, out, err

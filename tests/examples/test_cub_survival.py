@@ -99,27 +99,21 @@ def test_every_place_of_every_epoch_has_a_crop_of_its_own(birds):
     assert len({loader.dataset[3, seed][0].numpy().tobytes() for seed in seeds}) > 4
 
 
-class Evil:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, ran):
-        self.ran = ran
-
-    def __reduce__(self):
-        return exec, (f"open({str(self.ran)!r}, 'w')",)
-
-
 @pytest.fixture
 def evil(tmp_path):
-    """What would run, and must not be run."""
-    ran = tmp_path / "ran"
-    pickle.loads(pickle.dumps(Evil(ran)))
-    ran.unlink()
-    yield Evil(ran)
-    assert not ran.exists()
+    """What would make a file when it is unpickled, and must not."""
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    pickle.loads(pickle.dumps(Evil()))
+    (tmp_path / "ran").unlink()
+    yield Evil()
+    assert not (tmp_path / "ran").exists()
 
 
-def damage(checkpoint, how, evil=None):
+def damage(checkpoint, how, evil):
     file = checkpoint / "state.pt"
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:-100])

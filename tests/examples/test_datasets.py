@@ -14,7 +14,7 @@ import score
 import train_cub
 from workbench.datasets import ARCHIVES, READERS, open_data
 from workbench.datasets.bird_lists import family
-from workbench.settings import PRESETS, RECIPES, Settings, parse, run_folder
+from workbench.settings import PRESETS, parse, run_folder
 
 POODLE = "n02113799-standard_poodle/n02113799_16.jpg"
 # Of each: the classes, their families, the labels for training and testing, and one training image: place, path and id.
@@ -104,20 +104,18 @@ def test_one_row_is_a_list_too(tmp_path: Path) -> None:
     assert READERS["dogs"](tmp_path).classes == folders.DOGS[:1]
 
 
-def test_recipes() -> None:
-    assert all(recipe.keys() <= vars(Settings()).keys() for recipe in RECIPES.values())
-    assert RECIPES.keys() <= READERS.keys()
+DEMO = [PRESETS["demo"][name] for name in ("epochs", "lr", "frozen_epochs")]
 
-    def recipe(*flags: str) -> tuple[int, float, int]:
-        settings = parse(["--data", "folder", *flags])
-        return settings.epochs, settings.lr, settings.frozen_epochs
 
-    assert recipe("--dataset", "dogs") == recipe("--preset", "paper", "--dataset=dogs") == (50, 0.001, 12)
-    assert recipe("--dataset", "dogs", "--epochs", "7") == (7, 0.001, 12)
-    demo = PRESETS["demo"]
-    assert recipe("--dataset", "dogs", "--preset", "demo") == (demo["epochs"], demo["lr"], demo["frozen_epochs"])
-    for name in READERS.keys() - RECIPES.keys():
-        assert recipe("--dataset", name) == recipe() == (100, 0.01, 8)
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(["--dataset=dogs"], [50, 0.001, 12]), (["--dataset=dogs", "--preset=paper"], [50, 0.001, 12]),
+     (["--dataset=dogs", "--epochs=7"], [7, 0.001, 12]), (["--dataset=dogs", "--preset=demo"], DEMO),
+     *[([f"--dataset={name}"], [100, 0.01, 8]) for name in READERS if name != "dogs"], ([], [100, 0.01, 8])],
+)  # fmt: skip
+def test_recipes(flags: list[str], expected: list[float]) -> None:
+    settings = parse(["--data", "folder", *flags])
+    assert [settings.epochs, settings.lr, settings.frozen_epochs] == expected
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name != "cub"])

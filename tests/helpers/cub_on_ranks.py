@@ -1,6 +1,6 @@
 """What test_cub_ranks.py has torchrun start: runs of train_cub.py one after the other, and what every rank ends with.
 
-python -m torch.distributed.run ... cub_on_ranks.py '[{"flags": [...], "kill_in_epoch": 3, "plain": true}, ...]'
+python -m torch.distributed.run ... cub_on_ranks.py '[{"flags": [...], "kill_in_step": 8, "plain": true}, ...]'
 """
 
 import json
@@ -17,32 +17,28 @@ import train_cub
 from workbench.images import eval_transform, train_transform
 
 RANK = int(os.environ.get("RANK", "0"))
-compute_loss, make_net, make_sampler = train_cub.compute_loss, train_cub.make_net, train_cub.make_sampler
+compute_loss, make_net = train_cub.compute_loss, train_cub.make_net
 
 
-def run(flags, kill_in_epoch=0, plain=False):
-    """Train; with `plain`, without augmentation."""
-    made, steps = {}, []
+def run(flags, kill_in_step=0, plain=False):
+    """Train; with `plain`, without augmentation. Rank 1 can be killed in a step."""
+    nets, steps = [], []
 
-    def keep(name, make):
-        def kept(*args):
-            made[name] = make(*args)
-            return made[name]
+    def kept(*args):
+        nets.append(make_net(*args))
+        return nets[-1]
 
-        return kept
-
-    def die_in_the_second_step(*args):
-        steps.append(made["sampler"].epoch + 1 == kill_in_epoch)
-        if RANK == 1 and sum(steps) == 2:
+    def counted(*args):
+        steps.append(0)
+        if RANK == 1 and len(steps) == kill_in_step:
             os.kill(os.getpid(), signal.SIGKILL)
         return compute_loss(*args)
 
-    train_cub.make_net, train_cub.make_sampler = keep("net", make_net), keep("sampler", make_sampler)
-    train_cub.compute_loss = die_in_the_second_step
+    train_cub.make_net, train_cub.compute_loss = kept, counted
     train_cub.train_transform = eval_transform if plain else train_transform
     result = train_cub.main(flags)
     output = flags[flags.index("--output") + 1]
-    told = {"weights": made["net"].state_dict(), "random": torch.get_rng_state(), "result": result}
+    told = {"weights": nets[-1].state_dict(), "random": torch.get_rng_state(), "result": result}
     torch.save(told, f"{output}-rank{RANK}.pt")
     score.main([f"{output}/last", "--device", "cpu", "--json", f"{output}-scores.json"])
 

@@ -6,12 +6,10 @@ import subprocess
 import sys
 
 import torch
-from torch.utils.data import get_worker_info
 
 import train_cub
 from apinet_head import APINet
 from workbench.checkpoint import load
-from workbench.images import ImageDataset
 
 # All that a state can hold, and a checkpoint after each step; 3 epochs of 3 steps, and in the last no test but one.
 FULL = ["--memory", "16", "--checkpoint-minutes", "1e-9", "--epochs", "3", "--inter", "random"]
@@ -50,18 +48,6 @@ def at_call(patch, number, owner, name, action):
         return function(*args)
 
     patch.setattr(owner, name, counted)
-
-
-def in_a_worker(patch, image, action):
-    """Have the first worker that loads this image do something else first."""
-    get = ImageDataset.__getitem__
-
-    def acting(self, index):
-        if index == image and get_worker_info() is not None:
-            action()
-        return get(self, index)
-
-    patch.setattr(ImageDataset, "__getitem__", acting)
 
 
 def weights(folder):
