@@ -41,7 +41,7 @@ def test_bytes_follow_from_the_seed(root: Path, tmp_path: Path, monkeypatch: pyt
     assert not any(other[name] == digest for name, digest in first.items() if name.endswith(".jpg"))
 
 
-def test_lists_are_read_as_cub_and_half_of_each_species_is_for_training(root: Path) -> None:
+def test_lists_are_read_as_cubs_with_half_of_each_species_for_training_and_json_tells_the_species(root: Path) -> None:
     data = read_cub(root)  # checks the lists against each other and the files
     labels = np.repeat(range(SMALL["species"]), SMALL["images_per_species"] // 2).tolist()
     assert [image.label for image in data.train] == labels == [image.label for image in data.test]
@@ -54,6 +54,11 @@ def test_lists_are_read_as_cub_and_half_of_each_species_is_for_training(root: Pa
     assert [row[:2] for row in rows(root, "parts/part_locs")] == [[i, str(k)] for i in ids for k in range(1, 8)]
     assert rows(root, "parts/parts") == [[str(k), part] for k, part in enumerate(PARTS, 1)]
     assert len(list((root / "images").rglob("*.jpg"))) == len(ids)
+    assert list(read_species(root)) == data.classes
+    assert list(read_species(root).values()) == catalogue(SMALL["species"])
+    first = json.loads((root / "birds.json").read_text())["classes"][0]
+    assert (first["name"], first["family"]) == ("001.White_Barred_Tern", "Tern")
+    assert first["traits"]["bar"] == ["single", "white"]
 
 
 def test_boxes_and_visible_parts_are_in_the_image(root: Path) -> None:
@@ -73,15 +78,6 @@ def test_boxes_and_visible_parts_are_in_the_image(root: Path) -> None:
     assert 0 < hidden < 0.2 * len(boxes) * len(PARTS)
 
 
-def test_json_tells_the_species(root: Path) -> None:
-    species = read_species(root)
-    assert list(species) == [name for _, name in rows(root, "classes")]
-    assert list(species.values()) == catalogue(SMALL["species"])
-    first = json.loads((root / "birds.json").read_text())["classes"][0]
-    assert (first["name"], first["family"]) == ("001.White_Barred_Tern", "Tern")
-    assert first["traits"]["bar"] == ["single", "white"]
-
-
 @pytest.mark.parametrize("number", [2, 3, 7, 20, 200])
 def test_catalogue(number: int) -> None:
     species = catalogue(number)
@@ -91,16 +87,15 @@ def test_catalogue(number: int) -> None:
         if a.family is b.family:
             assert 1 <= len(differing_parts(a, b)) <= 2
             assert differing_parts(a, b) <= set(a.family.varies)
-    if number == 200:
-        assert {part for s in species for part in s.family.varies} == set(MARKED_PARTS)
 
 
-def test_differing_parts_are_of_one_family() -> None:
-    species = catalogue(10)
+def test_differing_parts_are_of_one_family_and_each_varies_in_some() -> None:
+    species = catalogue(200)
     assert differing_parts(species[0], species[1]) == {"bar"}
     assert differing_parts(species[0], species[0]) == frozenset()
     with pytest.raises(ValueError, match="different families"):
         differing_parts(species[0], species[-1])
+    assert {part for s in species for part in s.family.varies} == set(MARKED_PARTS)
 
 
 # How far from its part's place a mark reaches, as a share of the box's longer side.
