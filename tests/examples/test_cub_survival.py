@@ -27,34 +27,26 @@ from workbench.settings import parse
 PLACES = [
     (Path, "replace"), (Path, "mkdir"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"),
     (train_cub, "compute_loss"), (train_cub, "nonfinite"), (train_cub, "record"), (train_cub, "save_model"),
-    (train_cub, "predict"), (RunFolder, "write_log"),
+    (train_cub, "predict"), (RunFolder, "write_log"), (checkpoint, "write_bytes"), (run_folder, "write_bytes"),
 ]  # fmt: skip
 
 
 def kill_at(patch, moment=None):
     """Have KilledError raised at the n-th moment that changes a run or its folder, its file cut; the moments passed."""
-    passed, write = [], checkpoint.write_bytes
-
-    def is_now(name):
-        passed.append(name)
-        return len(passed) - 1 == moment
-
-    def cut(path, content):
-        if is_now("write"):
-            path.write_bytes(content[: len(content) // 2])
-            raise KilledError
-        write(path, content)
+    passed = []
 
     def before(name, function):
         def killed_before(*args, **kwargs):
-            if is_now(name):
-                raise KilledError
-            return function(*args, **kwargs)
+            passed.append(name)
+            if len(passed) - 1 != moment:
+                return function(*args, **kwargs)
+            if name == "write_bytes":
+                path, content = args
+                path.write_bytes(content[: len(content) // 2])
+            raise KilledError
 
         return killed_before
 
-    for module in (checkpoint, run_folder):
-        patch.setattr(module, "write_bytes", cut)
     for owner, name in PLACES:
         patch.setattr(owner, name, before(name, getattr(owner, name)))
     return passed
