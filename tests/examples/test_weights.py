@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from apinet_head import APINet
-from workbench.frozen import features_of
 from workbench.weights import load_weights
 
 
@@ -23,22 +22,24 @@ def made(name="test_resnet", seed=0, **arguments):
 
 
 def same(backbone, whole):
-    expected = whole.state_dict()
-    return all(
-        torch.equal(value, expected[name]) for name, value in backbone.state_dict().items() if "num_batches" not in name
-    )
+    found, expected = backbone.state_dict(), whole.state_dict()
+    return all(torch.equal(found[name], expected[name]) for name in found if "num_batches" not in name)
 
 
 def prefixed(state, prefix):
     return {f"{prefix}{name}": value for name, value in state.items()}
 
 
+def without(state, part):
+    return {name: value for name, value in state.items() if part not in name}
+
+
 SPELLINGS = {
     "plain": lambda state: state,
     "DDP": lambda state: prefixed(state, "module."),
     "compiled": lambda state: prefixed(state, "module._orig_mod."),
-    "no classifier": lambda state: {name: value for name, value in state.items() if not name.startswith("fc.")},
-    "no counters": lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
+    "no classifier": lambda state: without(state, "fc."),
+    "no counters": lambda state: without(state, "num_batches"),
     "APINet": lambda state: {**prefixed(state, "backbone."), "head.classifier.weight": torch.zeros(3, 64)},
 }
 # Of .pth alone: safetensors has neither wrappers nor an order.
@@ -59,14 +60,12 @@ def test_every_spelling_loads_every_tensor(spelling, tmp_path):
         save_file(content, tmp_path / "weights.safetensors")
     for file in tmp_path.glob("weights.*"):
         backbone = made(seed=1, num_classes=0)
-        count = sum("num_batches" not in name for name in backbone.state_dict())
-        assert f"all {count} tensors" in load_weights(backbone, file)
+        assert f"all {len(without(backbone.state_dict(), 'num_batches'))} tensors" in load_weights(backbone, file)
         assert same(backbone, whole)
 
 
 def torchvision_s(whole):
-    models = pytest.importorskip("torchvision.models")
-    other = models.resnet18()
+    other = pytest.importorskip("torchvision.models").resnet18()
     whole.load_state_dict(other.state_dict())
     return other.state_dict()
 
@@ -97,10 +96,9 @@ def test_names_of_other_sources_load(name, spell, said, tmp_path):
 
 
 def test_an_apinet_file_gives_its_backbone(tmp_path):
-    whole = APINet("test_resnet", 3)
+    whole, backbone = APINet("test_resnet", 3), made(num_classes=0)
     whole.save_pretrained(tmp_path)
-    backbone = made(num_classes=0)
-    load_weights(backbone, tmp_path / "model.safetensors")
+    load_weights(backbone, tmp_path)
     assert same(backbone, whole.backbone)
 
 
@@ -116,7 +114,7 @@ def shuffled(state):
 @pytest.mark.parametrize(
     ("spell", "said"),
     [
-        (lambda state: {k: v for k, v in state.items() if k != "layer1.0.conv1.weight"}, "missing: layer1.0.conv1.w"),
+        (lambda state: without(state, "layer1.0.conv1.weight"), "missing: layer1.0.conv1.w"),
         (lambda state: {**state, "conv1.0.weight": torch.zeros(2, 2)}, r"conv1.0.weight \[2, 2\] instead of"),
         (shuffled, "fits 0 of"),
         (lambda state: made("resnet18").state_dict(), "of another shape"),
@@ -146,68 +144,3 @@ def test_damaged_and_missing_files_are_refused(name, tmp_path):
     file.write_bytes(b"no weights")
     with pytest.raises(SystemExit, match="cannot be read as weights"):
         load_weights(made(num_classes=0), file)
-
-
-class Counted(torch.nn.Module):
-    """Mean colours, and how many images were seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.images = torch.nn.Parameter(torch.ones(3)), 0
-
-    def forward(self, images):
-        self.images += len(images)
-        return images.mean((2, 3)) * self.weight
-
-
-TRANSFORM = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
-
-
-@pytest.fixture
-def pictures(tmp_path, monkeypatch):
-    from PIL import Image as Picture
-
-    from workbench.datasets import Image
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for shade in range(5):
-        Picture.new("RGB", (40, 32), (40 * shade, 0, 10)).save(tmp_path / f"{shade}.png")
-    return [Image(tmp_path / f"{shade}.png", 0, str(shade)) for shade in range(5)]
-
-
-def features(net, images, transform=TRANSFORM):
-    return features_of(net, images, transform, torch.device("cpu"))
-
-
-def test_features_are_those_of_the_backbone_and_computed_once_for_each_image(pictures):
-    net = Counted()
-    found = features(net, pictures)
-    shades = torch.tensor([[40 * shade, 0, 10] for shade in range(5)]) / 255
-    assert torch.allclose(found, (shades - 0.5) / 0.5, atol=1e-5)
-    assert net.images == 5
-    again = features(net, [pictures[3], pictures[1], pictures[3]])
-    assert torch.equal(again, found[[3, 1, 3]])
-    assert net.images == 5
-
-
-def test_features_are_computed_anew_for_other_weights_transforms_and_contents(pictures):
-    net = Counted()
-    first = features(net, pictures)
-    other = TRANSFORM | {"mean": [0.0] * 3}
-    assert not torch.equal(features(net, pictures, other), first)
-    assert net.images == 10
-    net.weight.data.fill_(2)
-    assert torch.equal(features(net, pictures), 2 * first)
-    assert net.images == 15
-    pictures[0].path.write_bytes(pictures[4].path.read_bytes())  # known by its content
-    assert torch.equal(features(net, pictures)[0], 2 * first[4])
-    assert net.images == 15
-
-
-def test_a_damaged_cache_is_made_anew(pictures, tmp_path):
-    net = Counted()
-    first = features(net, pictures)
-    (file,) = (tmp_path / "cache").rglob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:100])
-    assert torch.equal(features(net, pictures), first)
-    assert net.images == 10
