@@ -20,24 +20,22 @@ from workbench.report import Confused, ConfusedPairs, Picture, picture, show_pai
 
 ODD = "<b>&\"'$\\no{$ | 猫\n</td><script>alert(1)</script>"
 TRANSFORM = {"input_size": [3, 128, 128], "crop_pct": 1.0, "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
-VOID = {"meta", "img", "br", "source"}
 
 
 class Page(HTMLParser):
-    """Elements, their texts by the path of tags, and whether all that is opened is closed."""
+    """Elements, their texts, those of the tables by row, and whether all that is opened is closed."""
 
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.sources, self.rows, self.texts = [], [], [], [], []
         self.feed(text)
+        assert self.open == []
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.sources += [value for name, value in attributes if name in ("src", "srcset", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
+        self.open += [tag] if tag not in {"meta", "img", "br", "source"} else []
+        self.rows += [[]] if tag == "tr" else []
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -48,25 +46,20 @@ class Page(HTMLParser):
             self.rows[-1].append(data)
 
 
-def metrics_of(names, confusion):
-    return {
-        **summary(confusion), "by_class": by_class(names, [*range(len(names))] * 3, confusion), "classes": names,
+def written(tmp_path, names, confusion, shown=ConfusedPairs([], "")):  # noqa: B008
+    history = [{"epoch": 1, "loss": 2.0, "train_accuracy": 0.5}]
+    metrics = summary(confusion) | {
+        "by_class": by_class(names, [*range(len(names))] * 3, confusion), "classes": names,
         "confusion": confusion.tolist(), "minutes": 1.5, "machine": "a CPU",
-        "history": [{"epoch": 1, "loss": 2.0, "train_accuracy": 0.5}, {"epoch": 2, "loss": 1.0, "train_accuracy": 0.6,
-                                                                     "test_accuracy": 0.7}],
+        "history": [*history, {"epoch": 2, "loss": 1.0, "train_accuracy": 0.6, "test_accuracy": 0.7}],
         "data": {"name": names[0], "train": 9, "test": 9, "notes": [f"warning: {names[0]}"]},
         "settings": {"backbone": "test_resnet", "baseline": "", "backbone_lr": 3e-4 / 10},
     }  # fmt: skip
+    report.write(tmp_path / "report.html", metrics, shown)
+    return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
-def written(tmp_path, names, confusion, shown=ConfusedPairs([], "")):  # noqa: B008
-    report.write(tmp_path / "report.html", metrics_of(names, confusion), shown)
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert page.open == []
-    return page
-
-
-def test_table_has_the_counts(tmp_path):
+def test_tables_have_the_counts(tmp_path):
     page = written(tmp_path, ["a", "b", "c"], torch.tensor([[3, 0, 0], [0, 3, 1], [2, 0, 1]]))
     assert ["a", "3", "0", "0"] in page.rows
     assert ["b", "0", "3", "1"] in page.rows
@@ -80,15 +73,13 @@ def test_table_has_the_counts(tmp_path):
 def test_any_number_of_classes(tmp_path, count):
     confusion = 3 * torch.eye(count, dtype=torch.int64)
     confusion[0, 1] = 2
-    page = written(tmp_path, [f"class {index}" for index in range(count)], confusion)
-    cells = sum(tag == "td" for tag in page.tags)
-    assert cells < 40 + 8 * count  # no table of count x count
-    assert sum(tag == "picture" for tag in page.tags) == (1 if count <= 30 else 2)
+    tags = written(tmp_path, [f"class {index}" for index in range(count)], confusion).tags
+    assert tags.count("td") < 40 + 8 * count  # no table of count x count
+    assert tags.count("picture") == (1 if count <= 30 else 2)
 
 
 def test_names_are_text_and_nothing_is_loaded(tmp_path):
-    names = [ODD, *(f"{index}{ODD}" for index in range(40))]
-    pixels = torch.rand(3, 20, 30)
+    names, pixels = [ODD, *(f"{index}{ODD}" for index in range(40))], torch.rand(3, 20, 30)
     shown = ConfusedPairs([Confused(ODD, names[1], 2, 0, [Picture(pixels, pixels[0], ODD, ODD)])], ODD)
     for count in (3, 41):
         page = written(tmp_path, names[:count], torch.eye(count, dtype=torch.int64) + 1, shown)
@@ -99,69 +90,48 @@ def test_names_are_text_and_nothing_is_loaded(tmp_path):
 
 
 def test_heat_is_laid_over_the_picture():
-    pixels, heat = torch.full((3, 224, 224), 0.5), torch.zeros(224, 224)
+    def decoded(heated):
+        data = picture(Picture(torch.full((3, 224, 224), 0.5), heat, "", ""), heated).split("base64,")[1]
+        image = PIL.Image.open(io.BytesIO(base64.b64decode(data)))
+        return [*image.getpixel((100, 30)), *image.getpixel((100, 200))]
+
+    heat = torch.zeros(224, 224)
     heat[:112] = 1
-    shown = Picture(pixels, heat, "", "")
-    assert decoded(picture(shown)) == pytest.approx([128, 128, 128] * 2, abs=3)
-    top_red, _, top_blue, bottom_red, _, bottom_blue = decoded(picture(shown, True))
+    assert decoded(False) == pytest.approx([128, 128, 128] * 2, abs=3)
+    top_red, _, top_blue, bottom_red, _, bottom_blue = decoded(True)
     assert top_red > top_blue + 30  # turbo: dark red where there is heat
     assert bottom_blue >= bottom_red
 
 
-def decoded(uri):
-    image = PIL.Image.open(io.BytesIO(base64.b64decode(uri.split("base64,")[1])))
-    return [*image.getpixel((100, 30)), *image.getpixel((100, 200))]
-
-
-CLASSES = ["a", "b", "c"]
-
-
-@pytest.fixture
-def model():
-    return Model(APINet("test_resnet", 3).eval(), CLASSES, TRANSFORM)
-
-
 @pytest.fixture
 def images(tmp_path):
-    """Training and test images of three classes, of noise on which nothing was learned."""
+    """Training and test images of three classes, of noise on which nothing was learned: 0 to 3 of a, then b, then c."""
     torch.manual_seed(0)
-    found = []
-    for part in ("train", "test"):
-        items = []
-        for label in CLASSES:
-            for index in range(4):
-                path = tmp_path / f"{part}-{label}{index}.png"
-                PIL.Image.fromarray((torch.rand(128, 128, 3) * 255).byte().numpy()).save(path)
-                items.append(Image(path, CLASSES.index(label), ""))
-        found.append(ImageDataset(items, eval_transform(TRANSFORM)))
-    return found
+    parts = [[Image(tmp_path / f"{part}-{'abc'[i // 4]}{i % 4}.png", i // 4, "") for i in range(12)] for part in (0, 1)]
+    for item in parts[0] + parts[1]:
+        PIL.Image.fromarray((torch.rand(128, 128, 3) * 255).byte().numpy()).save(item.path)
+    return [ImageDataset(items, eval_transform(TRANSFORM)) for items in parts]
 
 
-# Images 0 to 3 are of a, 4 to 7 of b, 8 to 11 of c. b and c are mistaken three times, a for b once.
-PREDICTED = [0, 0, 1, 0, 2, 2, 1, 1, 2, 1, 2, 2]
+def shown_by(images, backbone="test_resnet", baseline=False):
+    """The net, and what is shown of it where b and c are mistaken three times, a for b once."""
+    likely = torch.full((12, 3), 0.2)
+    likely[range(12), [0, 0, 1, 0, 2, 2, 1, 1, 2, 1, 2, 2]] = 0.6
+    likely[5] = torch.tensor([0.05, 0.05, 0.9])  # the surest wrong one
+    net = APINet(backbone, 3).eval()
+    return net, show_pairs(Model(net, ["a", "b", "c"], TRANSFORM), *images, likely, baseline=baseline)
 
 
-def likely():
-    probabilities = torch.full((12, 3), 0.2)
-    probabilities[range(12), PREDICTED] = 0.6
-    probabilities[5] = torch.tensor([0.05, 0.05, 0.9])  # the surest wrong one
-    return probabilities
-
-
-def scaled(maps):
+def assert_is_mean(heat, maps):
     mean = maps.mean(0)
-    return (mean - mean.min()) / (mean.max() - mean.min())
+    torch.testing.assert_close(heat, (mean - mean.min()) / (mean.max() - mean.min()))
 
 
-def test_pairs_are_ranked_and_shown_with_their_training_images(model, images):
-    (train, test), net = images, model.net
-    shown = show_pairs(model, train, test, likely(), baseline=False)
-    assert [(pair.true, pair.predicted, pair.there, pair.back) for pair in shown.pairs] == [
-        ("b", "c", 2, 1),
-        ("a", "b", 1, 0),
-    ]
-    wrong, other, own = shown.pairs[0].pictures
-    assert wrong.file == "test-b1.png"
+def test_pairs_are_ranked_and_shown_with_their_training_images(images):
+    (train, test), (net, shown) = images, shown_by(images)
+    assert [pair[:4] for pair in shown.pairs] == [("b", "c", 2, 1), ("a", "b", 1, 0)]
+    wrong, *others = shown.pairs[0].pictures
+    assert wrong.file == "1-b1.png"
     captions = [picture.caption for picture in shown.pairs[0].pictures]
     assert captions == ["b, taken for c (90%)", "c, in training", "b, in training"]
     assert "a feature map of 4 x 4: each of its values stands for about 32 x 32 pixels" in shown.note
@@ -171,23 +141,23 @@ def test_pairs_are_ranked_and_shown_with_their_training_images(model, images):
         features = net.backbone(torch.stack([test[5][0], *(train[row][0] for row in range(12))]))
     alike = torch.nn.functional.cosine_similarity(features[:1], features[1:])
     rows = [8 + int(alike[8:].argmax()), 4 + int(alike[4:8].argmax())]
-    assert [other.file, own.file] == [train.images[row].path.name for row in rows]
-    for place, row in enumerate(rows, 1):
-        seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
-        torch.testing.assert_close(shown.pairs[0].pictures[place].heat, scaled(seen.heatmaps[1]))
-        if place == 1:
-            torch.testing.assert_close(wrong.heat, scaled(seen.heatmaps[0]))
+    assert [other.file for other in others] == [train.images[row].path.name for row in rows]
+    seen = [explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5) for row in rows]
+    assert_is_mean(wrong.heat, seen[0].heatmaps[0])
+    for other, maps in zip(others, seen, strict=True):
+        assert_is_mean(other.heat, maps.heatmaps[1])
     raw = torch.from_numpy(np.asarray(PIL.Image.open(test.images[5].path)) / 255).permute(2, 0, 1)
     torch.testing.assert_close(wrong.pixels.double(), raw, atol=1e-5, rtol=0)
 
 
-def test_baseline_is_shown_without_gates(model, images):
-    (train, test), net = images, model.net
-    shown = show_pairs(model, train, test, likely(), baseline=True)
+def test_baseline_is_shown_without_gates_and_only_the_first_pairs_have_pictures(images, monkeypatch):
+    monkeypatch.setattr(report, "PAIRS", 1)
+    (train, test), (net, shown) = images, shown_by(images, baseline=True)
+    assert [len(pair.pictures) for pair in shown.pairs] == [3, 0]
     wrong, other, _ = shown.pairs[0].pictures
-    row = next(row for row, item in enumerate(train.images) if item.path.name == other.file)
+    row = [item.path.name for item in train.images].index(other.file)
     seen = explain_pair(net, torch.stack([test[5][0], train[row][0]]), top_k=5)
-    torch.testing.assert_close(wrong.heat, scaled(seen.plain_heatmaps[0]))
+    assert_is_mean(wrong.heat, seen.plain_heatmaps[0])
     assert "the gates of the baseline are not trained" in shown.note
 
 
@@ -201,12 +171,6 @@ def test_baseline_is_shown_without_gates(model, images):
 def test_no_heat_maps_of_coarse_maps_or_mixed_channels(images, backbone, side, note):
     for part in images:
         part.transform = eval_transform({**TRANSFORM, "input_size": [3, side, side]})
-    shown = show_pairs(Model(APINet(backbone, 3).eval(), CLASSES, TRANSFORM), *images, likely(), baseline=False)
+    _, shown = shown_by(images, backbone)
     assert re.match(f"There are no heat maps: .*{note}", shown.note)
     assert [each.heat for each in shown.pairs[0].pictures] == [None] * 3
-
-
-def test_only_the_first_pairs_have_pictures(model, images, monkeypatch):
-    monkeypatch.setattr(report, "PAIRS", 1)
-    shown = show_pairs(model, *images, likely(), baseline=False)
-    assert [len(pair.pictures) for pair in shown.pairs] == [3, 0]
