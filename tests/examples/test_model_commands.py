@@ -12,7 +12,6 @@ from colours import COLOURS, SHORT, prepared, probabilities
 from cub_models import save_untrained
 from huggingface_hub import ModelCard
 from PIL import Image
-from timm.data import create_transform
 from torchvision.transforms.functional import center_crop, normalize, resize, to_tensor
 
 import app
@@ -26,58 +25,61 @@ from workbench.model_card import make_card
 COMMANDS = {"predict": predict.main, "export_onnx": export_onnx.main, "app": app.main, "score": score.main}
 
 
-@pytest.fixture
-def own(own_model):
-    """A model of train_own.py, and the folder of its images."""
-    return own_model, own_model.parent
-
-
-@pytest.fixture(scope="module")
-def cub_model(birds, tmp_path_factory):
-    return save_untrained(birds, tmp_path_factory.mktemp("cub") / "last")
-
-
-def cub_image(path):
-    """As save_untrained has it: 40 x 40, of which 32 x 32 in the centre, with a normalisation of its own."""
+@pytest.fixture(params=["own", "cub"])
+def case(request, own_model, birds, tmp_path_factory):
+    """A model folder of either training, an image, and what the net takes for it."""
+    if request.param == "own":
+        path = own_model.parent / "test/blue/0.png"
+        return own_model, path, prepared(own_model, path)
+    path = min(birds.glob("images/*/*.jpg"))
+    # As save_untrained has it: 40 x 40, of which 32 x 32 in the centre, with a normalisation of its own.
     picture = to_tensor(center_crop(resize(Image.open(path), [40, 40]), [32, 32]))
-    return normalize(picture, [0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
+    model = save_untrained(birds, tmp_path_factory.mktemp("cub") / "last")
+    return model, path, normalize(picture, [0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
 
 
-def test_predictions_are_those_of_the_net(own, cub_model, birds, capsys):
-    path = own[1] / "test/blue/0.png"
-    bird = min(birds.glob("images/*/*.jpg"))
-    for model, file, expected in (
-        (own[0], path, probabilities(own[0], prepared(own[0], path))),
-        (cub_model, bird, probabilities(cub_model, cub_image(bird))),
-    ):
-        classes = json.loads((model / "classes.json").read_text())["classes"]
-        assert predict.main([str(model), str(file), "--top", "99"]) == 0
-        name, *found = capsys.readouterr().out.splitlines()[-1].split("  ")
-        assert name == str(file)
-        shown = dict(each.rsplit(" ", 1) for each in found)
-        by_hand = dict(zip(classes, expected.tolist(), strict=True))
-        assert {name: float(value) for name, value in shown.items()} == pytest.approx(by_hand, abs=1e-4)
+def test_predictions_are_those_of_the_net(case, capsys):
+    model, path, image = case
+    assert predict.main([str(model), str(path), "--top", "99"]) == 0
+    name, *found = capsys.readouterr().out.splitlines()[-1].split("  ")
+    assert name == str(path)
+    shown = {name: float(value) for name, value in (each.rsplit(" ", 1) for each in found)}
+    classes = json.loads((model / "classes.json").read_text())["classes"]
+    assert shown == pytest.approx(dict(zip(classes, probabilities(model, image).tolist(), strict=True)), abs=1e-4)
 
 
-def test_folders_are_predicted_in_batches_and_written_as_csv(own, tmp_path, capsys):
-    model, images = own
-    shutil.copytree(images / "test", tmp_path / "images")
-    (tmp_path / "images/green/notes.txt").write_text("no image by its name")
-    (tmp_path / "images/green/bad.png").write_text("no image by its content")
-    (tmp_path / "images/green/._0.png").write_text("hidden")
-    one = images / "train/red/0.png"
-    file = tmp_path / "found.csv"
-    arguments = [str(model), str(tmp_path / "images"), str(one), "--csv", str(file), "--top", "2"]
-    assert predict.main([*arguments, "--batch-size", "4", "--workers", "1", "--device", "cpu"]) == 1
+def test_onnx_file_is_enough_to_predict(case, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, _, image = case
+    export_onnx.main([str(model), "--output", str(tmp_path / "model.onnx")])
+    difference = re.search(r"differ from the net's by at most (\S+)", capsys.readouterr().out)[1]
+    assert float(difference) < 1e-4
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    assert about == json.loads((model / "classes.json").read_text())
+    (logits,) = session.run(["logits"], {"images": image[None].numpy()})
+    found = torch.from_numpy(logits)[0].softmax(0)
+    torch.testing.assert_close(found, probabilities(model, image), atol=1e-4, rtol=1e-3)
+
+
+def test_folders_are_predicted_in_batches_and_written_as_csv(own_model, tmp_path, capsys):
+    folder = shutil.copytree(own_model.parent / "test", tmp_path / "images")
+    (folder / "green/notes.txt").write_text("no image by its name")
+    (folder / "green/bad.png").write_text("no image by its content")
+    (folder / "green/._0.png").write_text("hidden")
+    one, file = own_model.parent / "train/red/0.png", tmp_path / "found.csv"
+    flags = ["--csv", str(file), "--top", "2", "--batch-size", "4", "--workers", "1", "--device", "cpu"]
+    assert predict.main([str(own_model), str(folder), str(one), *flags]) == 1
     said = capsys.readouterr().err
     assert "bad.png (23 bytes) is not an image" in said
     assert "\n1 of 12 images cannot be decoded\n" in said
     rows = list(csv.DictReader(file.open(newline="")))
     assert list(rows[0]) == ["path", "predicted", "probability", "predicted_2", "probability_2"]
-    paths = sorted((tmp_path / "images").rglob("[!.]*.png"))
-    assert [row["path"] for row in rows] == [str(path) for path in [*paths, one] if path.name != "bad.png"]
+    paths = [*sorted(folder.rglob("[!.]*.png")), one]
+    assert [row["path"] for row in rows] == [str(path) for path in paths if path.name != "bad.png"]
     for row in rows:
-        likely = probabilities(model, prepared(model, row["path"]))
+        likely = probabilities(own_model, prepared(own_model, row["path"]))
         first, second = likely.argsort(descending=True)[:2].tolist()
         assert [row["predicted"], row["predicted_2"]] == [sorted(COLOURS)[first], sorted(COLOURS)[second]]
         assert float(row["probability"]) == pytest.approx(float(likely[first]), abs=1e-3)
@@ -89,98 +91,68 @@ def test_folders_are_predicted_in_batches_and_written_as_csv(own, tmp_path, caps
         (["predict", "{model}", "nowhere.png"], "nowhere.png: no such file or folder"),
         (["predict", "{model}", "{empty}"], "no images .* in this folder"),
         (["predict", "{empty}", "{image}"], "not a model folder"),
-        (["predict", "{damaged}", "{image}"], "the model cannot be read"),
         (["predict", "{model}", "{image}", "--device", "cuda:77"], "--device cuda:77 is not available"),
         (["predict", "{model}", "{image}", "--csv", "{empty}/no/found.csv"], "--csv .* cannot be written"),
         (["score", "{model}"], "no model folder of train_cub.py"),
         (["export_onnx", "{empty}"], "not a model folder"),
         (["export_onnx", "{model}", "--output", "{empty}/no/model.onnx"], "model.onnx cannot be written"),
+        (["app without gradio", "{model}"], r"pip install 'apinet-head\[app\]'"),
     ],
 )
-def test_mistakes_are_one_line(own, tmp_path, arguments, message):
-    (tmp_path / "empty").mkdir()
-    shutil.copytree(own[0], tmp_path / "damaged")
-    (tmp_path / "damaged/config.json").write_text("{")
-    places = {"model": own[0], "image": own[1] / "test/blue/0.png"}
-    places |= {name: tmp_path / name for name in ("empty", "damaged")}
-    command, *others = arguments
+def test_mistakes_are_one_line(own_model, tmp_path, monkeypatch, arguments, message):
+    places = {"model": own_model, "image": own_model.parent / "test/blue/0.png", "empty": tmp_path}
+    command, *others = [each.format(**places) for each in arguments]
+    if "without" in command:
+        monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit, match=message) as ended:
-        COMMANDS[command]([each.format(**places) for each in others])
+        COMMANDS[command.split()[0]](others)
     assert "\n" not in str(ended.value)
 
 
-@pytest.mark.parametrize("kind", ["own", "cub"])
-def test_onnx_file_is_enough_to_predict(own, cub_model, birds, tmp_path, capsys, kind):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = own[0] if kind == "own" else cub_model
-    export_onnx.main([str(model), "--output", str(tmp_path / "model.onnx")])
-    difference = re.search(r"differ from the net's by at most (\S+)", capsys.readouterr().out)[1]
-    assert float(difference) < 1e-4
-
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
-    assert about == json.loads((model / "classes.json").read_text())
-    path = own[1] / "test/red/1.png" if kind == "own" else min(birds.glob("images/*/*.jpg"))
-    image = create_transform(**about["transform"])(Image.open(path)) if kind == "own" else cub_image(path)
-    (logits,) = session.run(["logits"], {"images": image[None].numpy()})
-    torch.testing.assert_close(
-        torch.from_numpy(logits)[0].softmax(0), probabilities(model, image), atol=1e-4, rtol=1e-3
-    )
-
-
-def test_page_gives_the_probabilities(own):
+def test_page_gives_the_probabilities(own_model):
     pytest.importorskip("gradio")
-    path = own[1] / "test/blue/0.png"
-    page = app.make_page(own[0])
-    by_hand = dict(zip(sorted(COLOURS), probabilities(own[0], prepared(own[0], path)).tolist(), strict=True))
+    path = own_model.parent / "test/blue/0.png"
+    page = app.make_page(own_model)
+    by_hand = dict(zip(sorted(COLOURS), probabilities(own_model, prepared(own_model, path)).tolist(), strict=True))
     assert page.fn(str(path)) == pytest.approx(by_hand, abs=1e-4)
     assert page.fn(None) == {}
 
 
-def test_page_without_gradio_says_what_to_install(own, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(SystemExit, match=r"pip install 'apinet-head\[app\]'"):
-        app.main([str(own[0])])
-
-
-def test_model_card_has_the_results(own):
-    metrics = json.loads((own[0] / "metrics.json").read_text())
-    card = ModelCard.load(own[0] / "README.md")
+def test_model_card_has_the_results_and_says_how_to_load_the_model(own_model, capsys):
+    metrics = json.loads((own_model / "metrics.json").read_text())
+    card = ModelCard.load(own_model / "README.md")
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert found == {
-        "accuracy": pytest.approx(metrics["accuracy"], abs=1e-4),
-        "balanced_accuracy": pytest.approx(metrics["mean_class_accuracy"], abs=1e-4),
-    }
+    figures = {"accuracy": metrics["accuracy"], "balanced_accuracy": metrics["mean_class_accuracy"]}
+    assert found == pytest.approx(figures, abs=1e-4)
     assert card.data.license is None  # it isn't ours to say
     (green,) = (row for row in metrics["by_class"] if row["class"] == "green")
-    assert f"| green | 9 | 4 | {100 * green['accuracy']:.1f} % |" in card.text
-    assert "27 training and 10 test images" in card.text
     low, high = (f"{100 * bound:.1f} %" for bound in metrics["accuracy_interval"])
-    assert f"90.0 % of the 10 test images are right\n(95 % interval {low} to {high})" in card.text
-    assert f"{100 * metrics['mean_class_accuracy']:.1f} % as the mean over the classes" in card.text
-    assert "- `epochs`: 20\n" in card.text
+    for part in (
+        f"| green | 9 | 4 | {100 * green['accuracy']:.1f} % |",
+        "27 training and 10 test images",
+        f"90.0 % of the 10 test images are right\n(95 % interval {low} to {high})",
+        f"{100 * metrics['mean_class_accuracy']:.1f} % as the mean over the classes",
+        "- `epochs`: 20\n",
+    ):
+        assert part in card.text
     settings = metrics["settings"] | {"backbone_lr": 3e-4 / 10}
     assert "- `backbone_lr`: 3e-05\n" in make_card(metrics | {"settings": settings}).text
 
-
-def test_cards_have_no_placeholders_and_numbers_as_one_writes_them(own, cub_model):
-    for model in (own[0], cub_model):
-        text = (model / "README.md").read_text()
-        assert "More Information Needed" not in text
-        assert not re.search(r"\d\.\d*(9999|0000)\d", text)
-        assert ModelCard.load(model / "README.md").data.license is None
-
-
-def test_card_says_how_to_load_the_model(own, capsys):
-    model, images = own
-    (code,) = re.findall(r"```python\n(.*?)```", (model / "README.md").read_text(), flags=re.DOTALL)
-    path = images / "test/blue/0.png"
-    exec(code.replace("THIS_FOLDER", str(model)).replace("IMAGE", str(path)), {})
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    path = own_model.parent / "test/blue/0.png"
+    exec(code.replace("THIS_FOLDER", str(own_model)).replace("IMAGE", str(path)), {})
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == sorted(COLOURS)[int(probabilities(model, prepared(model, path)).argmax())]
+    assert said == sorted(COLOURS)[int(probabilities(own_model, prepared(own_model, path)).argmax())]
 
 
-def test_comparison_trains_all_methods_and_nothing_twice(own, tmp_path, monkeypatch):
+def test_cards_have_no_placeholders_and_numbers_as_one_writes_them(case):
+    text = (case[0] / "README.md").read_text()
+    assert "More Information Needed" not in text
+    assert not re.search(r"\d\.\d*(9999|0000)\d", text)
+    assert ModelCard.load(case[0] / "README.md").data.license is None
+
+
+def test_comparison_trains_all_methods_and_nothing_twice(own_model, tmp_path, monkeypatch):
     ran = []
 
     def run_here(command, check):  # a process of its own would be all start
@@ -188,16 +160,26 @@ def test_comparison_trains_all_methods_and_nothing_twice(own, tmp_path, monkeypa
         train_own.main(command[2:])
 
     monkeypatch.setattr(compare.subprocess, "run", run_here)
-    command = [str(own[1]), "--out", str(tmp_path / "runs"), "--seeds", "1", "--against", "shuffled", "balanced"]
-    command += SHORT
+    command = [str(own_model.parent), "--out", str(tmp_path), "--seeds", "1", "--against", "shuffled", "balanced"]
     for _ in range(2):
-        compare.main(command)
+        compare.main([*command, *SHORT])
     methods = ["shuffled", "balanced", "api"]
     assert [given[given.index("--baseline") + 1] if "--baseline" in given else "api" for given in ran] == methods
     assert [given[-2:] for given in ran] == [["--seed", "0"]] * 3
-    runs = [json.loads((tmp_path / f"runs/{name}-seed0/metrics.json").read_text()) for name in methods]
-    assert [run["settings"]["baseline"] for run in runs] == ["shuffled", "balanced", ""]
-    rows = [line for line in (tmp_path / "runs/table.md").read_text().splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[1] for row in rows[2:]] == [f"{100 * run['accuracy']:.1f}" for run in runs]
+    runs = {name: json.loads((tmp_path / f"{name}-seed0/metrics.json").read_text()) for name in methods}
+    assert [run["settings"]["baseline"] for run in runs.values()] == ["shuffled", "balanced", ""]
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[1] for row in rows[2:]] == [f"{100 * run['accuracy']:.1f}" for run in runs.values()]
     with pytest.raises(SystemExit, match="was trained with other flags"):
-        compare.main([*command, "--lr", "0.1"])
+        compare.main([*command, *SHORT, "--lr", "0.1"])
+
+    # Of several seeds.
+    shares = {"balanced": (0.5, 0.7), "shuffled": (0.4, 0.4), "api": (0.6, 0.6)}
+    same = {"history": [{"train_accuracy": 0.9}]}
+    text = compare.table(
+        {m: [runs[m] | same | {"accuracy": x, "mean_class_accuracy": x / 2} for x in shares[m]] for m in shares}
+    )
+    assert "| Cross-entropy, the same balanced batches | 60.0 ± 14.1 | 30.0 ± 7.1 | 90.0 ± 0.0 |" in text
+    assert re.search(r"less cross-entropy, the same .* accuracy 0\.0 ± 14\.1 \(by seed: \+10\.0, -10\.0\)", text)
+    assert re.search(r"less cross-entropy, shuffled .* accuracy 20\.0 ± 0\.0 \(by seed: \+20\.0, \+20\.0\)", text)
+    assert "test_resnet from scratch, 32 x 32 pixels" in text

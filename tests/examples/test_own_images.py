@@ -14,7 +14,6 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix
 
 import train_own
-from compare import table
 from solar_cells import write_folders
 from workbench.datasets import folders
 from workbench.defaults import Known, choose
@@ -228,19 +227,6 @@ def test_pairs_are_ranked_by_both_directions():
     confusion = torch.tensor([[9, 3, 0, 1], [4, 3, 0, 0], [5, 0, 8, 0], [0, 0, 0, 2]])
     assert ranked_pairs(confusion) == [(1, 0, 4, 3), (2, 0, 5, 0), (0, 3, 1, 0)]
     assert ranked_pairs(torch.eye(3, dtype=torch.int64)) == []
-
-
-def test_comparison_is_seed_by_seed():
-    settings = {"backbone": "resnet18", "no_pretrained": True, "image_size": 96, "n_classes": 2, "n_samples": 4}
-    settings |= {"epochs": 5, "lr": 0.001, "backbone_lr": 0.001}
-    run = {"largest_class_share": 0.25, "minutes": 2.0, "history": [{"train_accuracy": 0.9}], "classes": ["a", "b"]}
-    run |= {"machine": "a CPU", "data": {"name": "cells", "train": 30, "test": 10}, "settings": settings}
-    shares = {"balanced": (0.5, 0.7), "shuffled": (0.4, 0.4), "api": (0.6, 0.6)}
-    text = table({name: [run | {"accuracy": x, "mean_class_accuracy": x / 2} for x in shares[name]] for name in shares})
-    assert "| Cross-entropy, the same balanced batches | 60.0 ± 14.1 | 30.0 ± 7.1 | 90.0 ± 0.0 |" in text
-    assert re.search(r"less cross-entropy, the same .* accuracy 0\.0 ± 14\.1 \(by seed: \+10\.0, -10\.0\)", text)
-    assert re.search(r"less cross-entropy, shuffled .* accuracy 20\.0 ± 0\.0 \(by seed: \+20\.0, \+20\.0\)", text)
-    assert "resnet18 from scratch, 96 x 96 pixels" in text
 
 
 def test_solar_cells_are_sorted_by_kind_and_degree(tmp_path):
