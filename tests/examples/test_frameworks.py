@@ -7,7 +7,6 @@ import lightning
 import lightning_module
 import plain
 import pytest
-import timm_finetune
 import torch
 from commands import ROOT, finish
 from frameworks_on_ranks import watch
@@ -18,7 +17,6 @@ from toy import CLASSES, Shapes
 from apinet_head import APINet, BalancedBatchSampler
 
 TARGETS = Shapes(train=True).targets
-SHORT = ["--epochs", "12"]
 
 
 def batches(epochs, **settings):
@@ -44,34 +42,29 @@ def test_shapes_are_the_same_each_time_and_others_for_testing():
 
 
 @pytest.mark.parametrize(
-    ("example", "flags", "least"),
+    ("example", "flags", "epochs", "least", "settings"),
     [
-        ("plain", [], 0.6),
-        ("lightning_module", ["--accelerator", "cpu"], 0.6),
-        ("accelerate_loop", ["--cpu"], 0.6),
-        ("accelerate_loop", ["--cpu", "--mixed-precision", "bf16", "--epochs", "3"], 0),
+        ("plain", [], 12, 0.6, {}),
+        ("lightning_module", ["--accelerator", "cpu"], 12, 0.6, {}),
+        ("accelerate_loop", ["--cpu"], 12, 0.6, {}),
+        ("accelerate_loop", ["--cpu", "--mixed-precision", "bf16"], 3, 0, {}),
+        ("timm_finetune", [], 12, 0.5, {}),
+        ("timm_finetune", ["--backbone", "test_vit"], 2, 0, {}),  # made for one size of images
+        ("hf_trainer", ["--cpu", "--out", "net"], 12, 0.6, {"seed": 42}),  # that of TrainingArguments
     ],
 )
-def test_loops_learn_from_the_sampler_s_batches(drawn, own_accelerate, example, flags, least):
-    assert importlib.import_module(example).main([*SHORT, *flags]) > least
-    assert drawn == batches(range(3 if "3" in flags else 12))
-
-
-@pytest.mark.parametrize(("flags", "epochs", "least"), [(SHORT, 12, 0.5), (["--backbone", "test_vit"], 2, 0)])
-def test_timm(drawn, flags, epochs, least):
-    """Of the two, test_vit is made for one size of images."""
-    found = timm_finetune.main(["--epochs", str(epochs), *flags])
-    assert found["net"] >= least
-    assert found["average"] >= 0.8 * least
-    assert drawn == batches(range(epochs))
-
-
-def test_trainer_of_transformers(drawn, own_accelerate, tmp_path):
-    hf_trainer = importlib.import_module("hf_trainer")
-    accuracy = hf_trainer.main([*SHORT, "--cpu", "--out", str(tmp_path)])
-    assert accuracy > 0.6
-    assert drawn == batches(range(12), seed=42)  # that of TrainingArguments
-    assert plain.accuracy_on(Shapes(train=False), APINet.from_pretrained(tmp_path), "cpu") == pytest.approx(accuracy)
+def test_loops_learn_from_the_sampler_s_batches(
+    drawn, own_accelerate, tmp_path, monkeypatch, example, flags, epochs, least, settings
+):
+    monkeypatch.chdir(tmp_path)
+    found = importlib.import_module(example).main([*flags, "--epochs", str(epochs)])
+    assert drawn == batches(range(epochs), **settings)
+    if example == "timm_finetune":
+        assert found["average"] >= 0.8 * least
+        found = found["net"]
+    assert found >= least
+    if example == "hf_trainer":
+        assert plain.accuracy_on(Shapes(train=False), APINet.from_pretrained("net"), "cpu") == pytest.approx(found)
 
 
 def test_trainer_of_transformers_resumes_within_an_epoch(drawn, own_accelerate, tmp_path):
@@ -83,11 +76,9 @@ def test_trainer_of_transformers_resumes_within_an_epoch(drawn, own_accelerate, 
 
     def train(**how):
         torch.manual_seed(0)
-        net = APINet("test_resnet", len(CLASSES))
-        trainer = hf_trainer.BalancedTrainer(
-            hf_trainer.ForTrainer(net), settings, train_dataset=Shapes(True), data_collator=hf_trainer.collate
-        )
-        trainer.train(**how)
+        net = hf_trainer.ForTrainer(APINet("test_resnet", len(CLASSES)))
+        images = {"train_dataset": Shapes(True), "data_collator": hf_trainer.collate}
+        hf_trainer.BalancedTrainer(net, settings, **images).train(**how)
         return net.state_dict()
 
     whole = train()
@@ -118,42 +109,33 @@ class Listener(lightning.LightningModule):
 
 
 def test_lightning_resumes_with_the_next_epochs_batches(tmp_path):
-    quiet = {
-        "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-        "default_root_dir": tmp_path, "limit_val_batches": 0,
-    }  # fmt: skip
-    first = lightning.Trainer(max_epochs=2, **quiet)
-    first.fit(Listener(), datamodule=Rows())
-    assert first.lightning_module.rows == batches(range(2))
-    then = lightning.Trainer(max_epochs=4, **quiet)
-    then.fit(Listener(), datamodule=Rows(), ckpt_path=first.checkpoint_callback.best_model_path)
-    assert then.lightning_module.rows == batches([2, 3])
-
-
-def on_two_ranks(example, folder, *flags):
-    """What each rank was given, and its accuracy."""
-    script = ROOT / "tests" / "helpers" / "frameworks_on_ranks.py"
-    if example == "lightning_module":  # which starts the ranks itself
-        code, out, err = finish(script, example, folder, *flags)
-        assert code == 0, err
-    else:
-        out = "".join(script_on_ranks(2, script, folder, example, str(folder), *flags))
-    assert out.count("test accuracy") == 1
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    quiet |= {"accelerator": "cpu", "default_root_dir": tmp_path, "limit_val_batches": 0}
+    newest = None
+    for epochs in ([0, 1], [2, 3]):
+        trainer = lightning.Trainer(max_epochs=epochs[1] + 1, **quiet)
+        trainer.fit(Listener(), datamodule=Rows(), ckpt_path=newest)
+        assert trainer.lightning_module.rows == batches(epochs)
+        newest = trainer.checkpoint_callback.best_model_path
 
 
 @pytest.mark.parametrize(
     ("example", "flags", "settings"),
     [
         ("accelerate_loop", ["--cpu"], {}),
-        pytest.param("hf_trainer", ["--cpu"], {"seed": 42}, marks=pytest.mark.slow),
+        pytest.param("hf_trainer", ["--cpu", "--out", "out"], {"seed": 42}, marks=pytest.mark.slow),
         pytest.param("lightning_module", ["--accelerator", "cpu", "--devices", "2"], {}, marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_share_each_batch_by_its_classes(tmp_path, example, flags, settings):
-    if example == "hf_trainer":
-        flags = [*flags, "--out", str(tmp_path / "out")]
-    found = on_two_ranks(example, tmp_path, *flags, "--epochs", "4")
+    command = [ROOT / "tests/helpers/frameworks_on_ranks.py", example, str(tmp_path), *flags, "--epochs", "4"]
+    if example == "lightning_module":  # which starts the ranks itself
+        code, out, err = finish(*command)
+        assert code == 0, err
+    else:
+        out = "".join(script_on_ranks(2, command[0], tmp_path, *command[1:]))
+    assert out.count("test accuracy") == 1
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for rank in range(2):
         assert found[rank]["drawn"] == batches(range(4), rank=rank, world_size=2, **settings)
     assert found[0]["accuracy"] == found[1]["accuracy"]
