@@ -33,12 +33,8 @@ def blocks(document, language):
 
 
 SNIPPETS = [(page, code) for page in PAGES for code in blocks(page, "python")]
-COMMANDS = [
-    line.split("#")[0].strip()
-    for document in DOCUMENTS
-    for block in blocks(document, "sh")
-    for line in block.splitlines()
-]
+LINES = [line for document in DOCUMENTS for block in blocks(document, "sh") for line in block.splitlines()]
+COMMANDS = [line.split("#")[0].strip() for line in LINES]
 
 
 def test_there_are_snippets_and_commands():
@@ -62,22 +58,21 @@ def help_of(script):
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python")])
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each.startswith(("python", "torchrun", "make "))])
 def test_command_has_its_script_and_flags(command):
-    _, script, *flags = shlex.split(command)
+    program, script, *flags = shlex.split(command)
+    processes = 1
+    if program == "make":
+        assert re.search(rf"^{script}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        return
+    if program == "torchrun":
+        launch = torchrun_flags().parse_args([script, *flags])
+        processes, script, flags = int(launch.nproc_per_node), launch.training_script, launch.training_script_args
     assert (ROOT / script).exists()
-    if script == "examples/train_cub.py":
-        parse(flags)
+    if script.endswith("train_cub.py"):
+        assert parse(flags).n_classes % processes == 0  # which the processes share
     else:
         assert all(flag in help_of(script) for flag in flags if flag.startswith("--"))
-
-
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("torchrun")])
-def test_torchrun_starts_a_command_that_the_processes_can_share(command):
-    launch = torchrun_flags().parse_args(shlex.split(command)[1:])
-    assert (ROOT / launch.training_script).exists()
-    if launch.training_script.endswith("train_cub.py"):
-        assert parse(launch.training_script_args).n_classes % int(launch.nproc_per_node) == 0
 
 
 def test_the_loop_of_the_page_on_ranks_runs_on_two(tmp_path):
@@ -86,16 +81,10 @@ def test_the_loop_of_the_page_on_ranks_runs_on_two(tmp_path):
     assert "head.classifier.weight" in torch.load(tmp_path / "net.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("target", [command.split()[1] for command in COMMANDS if command.startswith("make ")])
-def test_make_knows_the_target(target):
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_and_pictures_are_there(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in target]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 def test_api_page_shows_every_public_name_and_members_that_exist():
@@ -124,8 +113,6 @@ def test_wheel_holds_the_package_alone_and_works(tmp_path):
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = f"import apinet_head; print(apinet_head.__file__)\n{blocks(ROOT / 'README.md', 'python')[0]}"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, check=True,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert str(tmp_path / "site") in found.stdout
+    environment = {"PYTHONPATH": str(tmp_path / "site")}
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True)
+    assert str(tmp_path / "site") in found
