@@ -14,9 +14,11 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import nbformat
 import pytest
 import torch
 import yaml
+from nbclient import NotebookClient
 from ranks import script_on_ranks
 from torch.distributed.run import get_args_parser as torchrun_flags
 
@@ -46,6 +48,14 @@ def test_there_are_snippets_and_commands():
 def test_snippet_runs(document, code, tmp_path, monkeypatch, own_accelerate):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(document), "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.slow
+def test_notebook_runs_with_pictures():
+    notebook = nbformat.read(ROOT / "examples/walkthrough.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
 
 
 @cache

@@ -18,7 +18,7 @@ import pointing_game
 from apinet_head import APINet
 from birds.dataset import write_birds
 from workbench import model_folder
-from workbench.compared import BirdMarks, Outcome, nearest, run_tests
+from workbench.compared import BirdMarks, Outcome, run_tests
 from workbench.datasets.bird_lists import read_cub
 from workbench.datasets.lists import ImageSet
 from workbench.settings import parse
@@ -129,21 +129,16 @@ def test_only_the_embedded_birds_have_marks(birds, model, tmp_path):
     assert "Circles" not in (output / "report.html").read_text()
 
 
-def test_hardest_pairs_are_the_surest_errors_of_different_classes():
+def test_hardest_pairs_are_the_surest_errors_of_different_classes_each_with_the_nearest_of_the_wrong_class():
     likely = torch.tensor(
-        # true 0: right; sure of 1; less sure of 1. true 1: right, right. true 2: sure of 0, but less so.
-        [[0.8, 0.1, 0.1], [0.05, 0.9, 0.05], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.1, 0.85, 0.05], [0.6, 0.1, 0.3]]
-    )
+        # true 0: right; sure of 1; less sure of 1. true 1: right; sure of 3, of which there is no image.
+        [[0.8, 0.1, 0.1, 0], [0.05, 0.9, 0.05, 0], [0.2, 0.7, 0.1, 0], [0.1, 0.8, 0.1, 0], [0.05, 0.02, 0, 0.93],
+         [0.6, 0.1, 0.3, 0]]  # true 2: sure of 0, but less so
+    )  # fmt: skip
     labels, features = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0.0, 5.0, 8.0, 4.0, 9.0, 0.5])[:, None]
-    outcome = Outcome(None, None, ImageSet("made up", ["0", "1", "2"], [], []), features, likely.log(), labels)
+    outcome = Outcome(None, None, ImageSet("made up", [*"0123"], [], []), features, likely.log(), labels)
     assert explain.hardest_pairs(outcome, 2) == [(1, 3), (5, 0)]
     assert explain.hardest_pairs(outcome, 3) == [(1, 3), (5, 0), (2, 4)]
-
-
-def test_nearest_of_those_allowed():
-    features = torch.tensor([[0.0], [1.0], [5.0]])
-    allowed = torch.tensor([[False, False, True], [False, False, False]])
-    assert nearest(features, torch.tensor([0, 1]), allowed).tolist() == [2, -1]
 
 
 def test_peak_is_the_pixels_middle_x_first_and_a_hit_within_the_radius_of_any_target():

@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from colours import COLOURS, FLAGS, SHORT, prepared, probabilities
+from commands import start
 from cub_runs import KilledError, at_call, killed, same
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
@@ -41,7 +40,7 @@ def train(own_model, out, *flags):
     return out
 
 
-def test_learns_and_tells_right_from_wrong(own_model):
+def test_learns_tells_right_from_wrong_and_writes_files_as_the_umask_says(own_model):
     counts, names = [[0] * 3 for _ in COLOURS], sorted(COLOURS)
     with (own_model / "predictions.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
@@ -60,12 +59,8 @@ def test_learns_and_tells_right_from_wrong(own_model):
     assert "image_size 32: as asked" in printed
     assert "an epoch is 1 batch in which all classes occur equally often;" in printed
     assert "names rare ones too often" not in printed  # no class is rare
-
-
-def test_files_of_a_model_have_the_mode_that_the_umask_says(own_model):
     (own_model.parent / "other").touch()
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in (own_model.parent / "other", *own_model.iterdir())}
-    assert len(modes) == 1
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in (own_model.parent / "other", *own_model.iterdir())}) == 1
 
 
 def test_damaged_model_is_named(own_model, tmp_path):
@@ -196,15 +191,13 @@ time.sleep(600)
 def test_two_trainings_do_not_share_a_folder(own_model, tmp_path):
     folder = tmp_path / "model"
     (folder / "run").mkdir(parents=True)
-    environment = os.environ | {"PYTHONPATH": str(Path(train_own.__file__).parent)}
-    holder = [sys.executable, "-c", HOLDER, str(folder / "run")]
-    with subprocess.Popen(holder, stdout=subprocess.PIPE, env=environment, start_new_session=True) as other:
+    with start("-c", HOLDER, folder / "run", start_new_session=True) as other:
         try:
             assert other.stdout.readline()
             # At once, and where both have decoded the images before either had the lock.
-            for start in (partial(train, own_model, folder), run_folder.RunFolder(folder / "run", {}).begin):
+            for begin in (partial(train, own_model, folder), run_folder.RunFolder(folder / "run", {}).begin):
                 with pytest.raises(SystemExit, match=r"another training is writing into \S+run: ") as ended:
-                    start()
+                    begin()
                 assert "\n" not in str(ended.value)
             assert {path.name for path in folder.rglob("*")} == {"run", "lock"}
             other.kill()
@@ -230,14 +223,13 @@ def test_a_training_that_ended_meanwhile_is_not_overwritten(own_model, tmp_path,
         train(own_model, tmp_path / "model")
 
 
-def test_ctrl_c_during_the_imports_ends_it_with_a_line(tmp_path):
-    command = [sys.executable, train_own.__file__, str(tmp_path)]
+def test_ctrl_c_during_the_imports_ends_it_with_a_line(tmp_path, monkeypatch):
     loading = (tmp_path / "torch").with_suffix(".py")
     loading.write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)")  # in place of torch
-    settings = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     # A shell's background jobs, of which the tests may be one, ignore it.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, text=True, preexec_fn=listen, **settings) as started:
+    with start(train_own.__file__, tmp_path, preexec_fn=listen) as started:
         assert started.stdout.readline() == "loading\n"
         started.send_signal(signal.SIGINT)
         assert started.communicate(timeout=60)[1] == "\ninterrupted\n"

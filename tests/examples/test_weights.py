@@ -1,14 +1,25 @@
-"""Weights from local files: every spelling that fits loads whole, all else is refused in one line and loads nothing."""
+"""Weights from local files: every spelling that fits loads whole, all else is refused in one line and loads nothing.
 
+And what train_own.py and train_cub.py make of them: a head trained on features of a frozen backbone, or the whole net.
+"""
+
+import json
 import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from colours import FLAGS, write_colours
+from cub_runs import run
+from PIL import Image as Picture
 from safetensors.torch import save_file
 
+import train_own
 from apinet_head import APINet
+from workbench import frozen
+from workbench.datasets import Image
+from workbench.model_folder import load
 from workbench.weights import load_weights
 
 
@@ -144,3 +155,124 @@ def test_damaged_and_missing_files_are_refused(name, tmp_path):
     file.write_bytes(b"no weights")
     with pytest.raises(SystemExit, match="cannot be read as weights"):
         load_weights(made(num_classes=0), file)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Weights of test_resnet with a classifier, in a folder whose name is not to be seen elsewhere."""
+    torch.manual_seed(7)
+    file = tmp_path_factory.mktemp("secret-place") / "resnet.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return write_colours(tmp_path / "colours")
+
+
+def train(source, *flags):
+    train_own.main([str(source), "--out", str(source / "model"), *FLAGS, "--overwrite", *map(str, flags)])
+    return source / "model"
+
+
+def is_from(file, folder, tensors):
+    """Whether these of the backbone's, its `state_dict` or `named_parameters`, are those of the file."""
+    expected, backbone = torch.load(file), load(folder).net.backbone
+    return all(torch.equal(value, expected[name]) for name, value in dict(getattr(backbone, tensors)()).items())
+
+
+def assert_place_is_not_told(folder):
+    for path in folder.rglob("*"):
+        assert path.is_dir() or b"secret-place" not in path.read_bytes()
+
+
+def test_a_frozen_head_learns_and_leaves_the_backbone_as_in_the_file(source, file, capsys):
+    folder = train(source, "--weights", file, "--frozen", "--epochs", 30, "--lr", 0.01)
+    assert "all 75 tensors of the backbone are those of resnet.pth" in capsys.readouterr().out
+    assert is_from(file, folder, "state_dict")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["accuracy"] == pytest.approx(0.9)  # one of the ten images is in the wrong folder
+    assert metrics["settings"]["frozen"]
+    assert {path.name for path in folder.iterdir()} >= {"README.md", "report.html", "predictions.csv", "classes.json"}
+    assert "trained from the weights of resnet.pth" in (folder / "README.md").read_text()
+    assert_place_is_not_told(folder)
+
+
+def test_prior_images_adds_the_logarithms_of_the_shares_and_features_are_computed_once(source, file, monkeypatch):
+    for number in range(6):
+        (source / "train/red" / f"{number}.png").unlink()
+    flags = ["--weights", file, "--frozen", "--epochs", 2]
+    plain = load(train(source, *flags)).net.head.classifier
+    monkeypatch.setattr(frozen, "ImageDataset", None)  # would be needed to compute more
+    shifted = load(train(source, *flags, "--prior", "images")).net.head.classifier
+    assert torch.equal(shifted.weight, plain.weight)
+    shares = torch.tensor([9, 9, 3]) / 21
+    torch.testing.assert_close(shifted.bias - plain.bias, shares.log(), atol=1e-6, rtol=0)
+    train(source, *flags, "--baseline", "shuffled")
+
+
+def test_without_frozen_the_backbone_is_trained_from_the_file(source, file):
+    with pytest.raises(SystemExit, match="is it a file for this --backbone"):
+        train(source, "--weights", file, "--backbone", "resnet18")
+    assert not (source / "model").exists()
+    flags = ["--weights", file, "--epochs", 1, "--lr"]
+    assert is_from(file, train(source, *flags, 0), "named_parameters")  # but not BatchNorm's statistics
+    assert not is_from(file, train(source, *flags, 0.01), "named_parameters")
+    with pytest.raises(SystemExit, match="no such file of weights"):  # before images are looked for
+        train(source / "none", "--weights", source / "none.pth")
+
+
+def test_a_run_of_train_cub_starts_from_the_file_and_goes_on_with_it(birds, file, tmp_path, capsys):
+    flags = ["--weights", str(file), "--lr", "0"]
+    run(birds, tmp_path / "run", *flags)
+    assert "all 75 tensors" in capsys.readouterr().out
+    assert is_from(file, tmp_path / "run/last", "named_parameters")
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert settings["weights"].startswith("resnet.pth, sha256 ")
+    assert_place_is_not_told(tmp_path / "run")
+
+    run(birds, tmp_path / "run", *flags)  # finished already, and no other run
+    other = tmp_path / "resnet.pth"
+    torch.save({name: value + 1 for name, value in torch.load(file).items()}, other)
+    with pytest.raises(SystemExit, match="weights: 'resnet"):
+        run(birds, tmp_path / "run", "--weights", str(other), "--lr", "0")
+
+
+class Counted(torch.nn.Module):
+    """Mean colours, and how many images were seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.images = torch.nn.Parameter(torch.ones(3)), 0
+
+    def forward(self, images):
+        self.images += len(images)
+        return images.mean((2, 3)) * self.weight
+
+
+def test_features_are_computed_once_and_anew_for_other_weights_transforms_and_contents(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pictures = [Image(tmp_path / f"{shade}.png", 0, str(shade)) for shade in range(5)]
+    for shade, picture in enumerate(pictures):
+        Picture.new("RGB", (40, 32), (40 * shade, 0, 10)).save(picture.path)
+    net, transform = Counted(), {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
+
+    def features(images, seen, **other):
+        found = frozen.features_of(net, images, transform | other, torch.device("cpu"))
+        assert net.images == seen
+        return found
+
+    first = features(pictures, 5)
+    colours = torch.tensor([[40 * shade, 0, 10] for shade in range(5)]) / 255
+    assert torch.allclose(first, (colours - 0.5) / 0.5, atol=1e-5)
+    assert torch.equal(features([pictures[3], pictures[1], pictures[3]], 5), first[[3, 1, 3]])
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])  # a damaged cache is made anew
+    assert torch.equal(features(pictures, 10), first)
+    assert not torch.equal(features(pictures, 15, mean=[0.0] * 3), first)
+    net.weight.data.fill_(2)
+    assert torch.equal(features(pictures, 20), 2 * first)
+    pictures[0].path.write_bytes(pictures[4].path.read_bytes())  # known by its content
+    assert torch.equal(features(pictures, 20)[0], 2 * first[4])

@@ -15,13 +15,8 @@ class LoRA(nn.Module):
         self.lora_a = nn.Linear(base_layer.in_features, 2, bias=False, dtype=dtype)
         self.lora_b = nn.Linear(2, base_layer.out_features, bias=False, dtype=dtype)
 
-    @property
-    def weight(self):
-        return self.base_layer.weight
-
-    @property
-    def bias(self):
-        return self.base_layer.bias
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
 
     def forward(self, x):
         low = self.lora_b(self.lora_a(x.to(self.lora_a.weight.dtype)))
