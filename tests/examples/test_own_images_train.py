@@ -92,20 +92,19 @@ def test_pretrained_weights_are_taken_and_learn_slower(own_model, tmp_path, monk
     # As a download leaves them: the Hub's cache, without the network.
     config = timm.get_pretrained_cfg("test_resnet")
     cached = tmp_path / "cache" / f"models--{config.hf_hub_id.replace('/', '--')}"
-    net = timm.create_model("test_resnet")
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs/main").write_text("0" * 40)
-    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    save_file(net.state_dict(), cached / "snapshots" / ("0" * 40) / "model.safetensors")
+    net, snapshot = timm.create_model("test_resnet"), "0" * 40
+    for folder in ("refs", f"snapshots/{snapshot}"):
+        (cached / folder).mkdir(parents=True)
+    (cached / "refs/main").write_text(snapshot)
+    save_file(net.state_dict(), cached / "snapshots" / snapshot / "model.safetensors")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
     command = [str(own_model.parent), "--out", str(tmp_path / "model"), *FLAGS, "--epochs", "1"]
     train_own.main([*command, "--backbone-lr", "1e-9"])
     found = load_file(tmp_path / "model/model.safetensors")
-    for name, weights in net.named_parameters():
-        if not name.startswith("fc."):
-            torch.testing.assert_close(found[f"backbone.{name}"], weights.detach(), atol=1e-5, rtol=1e-5)
+    expected = {f"backbone.{name}": weights for name, weights in net.named_parameters() if not name.startswith("fc.")}
+    torch.testing.assert_close({name: found[name] for name in expected}, expected, atol=1e-5, rtol=1e-5)
     settings = json.loads((tmp_path / "model/metrics.json").read_text())["settings"]
     assert (settings["lr"], settings["backbone_lr"]) == (3e-4, 1e-9)
     assert "from timm's pretrained weights" in (tmp_path / "model/README.md").read_text()
