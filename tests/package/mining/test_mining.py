@@ -61,12 +61,6 @@ FLOATS = [*map(slow_in_the_interpreter, DTYPES[:2]), torch.float32]
 ALL_FLOATS = FLOATS if INTERPRETED else DTYPES
 
 
-def among(features, labels, backend):
-    """Both ways to search a batch: as it is, and as keys that are the batch."""
-    for keys in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
-        yield mine_pairs(features, labels, **keys, backend=backend)
-
-
 @each_backend
 @settings(max_examples=4 if INTERPRETED else 60, deadline=None)
 @given(batch=batches(40, 70) if INTERPRETED else batches(), data=st.data())
@@ -95,6 +89,8 @@ def test_keys_elsewhere(backend, batch, data):
 def test_adversarial(kind, dtype, backend):
     size, dim, classes = (24, 33, 6) if INTERPRETED else (120, 64, 30)
     features, labels = make_batch(seed=1, size=size, dim=dim, classes=classes, dtype=dtype, kind=kind)
+    if kind == "unlabelled":
+        labels[::7] = -100  # any negative label means that there is no class
     check(features, labels, backend=backend)
     check(features, labels, intra="dissimilar", inter="dissimilar", backend=backend)
 
@@ -106,14 +102,18 @@ def make_features(*size, seed=0, **how):
 @each_backend
 @pytest.mark.parametrize("factor", [6e4, slow_in_the_interpreter(1e10), slow_in_the_interpreter(1e30)])
 @pytest.mark.parametrize("far", [[5], range(0, SIZE, 10), slow_in_the_interpreter(range(SIZE // 10))])
-@pytest.mark.parametrize("offset", [slow_in_the_interpreter(0), 100])
-def test_rows_far_away_change_nobody_elses_partner(backend, factor, far, offset):
+@pytest.mark.parametrize("offset", [slow_in_the_interpreter(0), 100, slow_in_the_interpreter(1000)])
+@pytest.mark.parametrize("keys", ["the batch", "one far away", "many without a class"])
+def test_rows_far_away_change_nobody_elses_partner(backend, factor, far, offset, keys):
     features = make_features(SIZE, DIM) + offset
+    others = torch.tensor([row not in far for row in range(SIZE)])
     features[list(far)] *= factor
-    others = torch.ones(SIZE, dtype=torch.bool)
-    others[list(far)] = False
-    found = mine_pairs(features, LABELS, backend=backend).partner.view(2, -1)
-    assert torch.equal(found[:, others], brute_force(features, LABELS)[:, others])
+    # A memory that is not full yet has rows of zeros, without a class.
+    more = {"the batch": features[:0], "one far away": features[7:8] * factor}.get(keys, torch.zeros(200, DIM))
+    more_labels = torch.full((len(more),), 1 if keys == "one far away" else -1)
+    table = {"keys": torch.cat([features, more]), "key_labels": torch.cat([LABELS, more_labels]), "key_offset": 0}
+    found = mine_pairs(features, LABELS, **({} if keys == "the batch" else table), backend=backend)
+    assert torch.equal(found.partner.view(2, -1)[:, others], brute_force(features, LABELS)[:, others])
 
 
 @each_backend
@@ -123,31 +123,9 @@ def test_rows_far_away_find_each_other(backend, factor):
     features, labels, far = make_features(SIZE, DIM), LABELS.clone(), torch.arange(0, 40, 7)
     labels[far] = SIZE + torch.arange(6) // 3
     features[far] *= factor * torch.arange(1, 7)[:, None]
-    for pairs in among(features, labels, backend):
+    for keys in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
+        pairs = mine_pairs(features, labels, **keys, backend=backend)
         assert torch.equal(pairs.partner[:SIZE], brute_force(features, labels)[0])
-
-
-@each_backend
-@pytest.mark.parametrize("factor", [1e6, slow_in_the_interpreter(1e30)])
-def test_a_key_far_away_changes_nobodys_partner(backend, factor):
-    features = make_features(SIZE, DIM)
-    keys, key_labels = torch.cat([features, features[7:8] * factor]), torch.cat([LABELS, LABELS[7:8]])
-    found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=backend)
-    assert torch.equal(found.partner.view(2, -1), brute_force(features, LABELS))
-
-
-@each_backend
-@pytest.mark.parametrize("empty", [200, slow_in_the_interpreter(5000)])
-@pytest.mark.parametrize(("offset", "factor"), [(1000, 1), slow_in_the_interpreter(100, 1e30)])
-def test_keys_without_a_class_do_not_move_the_centre(backend, empty, offset, factor):
-    # As in a memory that is not full yet.
-    features = make_features(SIZE, 64) + offset
-    features[5] *= factor
-    keys = torch.cat([features, torch.zeros(empty, 64)])
-    key_labels = torch.cat([LABELS, torch.full((empty,), -1)])
-    found = mine_pairs(features, LABELS, keys=keys, key_labels=key_labels, key_offset=0, backend=backend)
-    others = torch.arange(SIZE) != 5
-    assert torch.equal(found.partner.view(2, -1)[:, others], brute_force(features, LABELS)[:, others])
 
 
 @each_backend
@@ -176,35 +154,11 @@ def test_near_ties_of_float32(backend):
 
 @pytest.mark.parametrize("backend", ["dense", "tiled"])
 @pytest.mark.parametrize("kind", ["normal", "clusters", "outlier", "non-finite", "unlabelled"])
-def test_the_default_device_does_not_matter(backend, kind):
-    features, labels = make_batch(seed=0, size=600, dim=64, classes=150, dtype=torch.float32, kind=kind)
-    expected = mine_pairs(features, labels, backend=backend)
+def test_a_large_batch_on_any_default_device(backend, kind):
+    batch = make_batch(seed=0, size=600, dim=64, classes=150, dtype=torch.float32, kind=kind)
+    expected = check(*batch, backend=backend)
     with torch.device("meta"):
-        found = mine_pairs(features, labels, backend=backend)
-    assert torch.equal(found.partner, expected.partner)
-
-
-@each_backend
-def test_images_without_a_class_are_nobodys_partner_and_have_none(backend):
-    features, labels = make_features(40, 16), torch.arange(40) % 5
-    labels[::3] = -100
-    labels[1::9] = -1
-    labelled = labels >= 0
-    alone = mine_pairs(features[labelled], labels[labelled], backend=backend)
-    for pairs in among(features, labels, backend):
-        assert torch.equal(pairs.valid, labelled.repeat(2))
-        assert torch.equal(labelled.nonzero()[:, 0][alone.partner], pairs.partner[pairs.valid])
-
-
-@each_backend
-@pytest.mark.parametrize("how", HOWS)
-def test_non_finite_rows_are_never_chosen_but_keep_their_pairs(how, backend):
-    features, labels = make_batch(seed=3, size=40, dim=16, classes=3, dtype=torch.float32, kind="non-finite")
-    pairs = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
-    assert pairs.valid.all()
-    assert features[pairs.partner].isfinite().all()
-    lonely = torch.tensor([[0.0], [torch.nan], [3.0]]), torch.tensor([0, 0, 1])
-    assert mine_pairs(*lonely, backend=backend).valid.tolist() == [False, True, False, True, True, True]
+        assert torch.equal(mine_pairs(*batch, backend=backend).partner, expected.partner)
 
 
 @each_backend
@@ -254,43 +208,27 @@ def test_half_precision_stays_exact(backend, dtype):
     assert all(map(torch.equal, found, mine_pairs(queries.double(), labels, keys=keys.double(), key_labels=labels)))
 
 
-@each_backend
-def test_autocast_does_not_reach_the_distances(backend):
-    features, labels = make_batch(seed=5, size=SIZE, dim=DIM, classes=10, dtype=torch.float32, kind="normal")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = mine_pairs(features, labels, backend=backend)
-    assert torch.equal(inside.partner, mine_pairs(features, labels).partner)
+@contextmanager
+def of_precision(precision):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.mkldnn.enabled
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+REDUCED = [partial(torch.autocast, "cpu", dtype=torch.bfloat16), partial(of_precision, "high")]
 
 
 @each_backend
-def test_labels_of_keys_may_have_another_dtype(backend):
-    features, labels = make_batch(seed=6, size=30, dim=8, classes=5, dtype=torch.float32, kind="normal")
-    keys = {"keys": features, "key_labels": labels.int(), "key_offset": 0}
-    check(features, labels, backend=backend, **keys)
-    check(features, labels, intra="random", inter="random", backend=backend, **keys)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="takes long there")
-@each_backend
-def test_backends_agree_on_a_larger_batch(backend):
-    features, labels = make_batch(seed=8, size=700, dim=24, classes=90, dtype=torch.float64, kind="normal")
-    for how in ("similar", "dissimilar"):
-        found = mine_pairs(features, labels, intra=how, inter=how, backend=backend)
-        expected = mine_pairs(features, labels, intra=how, inter=how, backend="dense")
-        assert all(map(torch.equal, found, expected))
-
-
-# Triton's kernels.
-
-
-@of_triton
-def test_small_searches_of_triton_are_the_same():
-    features, labels = make_batch(seed=1, size=40, dim=33, classes=10, dtype=torch.float32, kind="normal")
-    for how in ("similar", "dissimilar"):
-        found = (
-            mine_pairs(features, labels, intra=how, inter=how, backend=name) for name in ("triton", "triton, large")
-        )
-        assert all(map(torch.equal, *found))
+@pytest.mark.parametrize("reduced", [*REDUCED, slow_in_the_interpreter(partial(of_precision, "medium"))])
+def test_reduced_precision_does_not_reach_the_distances(reduced, backend):
+    features, labels = make_batch(seed=5, size=SIZE, dim=300, classes=10, dtype=torch.float32, kind="clusters")
+    with reduced():
+        found = mine_pairs(features, labels, backend=backend)
+    assert torch.equal(found.partner, mine_pairs(features, labels).partner)
 
 
 @of_triton
@@ -318,18 +256,6 @@ def test_operator_of_triton_keeps_its_promises():
     torch.library.opcheck(triton.find_partners, (features[:5], labels[:5], features, labels, None, 0, 1))
 
 
-# Precision of products.
-
-
-@contextmanager
-def of_precision(precision):
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 def rounded_to_tf32(rows):
     """As tensor cores read float32: 10 bits after the leading one, to nearest."""
     return ((rows.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
@@ -344,18 +270,6 @@ def test_products_in_parts_are_exact_enough_for_tf32(cosine):
         in_parts, rounded = rows.multiply_in_parts(x, x), x @ x.T
     error, plain_error, float32_error = ((found - exact).abs().max() for found in (in_parts, rounded, x @ x.T))
     assert error < 2 * float32_error < plain_error / 20
-
-
-@pytest.mark.parametrize("precision", ["high", slow_in_the_interpreter("medium")])
-@each_backend
-def test_reduced_precision_of_products_does_not_reach_the_distances(backend, precision):
-    features, labels = make_batch(seed=5, size=SIZE, dim=300, classes=10, dtype=torch.float32, kind="clusters")
-    expected = mine_pairs(features, labels)
-    with of_precision(precision):
-        found = mine_pairs(features, labels, backend=backend)
-        assert torch.get_float32_matmul_precision() == precision
-    assert torch.equal(found.partner, expected.partner)
-    assert torch.backends.mkldnn.enabled
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs the settings of PyTorch 2.9")
