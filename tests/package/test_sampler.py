@@ -36,12 +36,12 @@ def test_every_batch_is_balanced_and_len_is_exact(setup, n_batches):
     batches = list(sampler)
     assert len(batches) == len(sampler) == (n_batches or max(1, len(labels) // (n_classes * n_samples)))
     for batch in batches:
-        classes = [labels[index] for index in batch]
-        groups = [classes[i : i + n_samples] for i in range(0, len(classes), n_samples)]
-        assert all(len(set(group)) == 1 for group in groups), "classes are contiguous"
-        assert len({group[0] for group in groups}) == len(groups) == n_classes
-        for start in range(0, len(batch), n_samples):
-            images = batch[start : start + n_samples]
+        groups = [batch[start : start + n_samples] for start in range(0, len(batch), n_samples)]
+        classes = [{labels[index] for index in images} for images in groups]
+        assert all(len(one) == 1 for one in classes), "classes are contiguous"
+        assert len(set.union(*classes)) == len(groups) == n_classes
+        for images in groups:
+            assert len(images) == n_samples
             assert len(set(images)) == min(n_samples, labels.count(labels[images[0]])), "repeats only where it must"
 
 
@@ -50,14 +50,11 @@ def test_every_batch_is_balanced_and_len_is_exact(setup, n_batches):
 def test_images_of_a_class_come_round_before_any_comes_again(setup):
     labels, n_classes, n_samples, seed = setup
     sampler = BalancedBatchSampler(labels, n_classes, n_samples, n_batches=30, seed=seed)
-    drawn = [index for batch in sampler for index in batch]
-    for label in set(labels):
-        images = [index for index in drawn if labels[index] == label]
-        counts = Counter(images)
-        seen = [counts[index] for index in range(len(labels)) if labels[index] == label]
-        assert not images or max(seen) - min(seen) <= 1
-    classes = Counter(labels[index] for index in drawn)
-    assert max(classes.values()) - min(classes[label] for label in set(labels)) <= n_samples
+    counts = Counter(index for batch in sampler for index in batch)
+    of_class = {label: [counts[i] for i, other in enumerate(labels) if other == label] for label in set(labels)}
+    assert all(max(seen) - min(seen) <= 1 for seen in of_class.values())
+    classes = [sum(seen) for seen in of_class.values()]
+    assert max(classes) - min(classes) <= n_samples
 
 
 def test_epochs_differ_and_repeat():
@@ -71,24 +68,26 @@ def test_epochs_differ_and_repeat():
     assert drawn == [epoch_of(seed, epoch) for seed in (5, 6) for epoch in range(4)]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_classes_of_one_batch(world_size):
-    whole = list(BalancedBatchSampler(LABELS, 4, 3, n_batches=10, rank=0, world_size=1))
-    ranks = [
-        list(BalancedBatchSampler(LABELS, 4, 3, n_batches=10, rank=rank, world_size=world_size))
-        for rank in range(world_size)
-    ]
-    for step, batch in enumerate(whole):
-        assert [index for rank in ranks for index in rank[step]] == batch
-        assert len({len(rank[step]) for rank in ranks}) == 1
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_the_classes_of_one_batch(size):
+    whole, *ranks = (
+        list(BalancedBatchSampler(LABELS, 4, 3, n_batches=10, rank=rank, world_size=of))
+        for rank, of in [(0, 1), *((rank, size) for rank in range(size))]
+    )
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        assert [*itertools.chain(*parts)] == batch
+        assert len({len(part) for part in parts}) == 1
+    with pytest.raises(ValueError, match=rf"^n_classes=3 must be divisible by world_size={size}$"):
+        BalancedBatchSampler(LABELS, 3, rank=0, world_size=size)
 
 
-@pytest.mark.parametrize("done", [0, 1, 3, 5])
-def test_resuming_yields_the_rest_of_the_epoch(done):
-    sampler, other, resumed = (BalancedBatchSampler(LABELS, 4, 2, n_batches=5, seed=1) for _ in range(3))
+@settings(max_examples=60, deadline=None)
+@given(setups(), st.integers(0, 25))
+def test_resuming_anywhere_yields_the_rest_of_the_epoch(setup, done):
+    labels, *sizes, seed = setup
+    sampler, other, resumed = (BalancedBatchSampler(labels, *sizes, n_batches=25, seed=seed) for _ in range(3))
     for one in (sampler, other):
         one.set_epoch(3)
-    whole = list(other)
     assert len(list(itertools.islice(sampler, done))) == done
     state = sampler.state_dict()
     assert state == sampler.state_dict(batches_done=done)
@@ -96,9 +95,9 @@ def test_resuming_yields_the_rest_of_the_epoch(done):
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
     resumed.set_epoch(3)  # as a training loop does at the top of each epoch
-    assert len(resumed) == 5 - done
-    assert list(resumed) == whole[done:]
-    assert len(resumed) == 5
+    assert len(resumed) == 25 - done
+    assert list(resumed) == list(other)[done:]
+    assert len(resumed) == 25
     for one in (sampler, resumed):
         one.set_epoch(4)
     assert list(resumed) == list(sampler)
@@ -119,20 +118,11 @@ def test_as_sampler_of_a_dataloader_names_batch_sampler():
         next(iter(DataLoader(LABELS, sampler=BalancedBatchSampler(LABELS, 4, 2))))
 
 
-class Column:
+class Column(dict):
     """As a pandas Series whose index does not start at 0: an array inside, found by names that are no positions."""
 
-    def __init__(self, values):
-        self.values = np.array(values)
-
-    def __len__(self):
-        return len(self.values)
-
-    def __getitem__(self, name):
-        return dict(enumerate(self.values, 100))[name]
-
     def __array__(self, dtype=None, copy=None):
-        return self.values
+        return np.array([*self.values()])
 
 
 CONTAINERS = {
@@ -140,7 +130,7 @@ CONTAINERS = {
     "list of tensors": lambda labels: [*torch.tensor(labels)],
     "array of objects": lambda labels: np.array(labels, dtype=object),
     "uint16 array": lambda labels: np.array(labels, dtype=np.uint16),
-    "series": Column,
+    "series": lambda labels: Column(enumerate(labels, 100)),
 }
 
 
@@ -167,8 +157,7 @@ def test_a_data_set_in_place_of_labels_is_an_error_that_asks_for_labels(given):
 
 def test_negative_labels_are_left_out():
     labels = [-1, *LABELS, -100, -1]
-    sampler = BalancedBatchSampler(labels, 4, 3, n_batches=12)
-    without = BalancedBatchSampler(LABELS, 4, 3, n_batches=12)
+    sampler, without = (BalancedBatchSampler(some, 4, 3, n_batches=12) for some in (labels, LABELS))
     assert list(sampler) == [[index + 1 for index in batch] for batch in without]
     assert sampler.state_dict() == without.state_dict()
     assert len(BalancedBatchSampler(labels, 4, 3)) == len(LABELS) // 12
@@ -176,9 +165,11 @@ def test_negative_labels_are_left_out():
         BalancedBatchSampler([-1, -1, 0, 0], 2, 2)
 
 
-@pytest.mark.parametrize("labels", [LABELS, range(8)])
-def test_batches_without_same_class_partners_are_warned_of(labels):
-    n_samples, reason = (1, "n_samples=1, take 2") if labels is LABELS else (2, "no class has a second image")
+@pytest.mark.parametrize(
+    ("labels", "n_samples", "reason"),
+    [(LABELS, 1, "n_samples=1, take 2"), (range(8), 2, "no class has a second image")],
+)
+def test_batches_without_same_class_partners_are_warned_of(labels, n_samples, reason):
     with pytest.warns(UserWarning, match=rf"no image .*same class.*{reason}"):
         BalancedBatchSampler(labels, 4, n_samples)
     with no_warnings():
@@ -190,28 +181,16 @@ NUMBERS = ("n_classes", "n_samples", "n_batches", "seed", "rank", "world_size")
 
 def test_numpy_numbers_leave_a_state_that_loads_with_weights_only():
     arguments = dict(zip(NUMBERS, map(np.int64, (4, 2, 5, 3, 1, 2)), strict=True))
-    sampler = BalancedBatchSampler(LABELS, **arguments)
+    sampler, resumed = (BalancedBatchSampler(LABELS, **arguments) for _ in range(2))
     sampler.set_epoch(np.int64(2))
     file = io.BytesIO()
     torch.save(sampler.state_dict(np.int32(3)), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    assert all(type(value) is int for value in state.values())
-    assert all(type(getattr(sampler, name)) is int for name in (*NUMBERS, "epoch"))
-    assert type(len(sampler)) is int
-    resumed = BalancedBatchSampler(LABELS, **arguments)
     resumed.load_state_dict({name: np.int64(value) for name, value in state.items()})
-    assert all(type(value) is int for value in resumed.state_dict().values())
+    numbers = [*state.values(), *(getattr(sampler, name) for name in (*NUMBERS, "epoch")), len(sampler)]
+    assert all(type(value) is int for value in (*numbers, *resumed.state_dict().values()))
     assert list(resumed) == list(sampler)[3:]
-
-
-@settings(max_examples=60, deadline=None)
-@given(setups(), st.integers(0, 25))
-def test_resuming_anywhere_yields_the_rest_of_many_rounds(setup, done):
-    labels, n_classes, n_samples, seed = setup
-    sampler, resumed = (BalancedBatchSampler(labels, n_classes, n_samples, n_batches=25, seed=seed) for _ in range(2))
-    resumed.load_state_dict(sampler.state_dict(done))
-    assert list(resumed) == list(sampler)[done:]
 
 
 def test_only_classes_that_are_drawn_are_shuffled(monkeypatch):
@@ -227,18 +206,11 @@ def test_only_classes_that_are_drawn_are_shuffled(monkeypatch):
     assert len(shuffled) <= 5 * 2 + 1
 
 
-def test_the_global_random_state_is_left_alone():
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    list(BalancedBatchSampler(LABELS, 4, 2))
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_the_default_device_does_not_matter():
-    expected = list(BalancedBatchSampler(LABELS, 4, 3, n_batches=9))
+def test_global_random_state_and_default_device_do_not_matter():
+    expected, before = list(BalancedBatchSampler(LABELS, 4, 3, n_batches=9)), torch.get_rng_state()
     with torch.device("meta"):  # as any device would, it holds what is made without naming one
         assert list(BalancedBatchSampler(LABELS, 4, 3, n_batches=9)) == expected
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_orders_of_a_class_come_up_equally_often():
@@ -249,8 +221,3 @@ def test_orders_of_a_class_come_up_equally_often():
         counts[tuple(next(iter(sampler)))] += 1
     assert len(counts) == 6
     assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 25  # chi-squared, 5 degrees: p < 2e-4
-
-
-def test_ranks_that_would_get_unequal_batches_are_an_error():
-    with pytest.raises(ValueError, match=r"^n_classes=3 must be divisible by world_size=2$"):
-        BalancedBatchSampler(LABELS, 3, rank=0, world_size=2)
