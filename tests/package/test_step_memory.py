@@ -1,7 +1,6 @@
 """Estimates of memory against counts by hand, against what a real step allocates, and choices against brute force."""
 
 import copy
-import itertools
 import json
 import sys
 from functools import partial
@@ -18,30 +17,25 @@ from apinet_head import APIHead, APINet, ChunkedBackbone, _fake_step, api_loss
 from apinet_head.step_memory import StepMemory, pick_chunk_size, step_memory
 
 GIB = 2**30
+in_both_precisions = pytest.mark.parametrize("amp", [None, torch.bfloat16])
 
 
 def summed(net, images, labels):
     return net(images).sum()
 
 
-def resnet101():
+def make_net(name="test_resnet", classes=5, **arguments):
     with torch.device("meta"):
-        return APINet("resnet101", num_classes=200)
+        return APINet(name, classes, **arguments)
 
 
-def small(norm=nn.BatchNorm2d):
+def small(norm=nn.BatchNorm2d, **arguments):
     layers = [nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return APINet(nn.Sequential(*layers), num_classes=5, dim=4)
+    return APINet(nn.Sequential(*layers), num_classes=5, dim=4, **arguments)
 
 
-def group_norm(channels):
-    """For a backbone in which each image is by itself."""
-    return nn.GroupNorm(2, channels)
-
-
-def reading(channels):
-    """A norm that reads a value, the number of batches."""
-    return nn.BatchNorm2d(channels, momentum=None)
+group_norm = partial(nn.GroupNorm, 2)  # for a backbone in which each image is by itself
+reading = partial(nn.BatchNorm2d, momentum=None)  # it reads a value, the number of batches
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
@@ -68,12 +62,11 @@ def test_what_does_not_learn_has_no_gradient_and_no_moments():
 
 def allocated(net, batch, size, amp, folder):
     """Bytes at the peak of a real step, from torch's profiler, with the parameters and buffers."""
-    net.train()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         images, labels = torch.randn(batch, 3, size, size), torch.arange(batch) // 4
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp is not None):
             loss = api_loss(net(images, labels))
         for parameter in net.parameters():
             parameter.grad = None
@@ -88,18 +81,17 @@ def allocated(net, batch, size, amp, folder):
     return peak
 
 
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
-@pytest.mark.parametrize("chunk_size", [None, 5])
+@in_both_precisions
+@pytest.mark.parametrize("chunks", [{"chunk_size": None}, {"chunk_size": 5}, {"chunk_size": 5, "keep_chunks": 2}])
 @pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("test_efficientnet", 64)])
-def test_it_is_what_a_real_step_allocates(name, size, chunk_size, amp, tmp_path):
-    net = APINet(name, 20, chunk_size=chunk_size)
-    found = step_memory(net, 13, size, chunk_size=chunk_size, amp=amp, moments=0).total
+def test_it_is_what_a_real_step_allocates(name, size, chunks, amp, tmp_path):
+    net = APINet(name, 20, **chunks)
+    found = step_memory(net, 13, size, **chunks, amp=amp, moments=0).total
     # CPU kernels allocate scratch memory of their own, most of all for bfloat16 where the CPU lacks its instructions.
-    scratch = 1.03 if amp is None else 1.1
-    assert 0.99 * found <= allocated(net, 13, size, amp is not None, tmp_path) <= scratch * found
+    assert 0.99 * found <= allocated(net, 13, size, amp, tmp_path) <= (1.1 if amp else 1.03) * found
 
 
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@in_both_precisions
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, group_norm])
 @pytest.mark.parametrize(
     ("batch", "chunk_size", "keep"),
@@ -117,26 +109,16 @@ def test_chunks_left_out_would_have_changed_nothing(norm, batch, chunk_size, kee
 
 def test_a_frozen_backbone_keeps_nothing():
     """Then nothing is recomputed, and forward has the peak."""
-    net = APINet("test_resnet", 5).freeze_backbone()
+    net = make_net().freeze_backbone()
     whole, chunked = (step_memory(net, 24, 160, chunk_size=size).activations for size in (None, 4))
     images = 4 * 24 * 3 * 160**2
     assert images < chunked < images + (whole - images) / 4
 
 
-@pytest.mark.parametrize(
-    ("chunk_size", "amp", "most"), [(15, None, 8), pytest.param(8, torch.bfloat16, 3, marks=pytest.mark.slow)]
-)
-def test_resnet101_at_448_pixels_in_chunks(chunk_size, amp, most):
-    found = {batch: step_memory(resnet101(), batch, 448, chunk_size=chunk_size, amp=amp).total for batch in (120, 240)}
-    assert found[120] <= most * GIB
-    images_and_features = 120 * (4 * 3 * 448**2 + 4 * 2048)
-    assert found[240] - found[120] <= 1.1 * images_and_features  # and the head beside the chunk that is kept
-
-
 def test_resnet101_at_448_pixels_whole():
     """The figures of the design: 57 GiB, and 29 in bfloat16, without gradients of before and momentum."""
     for amp, expected in ((None, 57), (torch.bfloat16, 29)):
-        found = step_memory(resnet101(), 120, 448, amp=amp, moments=0)
+        found = step_memory(make_net("resnet101", 200), 120, 448, amp=amp, moments=0)
         assert found.total == pytest.approx(expected * GIB, rel=0.02)
 
 
@@ -152,14 +134,16 @@ def test_norms_and_softmax_take_float32_in_mixed_precision_as_on_cuda(last):
     assert 2 * 4 * one < found.activations < 3 * 4 * one
 
 
-@pytest.mark.parametrize(
-    ("batch", "norm"),
-    [
-        (15, nn.BatchNorm2d),
-        (9, group_norm),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((14, nn.BatchNorm2d), (18, group_norm))),
-    ],
-)
+def by_hand(batch, chunk_size, keep):
+    """What is to be least: chunks below 8 images, images recomputed, chunks."""
+    sizes = [len(chunk) for chunk in torch.arange(batch).split(chunk_size)]
+    return chunk_size < 8, sum(sizes[: len(sizes) - keep]), len(sizes)
+
+
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((14, nn.BatchNorm2d), (18, group_norm))]
+
+
+@pytest.mark.parametrize(("batch", "norm"), [(15, nn.BatchNorm2d), (9, group_norm), *SLOW])
 def test_it_picks_what_brute_force_picks(batch, norm):
     net = small(norm)
     needed = {
@@ -183,38 +167,20 @@ def test_it_picks_what_brute_force_picks(batch, norm):
         pick_chunk_size(net, batch, 32, memory=least - 1, margin=0)
 
 
-def by_hand(batch, chunk_size, keep):
-    """What is to be least: chunks below 8 images, images recomputed, chunks."""
-    sizes = [len(chunk) for chunk in torch.arange(batch).split(chunk_size)]
-    return chunk_size < 8, sum(sizes[: len(sizes) - keep]), len(sizes)
-
-
 @pytest.mark.parametrize("chunk_size", [5, 8, 24, 30])
 def test_of_a_given_chunk_size_it_keeps_as_many_as_fit(chunk_size):
     net, batch = small(group_norm), 24
-    counts = range(1, -(-batch // chunk_size) + 1)
-    needed = [step_memory(net, batch, 32, chunk_size=chunk_size, keep_chunks=keep).total for keep in counts]
-    for keep in counts:
-        choice = pick_chunk_size(net, batch, 32, chunk_size=chunk_size, memory=needed[keep - 1], margin=0)
+    pick = partial(pick_chunk_size, net, batch, 32, chunk_size=chunk_size, margin=0)
+    for keep in range(-(-batch // chunk_size), 0, -1):
+        needed = step_memory(net, batch, 32, chunk_size=chunk_size, keep_chunks=keep).total
+        choice = pick(memory=needed)
         assert (choice.chunk_size, choice.keep_chunks) == (chunk_size, keep)
     with pytest.raises(ValueError, match=rf"chunks? of (up to )?{chunk_size} \((1|all) kept\)"):
-        pick_chunk_size(net, batch, 32, chunk_size=chunk_size, memory=needed[0] - 1, margin=0)
-
-
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_one_chunk_is_kept_at_no_cost_and_each_other_at_the_same(amp):
-    net = APINet("test_resnet", 200)
-    needed = [step_memory(net, 36, 224, chunk_size=9, keep_chunks=keep, amp=amp).total for keep in range(4)]
-    # In mixed precision the gradients of the step before are there beside half of the weights.
-    assert needed[1] <= needed[0] + (sum(parameter.nbytes for parameter in net.parameters()) if amp else 0)
-    steps = [more - less for less, more in itertools.pairwise(needed[1:])]
-    assert max(steps) < 1.02 * min(steps)
-    whole = step_memory(net, 36, 224, amp=amp).total
-    assert needed[1] + 3 * steps[0] == pytest.approx(whole, rel=0.05)
+        pick(memory=needed - 1)
 
 
 def test_a_few_estimates_are_enough_and_the_choice_says_why():
-    choice = pick_chunk_size(resnet101(), 120, 448, amp=torch.bfloat16, memory=16 * GIB)
+    choice = pick_chunk_size(make_net("resnet101", 200), 120, 448, amp=torch.bfloat16, memory=16 * GIB)
     assert (choice.chunk_size, choice.keep_chunks) == (14, 4)
     assert len(choice.needed) <= 4
     assert choice.budget == int(0.85 * 16 * GIB)
@@ -223,11 +189,8 @@ def test_a_few_estimates_are_enough_and_the_choice_says_why():
     assert text.startswith(f"9 chunks of up to 14 (4 kept) for a batch of 120, {price}")
     assert "GiB by estimate, of 13.60 GiB to be used (16.00 GiB less the margin); the whole batch: 29." in text
     assert "; 15 chunks of 8 (1 kept): 2." in text
-
-
-def test_a_batch_of_one_image_runs_as_without_chunks():
-    choice = pick_chunk_size(APINet("test_resnet", 4), 1, 64, memory=GIB)
-    assert str(choice).startswith("the whole batch for a batch of 1: ")
+    alone = pick_chunk_size(make_net(), 1, 64, memory=GIB)
+    assert str(alone).startswith("the whole batch for a batch of 1: ")
 
 
 def test_the_net_stays_as_it_is():
@@ -255,8 +218,7 @@ def test_a_chunked_backbone_in_a_net_of_ones_own():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.features = ChunkedBackbone(small().backbone, 7)
-            self.head = APIHead(dim=4, num_classes=5)
+            self.features, self.head = ChunkedBackbone(small().backbone, 7), APIHead(dim=4, num_classes=5)
 
         def forward(self, images, labels):
             return self.head(self.features(images), labels)
@@ -268,92 +230,80 @@ def test_a_chunked_backbone_in_a_net_of_ones_own():
 class Attention(nn.Module):
     """Attention alone, with all that may send the CPU to its own way of computing it."""
 
-    def __init__(self, heads=2, dim=32, drop=0.0, bias=None, masked=False):
+    BATCH, LENGTH, DIM, HEADS = 3, 640, 32, 2
+
+    def __init__(self, drop=0.0, biased=False, masked=False):
         super().__init__()
-        self.heads, self.drop, self.masked = heads, drop, masked
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.bias = nn.Parameter(torch.zeros(1, heads, bias, bias)) if bias else None
+        self.drop, self.masked = drop, masked
+        self.qkv = nn.Linear(self.DIM, 3 * self.DIM)
+        self.bias = nn.Parameter(torch.zeros(1, self.HEADS, self.LENGTH, self.LENGTH)) if biased else None
 
     def forward(self, tokens):
-        batch, length, dim = tokens.shape
-        parts = self.qkv(tokens).view(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        mask = torch.ones(length, length, dtype=torch.bool) if self.masked else self.bias
-        attended = nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=self.drop)
-        return attended.transpose(1, 2).reshape(batch, length, dim)
+        parts = self.qkv(tokens).unflatten(2, (3, self.HEADS, -1)).permute(2, 0, 3, 1, 4)
+        mask = torch.ones(self.LENGTH, self.LENGTH, dtype=torch.bool) if self.masked else self.bias
+        attended = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=self.drop)
+        return attended.transpose(1, 2).flatten(2)
+
+    def activations(self, amp=None):
+        return step_memory(self, self.BATCH, (self.LENGTH, self.DIM), loss=summed, amp=amp).activations
 
 
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+TOKENS, MATRIX = 4 * Attention.BATCH * Attention.LENGTH * Attention.DIM, Attention.HEADS * Attention.LENGTH**2
+
+
+@in_both_precisions
 @pytest.mark.parametrize(("drop", "masked"), [(0.0, False), (0.1, False), (0.0, True), (0.1, True)])
 def test_attention_keeps_no_matrix_of_all_pairs_of_tokens(drop, masked, amp):
-    batch, length, dim = 3, 640, 32
-    found = step_memory(Attention(drop=drop, masked=masked), batch, (length, dim), loss=summed, amp=amp).activations
+    found = Attention(drop, masked=masked).activations(amp)
     # As on CUDA: tokens, their projections, what is attended, and their gradients. A matrix is 20 times as much.
-    tokens = 4 * batch * length * dim
-    assert found < 16 * tokens + 4 * length**2
-    assert found < 2 * batch * 2 * length**2
+    assert found < 16 * TOKENS + 4 * Attention.LENGTH**2
+    assert found < 2 * Attention.BATCH * MATRIX
 
 
 def test_gradients_of_a_bias_of_attention_are_there_in_the_backward_pass_alone():
-    batch, length, dim, heads = 3, 640, 32, 2
-    bias = heads * length**2 * 4
-    found = step_memory(Attention(bias=length), batch, (length, dim), loss=summed).activations
     # The kernel gives a gradient for each image. Weights that were kept would come beside it, twice.
-    assert batch * bias < found < (batch + 1.5) * bias + 16 * 4 * batch * length * dim
+    found = Attention(biased=True).activations()
+    assert Attention.BATCH * 4 * MATRIX < found < (Attention.BATCH + 1.5) * 4 * MATRIX + 16 * TOKENS
 
 
 @on_meta
 @pytest.mark.parametrize("dropout", [{}, {"attn_drop_rate": 0.1}], ids=["", "dropout"])
 def test_vit_large_takes_what_its_formula_says(dropout):
     batch, tokens, dim, depth, heads = 16, 197, 1024, 24, 16
-    with torch.device("meta"):
-        net = APINet("vit_large_patch16_224", 200, backbone_args=dropout)
-    found = step_memory(net, batch, 224, moments=0)
+    found = step_memory(make_net("vit_large_patch16_224", 200, backbone_args=dropout), batch, 224, moments=0)
     # Per token: input of both norms, of qkv and of the MLP, q, k and v, attended; hidden layer before and after GELU.
     block = batch * tokens * (4 * dim + 3 * dim + dim + 2 * 4 * dim) * 4 + 4 * batch * tokens * (heads + 4)
     assert found.activations == pytest.approx(depth * block, rel=0.05)
 
 
-def test_other_ranks_are_not_asked():
-    class Gathering(nn.Linear):
-        gather = True
-
-        def forward(self, images):
-            assert not self.gather, "would wait for the other ranks"
-            return super().forward(images)
-
-    net = Gathering(4, 4)
-    step_memory(net, 4, (4,), loss=summed)
-    assert net.gather
-
-
-def test_a_memory_does_not_ask_other_ranks(monkeypatch):
+def test_other_ranks_are_not_asked(monkeypatch):
+    gathering = nn.Linear(4, 4)
+    gathering.gather = True
+    gathering.register_forward_pre_hook(lambda module, _: pytest.fail("would wait") if module.gather else None)
+    step_memory(gathering, 4, (4,), loss=summed)
+    assert gathering.gather
     monkeypatch.setattr("apinet_head.head.gather_checked", None)  # it would read values, which fake tensors don't have
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
-    assert step_memory(APINet(backbone, num_classes=5, dim=4, memory=8), 4, 4).total > 0
-
-
-def step(batch_size=4, net=None, size=32, **arguments):
-    return step_memory(net or APINet("test_resnet", 5), batch_size, size, **arguments)
+    assert step_memory(small(memory=8), 4, 32).total > 0
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: step(0), "batch_size must be at least 1, got 0"),
-        (lambda: step(moments=-1), "moments must be at least 0, got -1"),
-        (lambda: step(chunk_size=0), "chunk_size must be at least 1, got 0"),
-        (lambda: step(amp=torch.float32), r"amp must be .*, got torch.float32"),
-        (lambda: step(chunk_size=3), "leaves a chunk of one image"),
+        (lambda: step_memory(make_net(), 0, 32), "batch_size must be at least 1, got 0"),
+        (lambda: step_memory(make_net(), 4, 32, moments=-1), "moments must be at least 0, got -1"),
+        (lambda: step_memory(make_net(), 4, 32, chunk_size=0), "chunk_size must be at least 1, got 0"),
+        (lambda: step_memory(make_net(), 4, 32, amp=torch.float32), r"amp must be .*, got torch.float32"),
+        (lambda: step_memory(make_net(), 4, 32, chunk_size=3), "leaves a chunk of one image"),
         (
-            lambda: step(net=nn.Linear(4, 4), size=(4,), chunk_size=2, loss=summed),
+            lambda: step_memory(nn.Linear(4, 4), 4, (4,), chunk_size=2, loss=summed),
             r"chunk_size=2 is for an APINet, or .*: Linear has neither",
         ),
-        (lambda: step(loss=lambda net, images, labels: images.sum().item()), "reads values of its tensors"),
-        (lambda: step(net=small(reading)), "reads values of its tensors"),
-        (lambda: step(net=small(reading), chunk_size=2), "reads values of its tensors"),
+        (lambda: step_memory(small(), 4, 32, loss=lambda net, *batch: batch[0].sum().item()), "reads values of its"),
+        (lambda: step_memory(small(reading), 4, 32), "reads values of its tensors"),
+        (lambda: step_memory(small(reading), 4, 32, chunk_size=2), "reads values of its tensors"),
         (lambda: pick_chunk_size(small(), 4, 32, memory=GIB, margin=1), r"share in \[0, 1\), got 1"),
         (
-            lambda: pick_chunk_size(APINet("test_resnet", 5), 4, 32, memory=2**20),
+            lambda: pick_chunk_size(make_net(), 4, 32, memory=2**20),
             r"into 0.85 MiB \(1.00 MiB less .*the whole batch: .*2 chunks of 2 .*amp",
         ),
     ],
@@ -366,16 +316,16 @@ def test_errors_show_what_came(call, message):
 def test_torch_without_the_tracker_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
     with pytest.raises(RuntimeError, match=r"torch's MemTracker, which torch \d+\.\d+.* does not have"):
-        step_memory(APINet("test_resnet", 5), 4, 32)
+        step_memory(small(), 4, 32)
 
 
 def test_free_memory_is_that_of_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="without a CUDA device memory must be given, in bytes"):
-        pick_chunk_size(APINet("test_resnet", 5), 8, 32)
+        pick_chunk_size(small(), 8, 32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 * GIB, 8 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: GIB // 2)
-    choice = pick_chunk_size(APINet("test_resnet", 5), 8, 32)
+    choice = pick_chunk_size(small(), 8, 32)
     assert (choice.memory, choice.budget) == (int(5.5 * GIB), int(0.85 * 5.5 * GIB))
