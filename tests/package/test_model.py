@@ -3,7 +3,6 @@
 import copy
 import inspect
 import pickle
-import re
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+import apinet_head
 from apinet_head import APILoss, APINet, api_loss, mine_pairs
 
 IMAGES, LABELS = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1, 2, 2])
@@ -23,31 +23,64 @@ def make_net(**arguments):
     return APINet("test_resnet", 5, **arguments)
 
 
-def test_a_module_as_backbone_needs_its_dim():
-    backbone = nn.Sequential(nn.Conv2d(3, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert APINet(backbone, 5, dim=12)(IMAGES).shape == (6, 5)
-    with pytest.raises(ValueError, match=r"Sequential.*no num_features.*dim="):
-        APINet(backbone, 5)
-    with pytest.raises(ValueError, match="go with a timm name"):
-        APINet(backbone, 5, dim=12, pretrained=True)
+def own_backbone():
+    return nn.Sequential(nn.Conv2d(3, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def test_backbone_with_its_classifier_still_on_is_an_error_that_says_so():
-    net = APINet(timm.create_model("test_resnet", num_classes=9), 5)
-    with pytest.raises(ValueError, match=r"float32 \[6, 9\].*num_classes=0"):
-        net(IMAGES)
+def test_a_module_is_a_backbone_too():
+    assert APINet(own_backbone(), 5, dim=12)(IMAGES).shape == (6, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: APINet(own_backbone(), 5), ValueError, r"Sequential.*no num_features.*dim="),
+        (lambda: APINet(own_backbone(), 5, dim=12, pretrained=True), ValueError, "go with a timm name"),
+        (
+            lambda: APINet(timm.create_model("test_resnet", num_classes=9), 5)(IMAGES),
+            ValueError,
+            r"float32 \[6, 9\].*num_classes=0",
+        ),
+        (lambda: APINet("resnet19", 4), ValueError, "timm has no model 'resnet19', but .*resnet18"),
+        (lambda: APINet("resnet_50.a1_in1k", 4), ValueError, r"no model 'resnet_50\.a1_in1k', but .*resnet50"),
+        (lambda: APINet("resnet18.no_tag", 4), ValueError, r"no model 'resnet18\.no_tag', but .*resnet18\."),
+        (lambda: APINet("zzzzzz", 4), ValueError, "timm has no model 'zzzzzz'; timm.list_models"),
+        (
+            lambda: make_net(hidden_dims=8),
+            TypeError,
+            r"no argument 'hidden_dims', did you mean 'hidden_dim'\?.*mutual, gate",
+        ),
+        (
+            lambda: make_net(drop_path_rate=8),
+            TypeError,
+            r"no argument 'drop_path_rate'.*backbone_args=\{'drop_path_rate'",
+        ),
+        (lambda: make_net().freeze_backbone(batch_norm="off"), ValueError, "'train' or 'eval', got 'off'"),
+        (lambda: apinet_head.APINet2, AttributeError, "no attribute 'APINet2'"),
+    ],
+)
+def test_errors_say_what_to_do(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_arguments_of_the_loss_are_sent_there():
+    of_loss = {*inspect.signature(api_loss).parameters, *inspect.signature(APILoss).parameters} - {"output"}
+    assert of_loss >= {"margin", "rank_weight", "label_smoothing", "class_weight", "rows"}
+    for name in of_loss:
+        with pytest.raises(TypeError, match=rf"{name} is an argument of the loss: api_loss.*{name}=.*APILoss\({name}="):
+            make_net(**{name: 0.1})
 
 
 @pytest.mark.parametrize(("backbone_lr", "expected"), [(None, [0.1, 0.1]), (0.01, [0.01, 0.1])])
 def test_parameter_groups_hold_every_parameter_once(backbone_lr, expected):
     net = make_net()
     groups = net.parameter_groups(0.1, backbone_lr, weight_decay=0.3)
-    assert [(group["name"], group["lr"], group["weight_decay"]) for group in groups] == [
-        ("backbone", expected[0], 0.3),
-        ("head", expected[1], 0.3),
-    ]
-    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in net.parameters()}
-    torch.optim.SGD(groups, momentum=0.9)
+    assert [group["name"] for group in groups] == ["backbone", "head"]
+    assert [group["lr"] for group in groups] == expected
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.3]
+    parameters = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(parameters) == sorted(map(id, net.parameters()))
 
 
 def train_step(net, optimizer):
@@ -73,61 +106,32 @@ def test_frozen_backbone_keeps_its_weights_and_its_batch_norm_learns_on():
     assert not any(torch.equal(before[name], parameter) for name, parameter in net.named_parameters())
 
 
-def test_batch_norm_can_be_kept_as_well():
-    net = make_net()
-    before = copy.deepcopy(net.state_dict())
-    net.freeze_backbone(batch_norm="eval")
-    net.eval()
-    net.train()
-    assert net.head.training
-    api_loss(net(IMAGES, LABELS)).backward()
-    assert all(torch.equal(before[name], buffer) for name, buffer in net.named_buffers())
-    net.freeze_backbone(False)
-    assert all(module.training for module in net.modules())
-    with pytest.raises(ValueError, match="'train' or 'eval', got 'off'"):
-        net.freeze_backbone(batch_norm="off")
-
-
-@pytest.mark.parametrize(
-    ("name", "advice"),
-    [
-        ("resnet19", ", but .*resnet18"),
-        ("resnet_50.a1_in1k", ", but .*resnet50"),
-        ("resnet18.no_tag", r", but .*resnet18\."),
-        ("zzzzzz", "; timm.list_models"),
-    ],
-)
-def test_unknown_name_of_a_model_shows_near_ones(name, advice):
-    with pytest.raises(ValueError, match=f"timm has no model '{re.escape(name)}'{advice}"):
-        APINet(name, 4)
-
-
-def test_arguments_of_the_loss_are_sent_there():
-    of_loss = {*inspect.signature(api_loss).parameters, *inspect.signature(APILoss).parameters} - {"output"}
-    assert of_loss >= {"margin", "rank_weight", "label_smoothing", "class_weight", "rows"}
-    for name in of_loss:
-        with pytest.raises(TypeError, match=rf"{name} is an argument of the loss: api_loss.*{name}=.*APILoss\({name}="):
-            make_net(**{name: 0.1})
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("hidden_dims", r"no argument 'hidden_dims', did you mean 'hidden_dim'\?.*mutual, gate"),
-        ("drop_path_rate", r"no argument 'drop_path_rate'.*backbone_args=\{'drop_path_rate'"),
-    ],
-)
-def test_unknown_arguments_show_the_known_ones(argument, message):
-    with pytest.raises(TypeError, match=message):
-        make_net(**{argument: 8})
-
-
 def buffers(net):
     return {name: value.clone() for name, value in net.named_buffers()}
 
 
+def test_batch_norm_can_be_kept_as_well():
+    net = make_net()
+    before = buffers(net)
+    net.freeze_backbone(batch_norm="eval").eval()
+    net.train()
+    assert net.head.training
+    api_loss(net(IMAGES, LABELS)).backward()
+    torch.testing.assert_close(buffers(net), before, rtol=0, atol=0)
+    net.freeze_backbone(False)
+    assert all(module.training for module in net.modules())
+
+
+def with_other_statistics(net):
+    other = make_net()
+    other(2 * IMAGES)
+    net.load_state_dict(other.state_dict())
+    return net
+
+
 COPIERS = {
     "itself": lambda net: net,
+    "loaded after freezing": with_other_statistics,
     "deepcopy": copy.deepcopy,
     "pickle": lambda net: pickle.loads(pickle.dumps(net)),
     "averaged": AveragedModel,
@@ -141,8 +145,8 @@ def test_update_bn_leaves_frozen_statistics(copier):
     net = make_net()
     net(IMAGES)
     net.freeze_backbone(batch_norm="eval")
-    before = buffers(net)
     copied = copier(net).train()
+    before = buffers(net)
     if hasattr(copied, "update_parameters"):
         copied.update_parameters(net)
     update_bn([IMAGES], copied)
@@ -158,22 +162,13 @@ def test_update_bn_renews_statistics_that_are_not_frozen():
     assert all(value.any() for value in buffers(net).values())
 
 
-def test_statistics_loaded_after_freezing_are_the_ones_kept():
-    net, other = make_net(), make_net()
-    other(IMAGES)
-    net.freeze_backbone(batch_norm="eval").load_state_dict(other.state_dict())
-    update_bn([IMAGES], net)
-    torch.testing.assert_close(buffers(net), buffers(other), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_arguments_of_the_head_pass_through(chunk_size):
     net = make_net(dropout=0.0, chunk_size=chunk_size).eval()
-    keys, key_labels = torch.randn(8, net.dim), torch.arange(8) % 3
+    keys = {"keys": torch.randn(8, net.dim), "key_labels": torch.arange(8) % 3}
     with torch.no_grad():
         features = torch.cat([net.backbone(images) for images in IMAGES.split(chunk_size or 6)])
-    found = net(IMAGES, LABELS, keys=keys, key_labels=key_labels)
-    expected = net.head(features, LABELS, keys=keys, key_labels=key_labels)
+    found, expected = net(IMAGES, LABELS, **keys), net.head(features, LABELS, **keys)
     assert torch.equal(found.pairs.partner, expected.pairs.partner)
     torch.testing.assert_close(found.logits_other, expected.logits_other)
     pairs = mine_pairs(features, LABELS, intra="dissimilar")
@@ -184,11 +179,4 @@ def test_import_leaves_alone_what_takes_long():
     slow = {"timm", "huggingface_hub", "torchvision", "torch._dynamo", "sympy", "pytorch_metric_learning"}
     code = f"import sys, torch; had = {{*sys.modules}}; import apinet_head; print(*({slow} & {{*sys.modules}} - had))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == []
-
-
-def test_unknown_name_is_an_attribute_error():
-    import apinet_head
-
-    with pytest.raises(AttributeError, match="no attribute 'APINet2'"):
-        _ = apinet_head.APINet2
     assert set(apinet_head.__all__) <= set(dir(apinet_head))
