@@ -1,31 +1,44 @@
-"""`load_official_checkpoint` on state dicts of the published layout, made here with torchvision."""
+"""`load_official_checkpoint` on state dicts of the published layout, made with torchvision, and on anything at all."""
 
 import copy
+import io
 import pickle
 import re
+import tempfile
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from fuzzing import check_refused, fuzzed, one_of
+from hypothesis import strategies as st
 from torch import nn
 
 from apinet_head import APINet, load_official_checkpoint, mine_pairs
+from apinet_head.official import COUNTER
+
+
+def make_published(classes):
+    """The published modules, as their constructor lays them out."""
+    net = nn.Module()
+    net.conv = nn.Sequential(*list(torchvision.models.resnet101().children())[:-2])
+    net.map1, net.map2, net.fc = nn.Linear(4096, 512), nn.Linear(512, 2048), nn.Linear(2048, classes)
+    return net.eval()
 
 
 @pytest.fixture(scope="module")
 def published():
-    """The published modules with random weights and statistics, as its constructor lays them out."""
+    """With random weights and statistics."""
     torch.manual_seed(0)
-    net = nn.Module()
-    net.conv = nn.Sequential(*list(torchvision.models.resnet101().children())[:-2])
-    net.map1, net.map2, net.fc = nn.Linear(4096, 512), nn.Linear(512, 2048), nn.Linear(2048, 11)
+    net = make_published(11)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.8, 1.2)
-    return net.eval()
+    return net
 
 
 def data_parallel(state):
@@ -50,7 +63,6 @@ def test_logits_are_those_of_plain_torch(published, wrapped, tmp_path):
         torch.testing.assert_close(net(images, labels, pairs=pairs).logits_other[:6], expected, rtol=0, atol=1e-6)
 
 
-# test_fuzz_official.py has keys that are missing, unknown or there twice, and files that are damaged.
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -65,16 +77,31 @@ def test_what_does_not_fit_is_named(published, change, message):
         load_official_checkpoint({**published.state_dict(), **change})
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+def ran():
+    pytest.fail("the file ran code")
 
-    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"evil\.pth cannot be read .* more than tensors") as refused:
-        load_official_checkpoint(tmp_path / "evil.pth")
+
+class Code:
+    """What runs when it is unpickled."""
+
+    def __reduce__(self):
+        return ran, ()
+
+
+def saved(value, **how):
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **how)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint\n", saved({"state_dict": Code()})])
+def test_a_file_that_is_damaged_or_would_run_code_is_named_with_its_cause(content, tmp_path):
+    path = tmp_path / "model_best.pth.tar"
+    path.write_bytes(content)
+    message = rf"{re.escape(str(path))} cannot be read .* more than tensors .*Download it again"
+    with pytest.raises(ValueError, match=message) as refused:
+        load_official_checkpoint(path)
     assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
-    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("folder", ["apinet_head", "examples", "benchmarks"])
@@ -84,9 +111,68 @@ def test_torch_load_is_asked_for_tensors_alone_everywhere(folder):
         assert all("weights_only=True" in line or line.startswith('"') for line in calls), path
 
 
-def test_a_file_that_is_no_checkpoint_is_named_with_its_cause(tmp_path):
-    path = tmp_path / "model_best.pth.tar"
-    path.write_bytes(b"no checkpoint\n")
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} cannot be read .*Download it again") as refused:
-        load_official_checkpoint(path)
-    assert refused.value.__cause__ is not None
+FILES = (
+    b"",
+    b"PK\x03\x04",
+    b"weights",
+    pickle.dumps({"fc.bias": 1}),
+    pickle.dumps(Code()),
+    saved({"state_dict": Code()}),
+    saved({"state_dict": Code()}, _use_new_zipfile_serialization=False),
+)
+make_net = cache(APINet)  # of a ResNet-101, which takes its time to make
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@fuzzed
+def test_any_file_is_read_or_refused(data):
+    good = saved({"state_dict": {"fc.bias": torch.zeros(3)}}, _use_new_zipfile_serialization=data.draw(st.booleans()))
+    cut = st.integers(0, len(good) - 1).map(lambda size: good[:size])
+    noise = st.tuples(st.integers(0, len(good) - 1), st.binary(min_size=1, max_size=8)).map(
+        lambda change: good[: change[0]] + change[1] + good[change[0] + len(change[1]) :]
+    )
+    content = data.draw(st.sampled_from(FILES) | st.binary(max_size=99) | cut | noise)
+    with tempfile.TemporaryDirectory() as folder, mock.patch("apinet_head.model.APINet", make_net):
+        path = Path(folder) / "model_best.pth.tar"
+        path.write_bytes(content)
+        # Noise that does no harm leaves a dict, only not a whole one, and of that its keys are told.
+        check_refused(lambda: load_official_checkpoint(path), path, "published", "checkpoint is a dict")
+        path.unlink()
+        with pytest.raises(FileNotFoundError):
+            load_official_checkpoint(path)
+
+
+@cache
+def state_on_meta(classes):
+    with torch.device("meta"):
+        return make_published(classes).state_dict()
+
+
+@fuzzed
+def test_any_state_is_taken_or_refused(data):
+    state = {**state_on_meta(data.draw(st.integers(1, 3)))}
+    without_counters = {name: value for name, value in state.items() if not name.endswith(COUNTER)}
+    key = one_of(data, sorted(without_counters))
+    place = key.rpartition(".")[2]  # the rest has other names here
+    unknown = one_of(data, [3, None, "conv.9.weight", ("fc",), "", "fc"])
+    spoils = {
+        "no": (state, []),
+        "counters": (without_counters, []),
+        "parallel": ({f"module.{name}": value for name, value in state.items()}, []),
+        "missing": ({name: value for name, value in state.items() if name != key}, [place]),
+        "shape": (state | {key: torch.zeros(2, 7)}, [key, "fc.bias"]),
+        "twice": (state | {f"module.{key}": state[key]}, [place]),
+        "no tensor": (state | {key: one_of(data, [None, [1.0], 0.5, "0"])}, [key]),
+        "unknown": (state | {unknown: state[key]}, ["not keys", "not expected"]),
+    }
+    found, spoiled = spoils[one_of(data, sorted(spoils))]
+    source = one_of(data, [found, {"state_dict": found, "epoch": 3}])
+    with mock.patch("apinet_head.model.APINet", make_net):
+        if spoiled:
+            check_refused(lambda: load_official_checkpoint(source), *spoiled)
+        else:
+            expected = make_net("resnet101", num_classes=len(state["fc.bias"])).state_dict()
+            loaded = {name: value.shape for name, value in load_official_checkpoint(source).items()}
+            assert loaded == {name: value.shape for name, value in expected.items()}
+        for wrong in (None, 3, [("fc.bias", 1)], {"state_dict": [1]}):
+            check_refused(lambda wrong=wrong: load_official_checkpoint(wrong), wrong, "list")
