@@ -57,17 +57,12 @@ MODELS = {
     "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "img_size": 64, "window_size": 2},
     "deit_tiny_distilled_patch16_224": {"depth": 2}, "xcit_nano_12_p16_224": {"depth": 2},
 }  # fmt: skip
-GROUPED = [name for name in MODELS if name not in ("deit_tiny_distilled_patch16_224",)]
+GROUPED = [name for name in MODELS if name != "deit_tiny_distilled_patch16_224"]
 
 
 def make_net(name="test_resnet", num_classes=5):
     torch.manual_seed(0)
     return APINet(name, num_classes, hidden_dim=8, backbone_args=MODELS[name]).eval()
-
-
-def images_for(net):
-    size = net.backbone.patch_embed.img_size[0] if hasattr(net.backbone, "patch_embed") else 96
-    return torch.randn(2, 3, size, size)
 
 
 def test_data_settings_are_the_backbones():
@@ -80,25 +75,14 @@ def test_data_settings_are_the_backbones():
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_is_its_two_halves(name):
     net = make_net(name)
-    images = images_for(net)
+    size = net.backbone.patch_embed.img_size[0] if hasattr(net.backbone, "patch_embed") else 96
+    images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         features = net.forward_features(images)
         assert torch.equal(net.forward_head(features), net(images))
         assert torch.equal(net.forward_head(features, pre_logits=True), net.backbone.forward_head(features))
         assert net.num_features in {features.shape[1], features.shape[-1]}
     assert net.num_classes == 5
-
-
-def test_halves_of_a_module_that_is_not_of_timm():
-    net = APINet(nn.Sequential(nn.Flatten(), nn.Linear(12, 6)), 3, dim=6).eval()
-    images = torch.randn(2, 3, 2, 2)
-    features = net.forward_features(images)
-    assert torch.equal(features, net.backbone(images))
-    assert torch.equal(net.forward_head(features), net(images))
-    assert torch.equal(net.forward_head(features, pre_logits=True), features)
-    assert net.num_features == 6
-    assert not hasattr(net, "pretrained_cfg")
-    assert net.no_weight_decay() == set()
 
 
 @pytest.mark.parametrize(("before", "after"), [(5, 9), (5, 0), (0, 4)])
@@ -108,24 +92,21 @@ def test_reset_classifier_makes_another_of_the_same_dtype(before, after):
     assert net.num_classes == net.head.num_classes == after
     assert net.get_classifier() is net.head.classifier
     assert net(torch.randn(2, 3, 64, 64).bfloat16()).shape == (2, after or net.dim)
-
-
-@pytest.mark.parametrize(("classes", "error"), [(-1, ValueError), ("9", TypeError)])
-def test_reset_classifier_refuses_what_is_no_count(classes, error):
-    with pytest.raises(error, match="num_classes must be"):
-        make_net().reset_classifier(classes)
+    for classes, error in ((-1, ValueError), ("9", TypeError)):
+        with pytest.raises(error, match="num_classes must be"):
+            net.reset_classifier(classes)
 
 
 def test_gradient_checkpointing_reaches_the_backbone():
     net = make_net()
-    net.set_grad_checkpointing()
-    assert net.backbone.grad_checkpointing
-    net.set_grad_checkpointing(False)
-    assert not net.backbone.grad_checkpointing
+    for enable in (True, False):
+        net.set_grad_checkpointing(enable)
+        assert net.backbone.grad_checkpointing == enable
 
 
-def scales(model, groups):
+def scales(model, decay):
     """Of each parameter its scale of the learning rate and its weight decay, by its name in the plain model."""
+    groups = param_groups_layer_decay(model, 0.05, getattr(model, "no_weight_decay", set)(), layer_decay=decay)
     names = {id(p): name.replace("_orig_mod.", "").removeprefix("backbone.") for name, p in model.named_parameters()}
     return {names[id(p)]: (group.get("lr_scale"), group["weight_decay"]) for group in groups for p in group["params"]}
 
@@ -136,21 +117,25 @@ def test_layer_decay_is_that_of_the_plain_model(name, compiled):
     net, plain = make_net(name), timm.create_model(name, num_classes=5, **MODELS[name])
     if compiled:
         net.backbone = torch.compile(net.backbone, backend="eager")
-    found = scales(net, param_groups_layer_decay(net, 0.05, net.no_weight_decay(), layer_decay=0.7))
-    none = getattr(plain, "no_weight_decay", set)()
-    expected = scales(plain, param_groups_layer_decay(plain, 0.05, none, layer_decay=0.7))
-    of_classifier = {key for key in expected if key not in found}
-    assert len(of_classifier) == 2
-    assert {key: value for key, value in found.items() if not key.startswith("head.") or key in expected} == {
-        key: value for key, value in expected.items() if key not in of_classifier
-    }
-    heads = [scale for key, (scale, _) in found.items() if key.startswith(("head.mutual", "head.classifier"))]
-    assert heads == 6 * [1.0]
+    found, expected = scales(net, 0.7), scales(plain, 0.7)
     assert len(found) == len(list(net.parameters()))
+    assert len(expected.keys() - found.keys()) == 2  # of the classifier
+    of_both = expected.keys() & found.keys()
+    assert {key: found[key] for key in of_both} == {key: expected[key] for key in of_both}
+    own = [scale for key, (scale, _) in found.items() if key not in expected or key.startswith("head.classifier")]
+    assert own == 6 * [1.0]
 
 
-def test_layer_decay_without_a_backbone_of_timm():
-    net = APINet(nn.Sequential(nn.Flatten(), nn.Linear(12, 6)), 3, dim=6)
-    found = scales(net, param_groups_layer_decay(net, 0.05, layer_decay=0.5))
+def test_a_backbone_that_is_not_of_timm_has_it_all():
+    net = APINet(nn.Sequential(nn.Flatten(), nn.Linear(12, 6)), 3, dim=6).eval()
+    images = torch.randn(2, 3, 2, 2)
+    features = net.forward_features(images)
+    assert torch.equal(features, net.backbone(images))
+    assert torch.equal(net.forward_head(features), net(images))
+    assert torch.equal(net.forward_head(features, pre_logits=True), features)
+    assert net.num_features == 6
+    assert not hasattr(net, "pretrained_cfg")
+    assert net.no_weight_decay() == set()
+    found = scales(net, 0.5)
     assert found["head.classifier.weight"][0] == 1.0
     assert found["1.weight"][0] == 0.5
