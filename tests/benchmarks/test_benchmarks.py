@@ -18,11 +18,9 @@ import torch
 import train_step
 from harness import Part, Turns, measure, reason, take_turns, write_json
 from mining import Budget, Case
-from published import Head
-from reference import candidates, squared_distances
 from report import blocks, fill, load, newest, section, spread
 
-from apinet_head import APINet, ChunkedBackbone
+from apinet_head import APINet, ChunkedBackbone, mine_pairs
 from apinet_head.mining import BACKENDS
 from apinet_head.step_memory import step_memory as estimate_memory
 
@@ -32,24 +30,12 @@ CPU = torch.device("cpu")
 ON_CUDA_ONLY = {"ours, triton", report.GRAPH}
 
 
-def nearest(batch):
-    """Partners [2,B], by brute force."""
-    features, keys = (rows.double().numpy() for rows in (batch.features, batch.keys))
-    distance = squared_distances(features, keys)
-    finite = batch.keys.isfinite().all(1).numpy()
-    offset = None if batch.has_keys else 0
-    labels = batch.labels.numpy(), batch.key_labels.numpy()
-    return torch.stack([
-        torch.from_numpy(distance).masked_fill(~torch.from_numpy(allowed), torch.inf).argmin(1)
-        for allowed in (candidates(*labels, finite, same, offset) for same in (True, False))
-    ])  # fmt: skip
-
-
 @pytest.mark.parametrize("case", [Case(20, 7), Case(120, 33), Case(20, 7, keys=44)])
 def test_all_sides_find_the_nearest(case):
     batch = mining.make_batch(case, CPU)
     assert batch.labels.bincount().tolist() == [4] * (case.size // 4)
-    right = nearest(batch)
+    keys = {"keys": batch.keys.double(), "key_labels": batch.key_labels} if batch.has_keys else {}
+    right = mine_pairs(batch.features.double(), batch.labels, **keys).partner.view(2, -1)
     rows = torch.tensor([3, case.size - 1, 0])
     assert torch.equal(mining.right_partners(batch, rows), right[:, rows])
     found = miners.sides(CPU)
@@ -102,15 +88,11 @@ def test_a_failing_side_leaves_the_others_their_turns():
         raise ValueError("no such device\nand more")
 
     turns = take_turns({"a": lambda: calls.append("a"), "b": fail, "c": lambda: calls.append("c")}, 0.0, 60)
-    assert [sorted(calls[place : place + 2]) for place in (0, 2, 4, 6)] == 4 * [["a", "c"]]  # the first warms up
-    assert len(calls) == 8
+    assert [sorted(calls[place : place + 2]) for place in range(0, len(calls), 2)] == 4 * [["a", "c"]]  # one warms up
     assert {name: len(values) for name, values in turns.seconds.items()} == {"a": 3, "c": 3}
     assert turns.absent == {"b": "not available: no such device"}
-
-
-def test_a_long_first_round_is_the_only_one():
-    turns = take_turns({"a": lambda: time.sleep(0.02)}, 10, alone=0.01)
-    assert len(turns.seconds["a"]) == 1
+    alone = take_turns({"a": lambda: time.sleep(0.02)}, 10, alone=0.01)
+    assert len(alone.seconds["a"]) == 1, "a long first round is the only one"
 
 
 def test_ratios_are_of_the_same_round():
@@ -139,24 +121,20 @@ def test_reasons_are_a_line(error, expected):
 
 def test_what_would_take_too_much_is_left_out(monkeypatch):
     monkeypatch.setattr(mining, "free_memory", lambda: 10 * 2**30)
-    plan, small, large = Budget(seconds=100, cases=10), Case(1000, 8), Case(4000, 8)
-    names = ["slow", "quick", "next"]
-    assert plan.refuse(names, large, CPU) == {}  # nothing is known yet
-    plan.times = {
-        (name, "float32", 8): (small.products, took) for name, took in zip(names, (0.3, 0.01, 0.1), strict=True)
-    }
+    plan, small, large, huge = Budget(seconds=100, cases=10), Case(1000, 8), Case(4000, 8), Case(20_000, 8)
+    times = {"slow": 0.3, "quick": 0.01, "next": 0.1}
+    assert plan.refuse(times, large, CPU) == {}  # nothing is known yet
+    plan.times = {(name, "float32", 8): (small.products, took) for name, took in times.items()}
     # 16 times the products: five calls of 4.8 s are over 10 s, of 1.6 s not, nor are two calls of a single round.
-    assert plan.refuse(names, large, CPU) == {"slow": "skipped: would take over a tenth of the time"}
+    assert plan.refuse(times, large, CPU) == {"slow": "skipped: would take over a tenth of the time"}
     plan.share = 1.0
-    assert plan.refuse(names, large, CPU) == {}
+    assert plan.refuse(times, large, CPU) == {}
     plan.end = time.perf_counter() + 2
-    assert plan.refuse(names, large, CPU) == {
-        "slow": "skipped: would take more time", "next": "skipped: would take more time",
-    }  # fmt: skip
-    assert set(plan.refuse(names, Case(20_000, 8), CPU).values()) == {"skipped: might take more memory than is free"}
+    assert plan.refuse(times, large, CPU) == dict.fromkeys(["slow", "next"], "skipped: would take more time")
+    assert set(plan.refuse(times, huge, CPU).values()) == {"skipped: might take more memory than is free"}
     # A GPU says so itself; but the published way needs the host.
     late = Budget(seconds=1, cases=1)
-    assert list(late.refuse([*names, report.PUBLISHED], Case(20_000, 8), torch.device("cuda"))) == [report.PUBLISHED]
+    assert list(late.refuse([*times, report.PUBLISHED], huge, torch.device("cuda"))) == [report.PUBLISHED]
 
 
 def test_dtypes_of_a_size_are_measured_together():
@@ -181,14 +159,15 @@ def test_memory_of_fresh_processes():
     # Linux counts pages for each core apart, and sums up when enough have come together.
     cores = os.cpu_count()
     slack = 1 + cores * max(32, 2 * cores) * 4096 / 2**20
+    fresh = partial(footprint.in_fresh_process, seconds=60)
     for expected in (5, 40):
-        grown, failure = footprint.in_fresh_process(allocate, expected, seconds=60)
+        grown, failure = fresh(allocate, expected)
         assert failure is None
         assert abs(grown / 2**20 - expected) < slack
-    assert footprint.in_fresh_process(end_by, signal.SIGKILL, seconds=60) == (None, "out of memory")
-    assert footprint.in_fresh_process(end_by, signal.SIGABRT, seconds=60) == (None, "its process ended with -6")
-    assert footprint.in_fresh_process(allocate, -4, seconds=60)[1].startswith("RuntimeError")
-    assert footprint.in_fresh_process(time.sleep, 60, seconds=0.1) == (None, "took more than 0 s")
+    assert fresh(end_by, signal.SIGKILL) == (None, "out of memory")
+    assert fresh(end_by, signal.SIGABRT) == (None, "its process ended with -6")
+    assert fresh(allocate, -4)[1].startswith("RuntimeError")
+    assert fresh(time.sleep, 60, seconds=0.1) == (None, "took more than 0 s")
 
 
 def test_bytes_saved_for_the_backward_pass():
@@ -256,13 +235,11 @@ def test_a_case_that_fails_leaves_the_others():
     def fail_at_two(case, device, seconds):
         return {"sides": {"a": {"seconds": 1 / (case - 2)}}}
 
-    part = Part(
-        lambda device, quick: [1, 2, 3], lambda device, seconds, cases: partial(fail_at_two, device=1, seconds=1)
-    )
-    found = measure({"a": part._replace(seconds=1.0)}, CPU, only="a")
+    part = Part(lambda *_: [1, 2, 3], lambda *_: partial(fail_at_two, device=1, seconds=1), seconds=1.0)
+    found = measure({"a": part}, CPU, only="a")
     assert found["errors"] == {"a, 2": "ZeroDivisionError: division by zero"}
     assert len(found["a"]) == 2
-    assert measure({"a": part._replace(seconds=1.0)}, CPU, only="a, 2")["a"] == []
+    assert measure({"a": part}, CPU, only="a, 2")["a"] == []
 
 
 def test_ways_of_a_step_are_measured_beside_their_estimates(monkeypatch):
@@ -284,10 +261,8 @@ DOCUMENTS = ("README.md", "benchmarks/README.md")
 
 def test_report_draws_what_was_measured(measured, tmp_path):
     measured = json.loads(json.dumps(measured))
-    measured["head"][0]["sides"]["published"] |= {
-        "seconds": {"low": 0.004, "median": 0.00456, "high": 0.005},
-        "rounds": 5,
-    }
+    seconds = {"low": 0.004, "median": 0.00456, "high": 0.005}
+    measured["head"][0]["sides"]["published"] |= {"seconds": seconds, "rounds": 5}
     for document in DOCUMENTS:
         (tmp_path / document).parent.mkdir(exist_ok=True)
         (tmp_path / document).write_text((ROOT / document).read_text())
@@ -301,15 +276,17 @@ def test_report_draws_what_was_measured(measured, tmp_path):
     results = newest(folder)
     assert results["cuda"] is None
     assert results["cpu"]["origin"] == measured["origin"]
-    report.report(tmp_path)
+
+    def drawn():
+        report.report(tmp_path)
+        return [(tmp_path / document).read_text() for document in DOCUMENTS]
+
+    short, long = drawn()
     assert (folder / "mining-cpu.png").stat().st_size > 10_000
-    short, long = [(tmp_path / document).read_text() for document in DOCUMENTS]
     assert "not yet measured |" in short
     assert measured["origin"]["device"] in short
     assert "4.56 ±0.50 (" in long
-    # Once more changes nothing.
-    report.report(tmp_path)
-    assert [(tmp_path / document).read_text() for document in DOCUMENTS] == [short, long]
+    assert drawn() == [short, long], "once more changes nothing"
 
 
 def test_figures_that_are_missing_say_why(measured):
@@ -320,16 +297,13 @@ def test_figures_that_are_missing_say_why(measured):
         point["sides"][report.AUTO] = {"absent": "RuntimeError: device-side assert"}
     points[1]["sides"] = {name: {"absent": "skipped: would take more time"} for name in points[1]["sides"]}
     text = report.tables(points)
-    for line in (
+    assert {
         "- torch.cdist, 8/2048: skipped: would take more time",
         "- dense torch, 16/2048, 16/4: out of memory",
         "- ours, auto, 16/2048, 16/4: RuntimeError: device-side assert",
         "- all, 8/4: not reached in the time there was",
-    ):
-        assert line in text.split("\n")
-    assert "| skipped |" in text
-    assert "| out of memory |" in text
-    assert "| failed |" in text
+    } <= {*text.split("\n")}
+    assert all(f"| {word} |" in text for word in ("skipped", "out of memory", "failed"))
 
 
 def test_agreement_and_waits_are_said_where_they_are_not_as_they_should_be():
@@ -340,10 +314,9 @@ def test_agreement_and_waits_are_said_where_they_are_not_as_they_should_be():
 
 def test_files_of_older_scripts_are_read():
     chunks = section(load(RESULTS / "nvidia-h200-2026-11-26-chunks.json"))
-    (row,) = [
-        line for line in chunks.split("\n") if line.startswith("| vit_base_patch16_224 | 224") and "(1.000)" in line
-    ]
-    assert [cell.split(" ")[0] for cell in row.split(" | ")[2:4]] == ["46.9", "244"]
+    rows = [line.split(" | ") for line in chunks.split("\n") if line.startswith("| vit_base_patch16_224 | 224")]
+    (times,) = [[cell.split(" ")[0] for cell in row[2:4]] for row in rows if "(1.000)" in " ".join(row)]
+    assert times == ["46.9", "244"]
     assert "| resnet101 | 448 | 29,718 | 3,882 |" in chunks  # 29.02 and 3.79 GiB
     memory = load(RESULTS / "amd-epyc-cpu-2026-11-24-memory.json")
     assert memory["estimated"][2]["sides"]["chunks of 15"] == {"memory": 8466278248}
@@ -359,10 +332,3 @@ def test_documents_show_the_committed_results():
             assert section(found) in file.with_suffix(".md").read_text(), f"{file}: run benchmarks/report.py"
     with pytest.raises(ValueError, match="expected markers"):
         fill("no markers", {"summary": ""})
-
-
-def test_published_head_has_the_published_sizes():
-    shapes = {name: tuple(value.shape) for name, value in Head(2048, 200).state_dict().items()}
-    assert shapes["map1.weight"] == (512, 4096)
-    assert shapes["map2.weight"] == (2048, 512)
-    assert shapes["fc.weight"] == (200, 2048)
