@@ -27,6 +27,10 @@ def own_backbone():
     return nn.Sequential(nn.Conv2d(3, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def whole_model():
+    return timm.create_model("test_resnet", num_classes=9)
+
+
 def test_a_module_is_a_backbone_too():
     assert APINet(own_backbone(), 5, dim=12)(IMAGES).shape == (6, 5)
 
@@ -36,25 +40,13 @@ def test_a_module_is_a_backbone_too():
     [
         (lambda: APINet(own_backbone(), 5), ValueError, r"Sequential.*no num_features.*dim="),
         (lambda: APINet(own_backbone(), 5, dim=12, pretrained=True), ValueError, "go with a timm name"),
-        (
-            lambda: APINet(timm.create_model("test_resnet", num_classes=9), 5)(IMAGES),
-            ValueError,
-            r"float32 \[6, 9\].*num_classes=0",
-        ),
+        (lambda: APINet(whole_model(), 5)(IMAGES), ValueError, r"float32 \[6, 9\].*num_classes=0"),
         (lambda: APINet("resnet19", 4), ValueError, "timm has no model 'resnet19', but .*resnet18"),
         (lambda: APINet("resnet_50.a1_in1k", 4), ValueError, r"no model 'resnet_50\.a1_in1k', but .*resnet50"),
         (lambda: APINet("resnet18.no_tag", 4), ValueError, r"no model 'resnet18\.no_tag', but .*resnet18\."),
         (lambda: APINet("zzzzzz", 4), ValueError, "timm has no model 'zzzzzz'; timm.list_models"),
-        (
-            lambda: make_net(hidden_dims=8),
-            TypeError,
-            r"no argument 'hidden_dims', did you mean 'hidden_dim'\?.*mutual, gate",
-        ),
-        (
-            lambda: make_net(drop_path_rate=8),
-            TypeError,
-            r"no argument 'drop_path_rate'.*backbone_args=\{'drop_path_rate'",
-        ),
+        (lambda: make_net(hidden_dims=8), TypeError, r"no argument 'hidden_dims'.* mean 'hidden_dim'\?.*mutual, gate"),
+        (lambda: make_net(drop_rate=8), TypeError, r"no argument 'drop_rate'.*backbone_args=\{'drop_rate'"),
         (lambda: make_net().freeze_backbone(batch_norm="off"), ValueError, "'train' or 'eval', got 'off'"),
         (lambda: apinet_head.APINet2, AttributeError, "no attribute 'APINet2'"),
     ],

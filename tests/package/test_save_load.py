@@ -50,48 +50,38 @@ def check_same(loaded, net, images=IMAGES):
     assert torch.equal(loaded(images), net(images))
 
 
-def test_numpy_numbers_come_back(tmp_path):
+def test_numpy_numbers_and_tuples_come_back(tmp_path):
+    overlay = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5), "input_size": (3, 96, 96)}
+    numbers = {"output_stride": np.int64(16), "drop_rate": np.float64(0.1)}
     net = make_net(
         np.int64(7), dropout=np.float32(0.25), hidden_dim=np.int32(8), chunk_size=np.int16(2),
-        backbone_args={"output_stride": np.int64(16), "drop_rate": np.float64(0.1)},
+        backbone_args={**numbers, "pretrained_cfg_overlay": overlay, "layers": (1, 2, 1, 1)},
     )  # fmt: skip
     loaded = round_trip(net, tmp_path)
-    assert config_of(tmp_path)["backbone_args"] == {"output_stride": 16, "drop_rate": 0.1}
-    assert loaded.head.drop.p == 0.25
-    assert loaded.chunk_size == 2
+    check_same(loaded, net)
+    written = config_of(tmp_path)["backbone_args"]
+    assert (written["output_stride"], written["drop_rate"]) == (16, 0.1)
+    assert (loaded.head.drop.p, loaded.chunk_size) == (0.25, 2)
     assert (type(net.chunk_size), type(net.num_classes), type(net.dim)) == (int, int, int)
-    check_same(loaded, net)
-
-
-def test_tuples_come_back_as_tuples(tmp_path):
-    overlay = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5), "input_size": (3, 96, 96)}
-    net = make_net(backbone_args={"pretrained_cfg_overlay": overlay, "layers": (1, 2, 1, 1)})
-    loaded = round_trip(net, tmp_path)
-    check_same(loaded, net)
     expected = timm.data.resolve_model_data_config(net.backbone)
     assert timm.data.resolve_model_data_config(loaded.backbone) == expected
     assert expected["input_size"] == (3, 96, 96)
 
 
-OF_TIMM = [
-    ({"act_layer": nn.SiLU}, r"backbone_args\['act_layer'\].*class.*SiLU.*act_layer='silu'"),
-    ({"block_args": {"attn_layer": {"se"}}}, r"backbone_args\['block_args'\]\['attn_layer'\].*\{'se'\}"),
-    ({"block_args": {3: None}}, r"backbone_args\['block_args'\]\[3\]=None"),
-    ({"drop_rate": torch.tensor(0.5)}, r"backbone_args\['drop_rate'\]=float32 \[\]"),
-]
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        *(({"backbone_args": arguments}, named) for arguments, named in OF_TIMM),
-        ({"backbone": "local-dir:/birds"}, "backbone='local-dir:/birds'.*take a name"),
+        ({"act_layer": nn.SiLU}, r"backbone_args\['act_layer'\].*class.*SiLU.*act_layer='silu'"),
+        ({"block_args": {"attn_layer": {"se"}}}, r"backbone_args\['block_args'\]\['attn_layer'\].*\{'se'\}"),
+        ({"block_args": {3: None}}, r"backbone_args\['block_args'\]\[3\]=None"),
+        ({"drop_rate": torch.tensor(0.5)}, r"backbone_args\['drop_rate'\]=float32 \[\]"),
+        ("local-dir:/birds", "backbone='local-dir:/birds'.*take a name"),
     ],
 )
 def test_arguments_that_json_cannot_hold_are_named_when_saving(arguments, named, tmp_path, monkeypatch):
     model = timm.create_model("test_resnet", num_classes=0)
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: model)  # whatever it is given
-    net = APINet(**{"backbone": "test_resnet", "num_classes": 5, **arguments})
+    net = APINet(arguments, 5) if isinstance(arguments, str) else make_net(backbone_args=arguments)
     with pytest.raises(ValueError, match=named):
         net.save_pretrained(tmp_path / "net")
     assert not (tmp_path / "net").exists()
@@ -160,30 +150,29 @@ class OwnMutual(nn.Module):
         return self.scale * anchor * partner
 
 
-@pytest.mark.parametrize("make", [lambda: TwiceMLP(DIM, 16), lambda: OwnMutual(DIM)], ids=["subclass", "own"])
-def test_own_mutual_has_to_be_given_when_loading(make, tmp_path):
-    net = make_net(mutual=make())
+def own_backbone():
+    return nn.Sequential(nn.Conv2d(3, DIM, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+SUBCLASS, MODULE = {"mutual": lambda: TwiceMLP(DIM, 16)}, {"mutual": lambda: OwnMutual(DIM)}
+
+
+@pytest.mark.parametrize("make", [SUBCLASS, MODULE, {"backbone": own_backbone, **MODULE}])
+def test_own_modules_have_to_be_given_when_loading(make, tmp_path):
+    def own(*names):
+        return {name: make[name]() for name in names}
+
+    net = APINet(**{"backbone": "test_resnet", "num_classes": 5, "dim": DIM, "hidden_dim": 16, **own(*make)}).eval()
     net.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"mutual=(TwiceMLP|OwnMutual).*from_pretrained\(.*mutual=module"):
+    with pytest.raises(ValueError, match=r"own .*mutual=(TwiceMLP|OwnMutual).*from_pretrained\(.*mutual=module\)"):
         APINet.from_pretrained(tmp_path)
-    loaded = APINet.from_pretrained(tmp_path, mutual=make())
+    for name in make:
+        with pytest.raises(ValueError, match=rf"from_pretrained\(\.\.\., {name}=module\)"):
+            APINet.from_pretrained(tmp_path, **own(*(make.keys() - {name})))
+    loaded = APINet.from_pretrained(tmp_path, **own(*make))
     check_same(loaded, net)
     labels = torch.tensor([0, 0, 1])
     assert torch.equal(loaded(IMAGES, labels).logits_self, net(IMAGES, labels).logits_self)
-
-
-def test_own_backbone_and_own_mutual_are_both_asked_for(tmp_path):
-    def own():
-        backbone = nn.Sequential(nn.Conv2d(3, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return {"backbone": backbone, "mutual": OwnMutual(12)}
-
-    net = APINet(num_classes=5, dim=12, **own()).eval()
-    net.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"backbone=module, mutual=module"):
-        APINet.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"backbone=module\)"):
-        APINet.from_pretrained(tmp_path, mutual=own()["mutual"])
-    check_same(APINet.from_pretrained(tmp_path, **own()), net)
 
 
 def test_another_number_of_classes_and_chunk_size_are_saved(tmp_path):
@@ -226,11 +215,6 @@ def test_saving_changes_nothing(tmp_path):
     torch.testing.assert_close([net.state_dict(), torch.get_rng_state()], before, rtol=0, atol=0)
 
 
-def test_sync_batch_norm_is_saved_as_batch_norm(tmp_path):
-    plain = make_net()
-    check_same(round_trip(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)), tmp_path), plain)
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: net])
 def test_loaded_and_saved_again_is_the_same(copied, tmp_path):
     net = make_net(backbone_args={"in_chans": 3})
@@ -261,18 +245,19 @@ def compiled_in_place(net):
 
 
 @pytest.mark.parametrize(
-    "compile_",
+    "change",
     [
         compiled,
         compiled_in_place,
         lambda net: compiled(net, "backbone"),
         lambda net: compiled(net, "backbone.layer1", "head.classifier"),
+        nn.SyncBatchNorm.convert_sync_batchnorm,
     ],
 )
 @pytest.mark.parametrize("chunk_size", [None, 2])
-def test_compiled_net_is_saved_as_the_plain_one(compile_, chunk_size, tmp_path):
+def test_compiled_or_synchronised_net_is_saved_as_the_plain_one(change, chunk_size, tmp_path):
     plain = make_net(chunk_size=chunk_size)
-    net = compile_(copy.deepcopy(plain))
+    net = change(copy.deepcopy(plain))
     assert torch.equal(net(IMAGES), plain(IMAGES))
     net.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == plain.state_dict().keys()
