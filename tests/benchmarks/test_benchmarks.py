@@ -179,11 +179,9 @@ def test_bytes_saved_for_the_backward_pass():
 
 
 def tiny_plan():
-    def begin(device, seconds, cases):
-        return partial(mining.measure, device, Budget(600, 3000))
-
+    batches = [Case(size, dim) for size in (8, 16) for dim in (2048, 4)]
     return {
-        "mining": Part(lambda *_: [Case(size, dim) for size in (8, 16) for dim in (2048, 4)], begin, 1),
+        "mining": Part(lambda *_: batches, lambda device, *_: partial(mining.measure, device, Budget(600, 3000)), 1),
         "head": head.PART._replace(cases=lambda *_: [head.Case(5, mined, batch=8, dim=8) for mined in (False, True)]),
         "train_step": train_step.PART._replace(cases=lambda *_: [train_step.Case("test_resnet", 32, 8)]),
     }

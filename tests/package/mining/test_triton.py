@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,24 +32,8 @@ def test_in_the_interpreter(chosen):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-class NoGPU:
-    """Stands in for Triton's driver, to compile for a GPU that isn't there."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        return self.capability  # Triton keeps what it compiled by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
-
-
 def compile_kernels(monkeypatch, capability: int) -> dict[str, list]:
-    """From here on, launches on a CPU compile for that GPU, and no more; by name, what they compiled."""
+    """From here on, launches on a CPU compile for a GPU that isn't there, and no more; by name, what they compiled."""
     kernels: dict[str, list] = {}
     run = triton.JITFunction.run
 
@@ -58,7 +43,12 @@ def compile_kernels(monkeypatch, capability: int) -> dict[str, list]:
     monkeypatch.setattr(triton.JITFunction, "run", compile_only)
     if not hasattr(triton.runtime.driver, "_active"):
         pytest.skip("this release of Triton takes no other driver")
-    monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU(capability))
+    driver = SimpleNamespace(
+        get_current_device=lambda: capability,  # Triton keeps what it compiled by device
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", capability, 32),
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(backend, "_capability", lambda device: capability)
     return kernels
 

@@ -25,11 +25,11 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float64 is plain PyTorch's
 
 
-def check_on_gpu(features, labels, kernels, *, intra="similar", inter="similar"):
+def check_on_gpu(features, labels, kernels, how):
     """Compare with float64, where rounding of products about the middle of the rows may let another partner win."""
     exact = features.double()
-    found = mine_pairs(features, labels, intra=intra, inter=inter, backend=kernels)
-    expected = mine_pairs(exact, labels, intra=intra, inter=inter, backend="tiled")
+    found = mine_pairs(features, labels, intra=how, inter=how, backend=kernels)
+    expected = mine_pairs(exact, labels, intra=how, inter=how, backend="tiled")
     assert torch.equal(found.valid, expected.valid)
     finite = exact.isfinite().all(1)
     centred = exact - exact[finite].median(0).values
@@ -53,10 +53,9 @@ def test_adversarial_on_cuda(kind, dtype, kernels):
         features, labels = make_batch(seed=size, size=size, dim=dim, classes=size // 4 + 1, dtype=dtype, kind=kind)
         if kind == "huge":
             features = features / dim**0.5  # their squares must be float64
-        if not features.isfinite().all(1).any():
-            continue
-        check_on_gpu(features.cuda(), labels.cuda(), kernels)
-        check_on_gpu(features.cuda(), labels.cuda(), kernels, intra="dissimilar", inter="dissimilar")
+        if features.isfinite().all(1).any():
+            for how in ("similar", "dissimilar"):
+                check_on_gpu(features.cuda(), labels.cuda(), kernels, how)
 
 
 @EITHER
@@ -86,15 +85,16 @@ def test_near_neighbours_are_told_apart_on_cuda(far, cosine):
     assert torch.equal(found[others], mine_pairs(features.double(), labels).partner[others])
 
 
-def make_on_gpu(size: int = 3000, dim: int = 512):
-    features, labels = make_batch(seed=2, size=size, dim=dim, classes=size // 4, dtype=torch.float32, kind="duplicates")
-    return features.cuda(), labels.cuda()
+def make_on_gpu():
+    batch = make_batch(seed=2, size=3000, dim=512, classes=750, dtype=torch.float32, kind="duplicates")
+    return [rows.cuda() for rows in batch]
 
 
-def test_the_same_five_times_on_cuda():
-    batch = make_on_gpu()
-    first, *others = (mine_pairs(*batch, backend="triton").partner for _ in range(5))
-    assert all(torch.equal(first, other) for other in others)
+def test_the_same_every_time_and_compiled_on_cuda():
+    batch, mine = make_on_gpu(), partial(mine_pairs, backend="triton")
+    first = mine(*batch)
+    for again in (*4 * [mine], torch.compile(mine, fullgraph=True)):
+        assert all(map(torch.equal, again(*batch), first))
 
 
 def test_no_synchronisation_and_graph_capture_on_cuda():
@@ -109,16 +109,8 @@ def test_no_synchronisation_and_graph_capture_on_cuda():
     features.copy_(features.flip(0))
     labels.copy_(labels.flip(0))
     graph.replay()
-    for field, other in zip(captured, mine_pairs(features, labels, backend="triton"), strict=True):
-        assert torch.equal(field, other)
+    assert all(map(torch.equal, captured, mine_pairs(features, labels, backend="triton")))
     assert not torch.equal(captured.partner, expected.partner)
-
-
-def test_compiled_on_cuda():
-    features, labels = make_on_gpu()
-    found = torch.compile(partial(mine_pairs, backend="triton"), fullgraph=True)(features, labels)
-    for field, expected in zip(found, mine_pairs(features, labels, backend="triton"), strict=True):
-        assert torch.equal(field, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
