@@ -31,10 +31,6 @@ def whole_model():
     return timm.create_model("test_resnet", num_classes=9)
 
 
-def test_a_module_is_a_backbone_too():
-    assert APINet(own_backbone(), 5, dim=12)(IMAGES).shape == (6, 5)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

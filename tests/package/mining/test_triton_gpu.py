@@ -5,11 +5,11 @@ from unittest import mock
 
 import pytest
 import torch
-from reference import check_partners
+from mined import check_pairs
 from strategies import KINDS, make_batch
 from watching import no_waiting
 
-from apinet_head import mine_pairs
+from apinet_head import Pairs, mine_pairs
 from apinet_head.mining import BACKENDS
 
 pytest.importorskip("triton")
@@ -64,12 +64,11 @@ def test_adversarial_on_cuda(kind, dtype, kernels):
 def test_keys_elsewhere_on_cuda(offset, dtype, kernels):
     keys, key_labels = make_batch(seed=1, size=1000, dim=100, classes=50, dtype=dtype, kind="offset")
     features, labels = keys[100:230], key_labels[100:230]
-    pairs = mine_pairs(features.cuda(), labels.cuda(), keys=keys.cuda(), key_labels=key_labels.cuda(),
-                       key_offset=offset, inter="dissimilar", backend=kernels)  # fmt: skip
-    for row, how, same in ((0, "similar", True), (130, "dissimilar", False)):
-        partner, valid = (field[row : row + 130].cpu() for field in (pairs.partner, pairs.valid))
-        check_partners(partner, valid, features, labels, how=how, same_class=same, keys=keys, key_labels=key_labels,
-                       offset=offset, exact=False)  # fmt: skip
+    among = {"key_offset": offset, "intra": "similar", "inter": "dissimilar"}
+    on_gpu = {"keys": keys.cuda(), "key_labels": key_labels.cuda(), **among}
+    found = mine_pairs(features.cuda(), labels.cuda(), **on_gpu, backend=kernels)
+    pairs = Pairs(*(field.cpu() for field in found))
+    check_pairs(pairs, features, labels, keys=keys, key_labels=key_labels, **among, exact=False)
 
 
 @pytest.mark.parametrize("cosine", [0.999, 0.99999, 0.999999])
