@@ -293,6 +293,51 @@ def test_what_changes_before_the_backward_pass_is_named(change, message):
     net(batch(10)).sum().backward()
 
 
+@FOR_EACH_KEEP
+def test_recomputation_is_on_the_default_device_of_the_forward_pass(keep):
+    seen = []
+    backbone = Calling(lambda maps: (seen.append(torch.get_default_device().type), maps.exp().mean((1, 2, 3)))[1])
+    with torch.device("meta"):
+        features = ChunkedBackbone(backbone, 4, keep=keep)(batch(12).requires_grad_())
+    features.sum().backward()  # on a GPU another thread, with its own default device
+    assert seen == ["meta"] * (6 - keep)
+
+
+class ReadingTwice(torch.autograd.Function):
+    """x², whose backward pass asks twice for what was saved."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (ctx.saved_tensors[0] + ctx.saved_tensors[0])
+
+
+def test_saved_tensors_may_be_read_twice():
+    images = batch(12).requires_grad_()
+    ChunkedBackbone(Calling(lambda x: ReadingTwice.apply(x).mean((1, 2, 3))), 4)(images).sum().backward()
+    assert_close(images.grad, 2 * images.detach() / images[0].numel())
+
+
+def test_images_that_change_before_the_backward_pass_are_an_error():
+    images = batch(10)
+    loss = ChunkedBackbone(small(), 4, keep=0)(images).sum()
+    images.mul_(2)
+    with pytest.raises(RuntimeError, match=r"the images float64 \[2, 3, 32, 32\] on cpu were changed between"):
+        loss.backward()
+
+
+def test_a_backbone_that_computes_something_else_when_recomputed_is_an_error():
+    calls = []
+    backbone = Calling(lambda x: (calls.append(1), x.exp() if len(calls) < 4 else x.exp().sin())[1].mean((1, 2, 3)))
+    loss = ChunkedBackbone(backbone, 4, keep=0)(batch(12).requires_grad_()).sum()
+    with pytest.raises(RuntimeError, match="autograd saved 1 tensors in the forward pass, then 2, or some of other"):
+        loss.backward()
+
+
 ALONE = r"leaves a chunk of one image of float64 \[{}, 3, 32, 32\]"
 JOINED = "cannot be joined over chunks: it has"
 
