@@ -1,5 +1,7 @@
 """torch.compile, torch.export, fake tensors, CUDA graphs: the package under everything that traces or rewrites it."""
 
+import copy
+
 import pytest
 import torch
 from mined import HOWS, check_pairs
@@ -8,7 +10,7 @@ from strategies import make_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watching import no_waiting, no_warnings
 
-from apinet_head import APIHead, APILoss, api_loss, mine_pairs
+from apinet_head import APIHead, APILoss, FeatureMemory, api_loss, mine_pairs
 
 DYNAMIC = pytest.mark.parametrize("dynamic", [True, None])
 # "aot_eager" checks that all can be traced in one graph, backward too; "inductor" that the generated code is right.
@@ -50,6 +52,17 @@ def test_compiled_mining_equals_eager_for_any_batch_size(how, dynamic, backend):
             check_pairs(pairs, features, labels, intra=how, inter=how)
             if how != "random":
                 assert all(map(torch.equal, pairs, mine_pairs(features, labels, intra=how, inter=how)))
+
+
+def test_compiled_push_takes_any_batch_size():
+    memory, eager = FeatureMemory(10, 6), FeatureMemory(10, 6)
+    push = torch.compile(memory.push, fullgraph=True, dynamic=True, backend="aot_eager")
+    for turn, size in enumerate((4, 7, 3, 25, 10, 6)):
+        features, labels = make_batch(turn, size, 6, 4, torch.float32, "normal")
+        push(features, labels)
+        eager.push(features.requires_grad_(), labels)
+        assert not eager.features.requires_grad
+        torch.testing.assert_close([*memory.buffers()], [*eager.buffers()], rtol=0, atol=0, equal_nan=True)
 
 
 class Mining(torch.nn.Module):
@@ -95,3 +108,20 @@ def test_only_the_first_batch_waits_for_the_device_and_graphs_can_be_captured():
         captured = fresh(features, labels).pairs
     graph.replay()
     assert torch.equal(captured.partner, expected.partner)
+
+
+@pytest.mark.gpu
+def test_a_head_with_a_memory_does_not_wait_for_the_device_and_can_be_captured():
+    head, features, labels = APIHead(6, 5, memory=16), torch.randn(6, 6), torch.tensor([0, 0, 1, 1, 2, 3])
+    expected = copy.deepcopy(head.memory)
+    for _ in range(6):
+        expected.push(features, labels)
+    head, features, labels = head.cuda(), features.cuda(), labels.cuda()
+    with no_waiting():
+        api_loss(head(features, labels))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        api_loss(head(features, labels))
+    for _ in range(5):  # each replay pushes where the last one ended, beyond the end of the ring too
+        graph.replay()
+    torch.testing.assert_close([*head.memory.cpu().buffers()], [*expected.buffers()], rtol=0, atol=0, equal_nan=True)
