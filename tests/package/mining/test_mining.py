@@ -100,9 +100,9 @@ def make_features(*size, seed=0, **how):
 
 
 @each_backend
-@pytest.mark.parametrize("factor", [6e4, slow_in_the_interpreter(1e10), slow_in_the_interpreter(1e30)])
+@pytest.mark.parametrize("factor", [6e4, slow_in_the_interpreter(1e30)])
 @pytest.mark.parametrize("far", [[5], range(0, SIZE, 10), slow_in_the_interpreter(range(SIZE // 10))])
-@pytest.mark.parametrize("offset", [slow_in_the_interpreter(0), 100, slow_in_the_interpreter(1000)])
+@pytest.mark.parametrize("offset", [slow_in_the_interpreter(0), 1000])
 @pytest.mark.parametrize("keys", ["the batch", "one far away", "many without a class"])
 def test_rows_far_away_change_nobody_elses_partner(backend, factor, far, offset, keys):
     features = make_features(SIZE, DIM) + offset
