@@ -143,6 +143,9 @@ def test_warnings(folder):
     assert [part in warning for part, warning in zip(said, found, strict=True)] == [True] * 4
     assert folders.warnings(red[2:] + blue[:6], red[:2] + blue[6:]) == []
     assert folders.warnings(red, red[:6])[-1] == "the same holds for 1 more test image: the accuracy will be too good"
+    red[0].path.write_bytes(red[0].path.read_bytes() + bytes(9999))  # no other is as long
+    (found,) = folders.warnings(red + blue, red[:1])[1:]
+    assert found == f"{red[0].path} of the test images is the training image {red[0].path}"
     blue[0].path.write_bytes(red[3].path.read_bytes())
     assert folders.warnings(red + blue, [])[1:] == ["under two labels or more, as under blue and red: 1 image"]
 

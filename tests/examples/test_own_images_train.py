@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from colours import COLOURS, FLAGS, SHORT, prepared, probabilities
 from commands import start
-from cub_runs import KilledError, at_call, killed, same
+from cub_runs import KilledError, at_call, same
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 import train_own
-from apinet_head import APINet, api_loss
+from apinet_head import APINet, BalancedBatchSampler, api_loss
 from workbench import run_folder
 from workbench.datasets.lists import Image, ImageSet
 from workbench.model_folder import load
@@ -260,13 +260,16 @@ def assert_ends_alike(*folders):
 @pytest.mark.parametrize("step", [1, 4, 5, 9])
 def test_killed_in_any_step_it_ends_as_if_never_killed(own_model, whole, tmp_path, monkeypatch, step):
     out = tmp_path / "model"
-    at_call(monkeypatch, step, train_own, "compute_loss", killed)
+    at_call(monkeypatch, step, train_own, "compute_loss", Mock(side_effect=KilledError))
+    epochs, set_epoch = [], BalancedBatchSampler.set_epoch
+    monkeypatch.setattr(BalancedBatchSampler, "set_epoch", lambda *args: (epochs.append(args[1]), set_epoch(*args)))
     with pytest.raises(KilledError):
         train(own_model, out, *STEPS, "--checkpoint-minutes", "1e-9")
     assert not (out / "classes.json").exists()
     torch.manual_seed(123)  # nothing may depend on what the new process happens to have
     assert_ends_alike(train(own_model, out, *STEPS, "--workers", "2" if step == 5 else "0"), whole)
     assert not (out / "run").exists()
+    assert {*epochs} == {0, 1, 2}  # each has batches and crops of its own
 
 
 def test_sigterm_saves_and_stops(own_model, whole, tmp_path, monkeypatch, capsys):
@@ -281,7 +284,7 @@ def test_sigterm_saves_and_stops(own_model, whole, tmp_path, monkeypatch, capsys
 
 
 def test_other_settings_do_not_go_on_with_a_run(own_model, tmp_path, monkeypatch):
-    at_call(monkeypatch, 1, train_own.report, "write", killed)
+    at_call(monkeypatch, 1, train_own.report, "write", Mock(side_effect=KilledError))
     with pytest.raises(KilledError):
         train(own_model, tmp_path / "model", *STEPS)
     with pytest.raises(SystemExit, match=r"holds another run:\n.*\n  lr: 0.01 there, 0.5 here"):

@@ -225,15 +225,16 @@ def _same_files(train: list[Item], test: list[Item]) -> list[str]:
     # Files of a length of their own are not read.
     alike = [path for path, size in sizes.items() if lengths[size] > 1]
     digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in alike}
-    seen = {digests[item.path]: item.path for item in train if item.path in digests}
-    leaks = [item.path for item in test if digests.get(item.path) in seen]
-    found = [f"{path} of the test images is the training image {seen[digests[path]]}" for path in leaks[:NAMED]]
+    content = {path: digests.get(path, str(path)) for path in sizes}
+    seen = {content[item.path]: item.path for item in train}
+    leaks = [item.path for item in test if content[item.path] in seen]
+    found = [f"{path} of the test images is the training image {seen[content[path]]}" for path in leaks[:NAMED]]
     if len(leaks) > NAMED:
         more = counted(len(leaks) - NAMED, "more test image")
         found.append(f"the same holds for {more}: the accuracy will be too good")
     labels = defaultdict(set)
     for item in train + test:
-        labels[digests.get(item.path, str(item.path))].add(item.label)
+        labels[content[item.path]].add(item.label)
     torn = [sorted(names) for names in labels.values() if len(names) > 1]
     if torn:
         found.append(f"under two labels or more, as under {' and '.join(torn[0])}: {counted(len(torn), 'image')}")
