@@ -119,7 +119,7 @@ def check_number(value: float, name: str, least: float = -math.inf, most: float 
     """The value as a Python float (or SymFloat); raises unless it is a finite number in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    if not (math.isfinite(value) and least <= value <= most):
+    if not (-math.inf < value < math.inf and least <= value <= most):  # math.isfinite takes no SymFloat
         bounds = f"in [{least}, {most}{']' if math.isfinite(most) else ')'}" if math.isfinite(least) else "finite"
         raise ValueError(f"{name} must be {bounds}, got {value}")
     return value if isinstance(value, torch.SymFloat) else float(value)

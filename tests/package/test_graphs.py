@@ -10,7 +10,7 @@ from strategies import make_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watching import no_waiting, no_warnings
 
-from apinet_head import APIHead, APILoss, FeatureMemory, api_loss, mine_pairs
+from apinet_head import APIHead, FeatureMemory, api_loss, mine_pairs
 
 DYNAMIC = pytest.mark.parametrize("dynamic", [True, None])
 # "aot_eager" checks that all can be traced in one graph, backward too; "inductor" that the generated code is right.
@@ -28,8 +28,8 @@ def make_case(size=24, dim=32, classes=6, memory=0):
 @pytest.mark.parametrize("memory", [0, 50])
 def test_compiled_head_and_loss_equal_eager(memory, dynamic, backend):
     (head, *_), (eager, *_) = make_case(memory=memory), make_case(memory=memory)
-    loss = APILoss() if dynamic else api_loss  # dynamic=True makes symbols of a function's numbers, too
-    compiled = torch.compile(lambda x, y: loss(head(x, y)), fullgraph=True, dynamic=dynamic, backend=backend)
+    # dynamic=True makes symbols of the loss's numbers, too.
+    compiled = torch.compile(lambda x, y: api_loss(head(x, y)), fullgraph=True, dynamic=dynamic, backend=backend)
     for size in (24, 31, 32):
         _, features, labels = make_case(size)
         found, expected = compiled(features, labels), api_loss(eager(features, labels))
