@@ -72,7 +72,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         return [Case("resnet18", 32, 8, "float32", 2)]
     if device.type == "cpu":
         # The last is as small as keeps the host from computing: what it takes in Python counts, as beside a fast GPU.
-        sizes = {"resnet50": 160, "convnext_tiny": 160, "mobilenetv3_small_050": 32}
+        sizes = {"resnet50": 160, "convnext_tiny": 160, "mobilenetv2_035": 32}
         return [Case(name, pixels, 32, "float32", 8) for name, pixels in sizes.items()]
     sizes = {"resnet50": 224, "convnext_tiny": 224, "vit_base_patch16_224": 224, "resnet101": 448}
     return [Case(name, pixels, 120, "bfloat16", 15) for name, pixels in sizes.items()]
