@@ -176,7 +176,7 @@ class _FirstPass:
 class _Recomputed:
     """Runs a chunk for which autograd saves no tensors: the backward pass runs it again, and takes them from there.
 
-    As `torch.utils.checkpoint` does, with less Python for each tensor. There are a thousand in a ResNet-101, and where
+    As `torch.utils.checkpoint` does, with less Python for each tensor. There are 934 in a ResNet-101, and where
     a GPU is faster than its host, that is what recomputation costs.
     """
 
