@@ -2,9 +2,9 @@
 
     python benchmarks/step_memory.py --only chunks --output benchmarks/results
 
-"chunks": a step by how many chunks are kept, beside GradCache's way, which the cached losses of sentence-transformers
-take, too, written from its description. Memory is what a step takes beyond parameters and the optimiser's state, beside
-the estimate of `step_memory`. "estimated": larger batches all in all, not run. "choices": what `pick_chunk_size` picks.
+"chunks": a step by how many chunks are kept, beside GradCache's way (and sentence-transformers' cached losses'),
+written from its description; memory beyond parameters and the optimiser's state, beside the estimate of `step_memory`.
+"estimated": larger batches, not run. "choices": what `pick_chunk_size` picks.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,7 @@ BASES: dict[str, dict[str, Any]] = {WHOLE: {}, CHECKPOINTING: {"checkpointing": 
 def kept(case: Case) -> dict[str, int]:
     """For each way in chunks how many are kept."""
     chunks = -(-case.batch // case.chunk)
-    counts = {"none": 0, "one": 1, "half": chunks // 2, "all but one": chunks - 1, "all": chunks}
-    return {f"{name} kept": count for name, count in counts.items()}
+    return {"none kept": 0, "one kept": 1, "half kept": chunks // 2, "all but one kept": chunks - 1, "all kept": chunks}
 
 
 class CachedStep(Step):
@@ -70,12 +69,11 @@ def make_step(way: str, case: Case, device: torch.device) -> Step:
 def cases(device: torch.device, quick: bool = False) -> list[Case]:
     if quick:
         return [Case("resnet18", 32, 8, "float32", 2)]
-    if device.type == "cpu":
-        # The last is as small as keeps the host from computing: what it takes in Python counts, as beside a fast GPU.
-        sizes = {"resnet50": 160, "convnext_tiny": 160, "mobilenetv2_035": 32}
-        return [Case(name, pixels, 32, "float32", 8) for name, pixels in sizes.items()]
-    sizes = {"resnet50": 224, "convnext_tiny": 224, "vit_base_patch16_224": 224, "resnet101": 448}
-    return [Case(name, pixels, 120, "bfloat16", 15) for name, pixels in sizes.items()]
+    if device.type == "cpu":  # the last is so small that the host's work counts, as beside a fast GPU
+        small = {"resnet50": 160, "convnext_tiny": 160, "mobilenetv2_035": 32}
+        return [Case(name, pixels, 32, "float32", 8) for name, pixels in small.items()]
+    large = {"resnet50": 224, "convnext_tiny": 224, "vit_base_patch16_224": 224, "resnet101": 448}
+    return [Case(name, pixels, 120, "bfloat16", 15) for name, pixels in large.items()]
 
 
 def measure(case: Case, device: torch.device, seconds: float) -> Point:
