@@ -70,10 +70,10 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     if quick:
         return [Case("resnet18", 32, 8, "float32", 2)]
     if device.type == "cpu":  # the last is so small that the host's work counts, as beside a fast GPU
-        small = {"resnet50": 160, "convnext_tiny": 160, "mobilenetv2_035": 32}
-        return [Case(name, pixels, 32, "float32", 8) for name, pixels in small.items()]
-    large = {"resnet50": 224, "convnext_tiny": 224, "vit_base_patch16_224": 224, "resnet101": 448}
-    return [Case(name, pixels, 120, "bfloat16", 15) for name, pixels in large.items()]
+        sizes = {"resnet50": 160, "convnext_tiny": 160, "mobilenetv2_035": 32}
+        return [Case(name, pixels, 32, "float32", 8) for name, pixels in sizes.items()]
+    sizes = {"resnet50": 224, "convnext_tiny": 224, "vit_base_patch16_224": 224, "resnet101": 448}
+    return [Case(name, pixels, 120, "bfloat16", 15) for name, pixels in sizes.items()]
 
 
 def measure(case: Case, device: torch.device, seconds: float) -> Point:
