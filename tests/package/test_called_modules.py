@@ -1,5 +1,6 @@
 """What stands in for one of the head's Linears is called, never read: against plain concatenation in float64."""
 
+import copy
 from unittest import mock
 
 import pytest
@@ -130,3 +131,13 @@ def test_stand_ins_are_called_when_compiled_and_exported(stand_in):
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(features, labels).logits_self, expected)
     torch.testing.assert_close(torch.export.export(head, (features, labels)).module()(features, labels)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_layers_are_called():
+    head, features, labels = make_case(torch.float32)
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(head), {nn.Linear}, dtype=torch.qint8)
+    assert list(quantised.parameters()) == []
+    pairs = mine_pairs(features, labels)
+    torch.testing.assert_close(quantised.gates(features, pairs), head.gates(features, pairs), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(quantised.eval()(features), head.eval()(features), rtol=0.1, atol=0.1)

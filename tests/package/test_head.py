@@ -342,3 +342,12 @@ NO_LOGITS = r"no classifier.*float32 \[16, 9\].*num_classes=.*classifier="
 def test_errors_show_what_came(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_lower_precision_stays_near_float64(dtype):
+    head, features, labels = make_case(size=24, dim=32, classes=6)
+    expected = api_loss(head(features, labels))
+    found = api_loss(head.to(dtype)(features.to(dtype), labels, pairs=mine_pairs(features, labels)))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)

@@ -87,8 +87,15 @@ def allocated(net, batch, size, amp, folder):
 def test_it_is_what_a_real_step_allocates(name, size, chunks, amp, tmp_path):
     net = APINet(name, 20, **chunks)
     found = step_memory(net, 13, size, **chunks, amp=amp, moments=0).total
-    # CPU kernels allocate scratch memory of their own, most of all for bfloat16 where the CPU lacks its instructions.
-    assert 0.99 * found <= allocated(net, 13, size, amp, tmp_path) <= (1.1 if amp else 1.03) * found
+    # Kernels for a CPU allocate scratch memory of their own, in bfloat16 more than in float32.
+    tolerance = 0.03 if amp else 0.01
+    if amp and name == "test_efficientnet" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        tolerance = 0.1  # convolutions of a CPU that lacks the instructions
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of which each has its own
+    real = allocated(net, 13, size, amp, tmp_path)
+    torch.set_num_threads(threads)
+    assert found == pytest.approx(real, rel=tolerance)
 
 
 @in_both_precisions
@@ -113,6 +120,19 @@ def test_a_frozen_backbone_keeps_nothing():
     whole, chunked = (step_memory(net, 24, 160, chunk_size=size).activations for size in (None, 4))
     images = 4 * 24 * 3 * 160**2
     assert images < chunked < images + (whole - images) / 4
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "amp", "most"), [(15, None, 8), pytest.param(8, torch.bfloat16, 3, marks=pytest.mark.slow)]
+)
+def test_resnet101_at_448_pixels_in_chunks(chunk_size, amp, most):
+    found = {
+        batch: step_memory(make_net("resnet101", 200), batch, 448, chunk_size=chunk_size, amp=amp).total
+        for batch in (120, 240)
+    }
+    assert found[120] <= most * GIB
+    images_and_features = 120 * (4 * 3 * 448**2 + 4 * 2048)
+    assert found[240] - found[120] <= 1.1 * images_and_features  # and the head beside the chunk that is kept
 
 
 def test_resnet101_at_448_pixels_whole():
