@@ -47,7 +47,8 @@ class ChunkedBackbone(nn.Module):
 
     Raises:
         ValueError: chunk_size is below 1, or keep below 0.
-        RuntimeError: in the backward pass, if weights or `train()` and `eval()` have changed since forward.
+        RuntimeError: in the backward pass, if images, weights or `train()` and `eval()` have changed since forward, or
+            if the backbone computes something else then.
         TypeError: chunk_size or keep is not an int, or backbone is not a module.
 
     Examples:
@@ -176,8 +177,7 @@ class _FirstPass:
 class _Recomputed:
     """Runs a chunk for which autograd saves no tensors: the backward pass runs it again, and takes them from there.
 
-    As `torch.utils.checkpoint` does, with less Python for each tensor. There are 934 in a ResNet-101, and where
-    a GPU is faster than its host, that is what recomputation costs.
+    As `torch.utils.checkpoint` does, with less Python for each tensor, of which a ResNet-101 saves 934.
     """
 
     def __init__(self, run: Callable[[Tensor], Any], first_pass: _FirstPass) -> None:
@@ -297,8 +297,7 @@ def _randomness(
         found.append((partial(of_device.get_rng_state, **at), partial(of_device.set_rng_state, **at)))
     if numpy := sys.modules.get("numpy"):
         found.append((numpy.random.get_state, numpy.random.set_state))
-    kind = torch.Generator
-    generators = {value for module in modules for value in vars(module).values() if isinstance(value, kind)}
+    generators = {value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator)}
     return found + [(generator.get_state, generator.set_state) for generator in generators]
 
 

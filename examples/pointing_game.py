@@ -211,7 +211,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("models", type=Path, nargs="+", help="model folders of runs on the embedded birds, as RUN/last")
     parser.add_argument("--data", help="folder of the same birds (default: the data of the training)")
     parser.add_argument("--top-k", type=int, default=5, help="channels an image")
-    parser.add_argument("--tolerance", type=float, default=0.15, help="radius of a hit, in larger sides of the box")
+    about = "radius of a hit, as a share of the larger side of the bird's box"
+    parser.add_argument("--tolerance", type=float, default=0.15, help=about)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random channels")
     parser.add_argument("--device", **DEVICE)
     about = "default: pointing_game.json in the run's folder; the table goes beside it, as .md"

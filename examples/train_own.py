@@ -93,12 +93,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--device", **DEVICE)
     add("--workers", type=number(int, 0), default=min(8, processors() - 1), help="processes that load images; 0: none")
-    add(
-        "--checkpoint-minutes",
-        type=number(float, 0),
-        default=5.0,
-        help="also save this often within an epoch; 0: never",
-    )
+    about = "save after so many minutes too, not only with an epoch; 0: only then"
+    add("--checkpoint-minutes", type=number(float, 0), default=5.0, help=about)
     return parser
 
 

@@ -1,7 +1,8 @@
 """What the commands in examples/ share.
 
-Mistakes of the user end a command with a SystemExit, whose text says what is wrong and what to do; Ctrl-C ends it with
-a line as well. torch is not imported here, so that commands which do without it start quickly.
+Mistakes of the user end a command with a SystemExit, whose text says what is wrong and what to do; once this is
+imported, Ctrl-C ends it with a line as well. torch is not imported here, so that commands which do without it start
+quickly.
 """
 
 import argparse
