@@ -49,7 +49,8 @@ def draw(folder: Path, results: Results, file: Path) -> None:
         for line in series:
             curves.plot(*zip(*line, strict=True), color=COLOURS[method], alpha=0.35, linewidth=1)
         means = [statistics.mean(top1 for _, top1 in points) for points in zip(*series, strict=True)]
-        curves.plot(epochs, means, color=COLOURS[method], linewidth=2.5, label=title)
+        mark = "o" if len(epochs) == 1 else ""  # a short run is tested once
+        curves.plot(epochs, means, marker=mark, color=COLOURS[method], linewidth=2.5, label=title)
         for shift, name in enumerate(("errors_within_families", "errors_across_families")):
             values, x = [run[name] for run in results[method]], shift + (place - 0.5) * 0.36
             bars.bar(x, statistics.mean(values), 0.34, color=COLOURS[method], alpha=0.8)
