@@ -207,10 +207,10 @@ def searches_of(intra: str | None, inter: str | None) -> tuple[Search, ...]:
     for name, how in (("intra", intra), ("inter", inter)):
         if how is not None and how not in SEARCHES:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, SEARCHES))} or None, got {how!r}")
-    searches = tuple(Search(how, same) for how, same in ((intra, True), (inter, False)) if how is not None)
-    if not searches:
+    if intra is None and inter is None:
         raise ValueError("intra and inter are both None: there are no pairs to mine")
-    return searches
+    same_class = () if intra is None else (Search(intra, same_class=True),)
+    return same_class if inter is None else (*same_class, Search(inter, same_class=False))
 
 
 def checked_keys(

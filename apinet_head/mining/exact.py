@@ -27,36 +27,36 @@ def slack(distance: Tensor, squares: Tensor, cancelled: float = CANCELLED) -> Te
     return rounding.where((squares > cancelled * distance) & (squares < torch.inf) & distance.isfinite(), 0)
 
 
-def settle(query: Query, nearest: bool, partner: Tensor, row: Tensor, key: Tensor) -> None:
-    """Write the best of the candidates `key` [N] of the queries `row` [N] to partner [B]."""
+def settle(query: Query, nearest: list[bool], partner: Tensor, search: Tensor, row: Tensor, key: Tensor) -> None:
+    """Write the best of the candidates `key` [N] of the queries `row` [N] in the searches [N] to partner [S,B]."""
     step = max(1, AT_ONCE // query.rows().shape[1])
     parts = zip(torch.split(row, step), torch.split(key, step), strict=True)
     distance = torch.cat([(query.features[i].double() - query.rows()[j].double()).square().sum(1) for i, j in parts])
-    cost = distance if nearest else -distance
-    best = cost.new_full(partner.shape, torch.inf).scatter_reduce_(0, row, cost, "amin")
-    is_best = cost <= best[row]
-    partner.scatter_reduce_(0, row[is_best], key[is_best], "amin", include_self=False)
+    cost = distance.where(torch.tensor(nearest, device=row.device)[search], -distance)
+    place, partner = search * partner.shape[1] + row, partner.view(-1)
+    best = cost.new_full(partner.shape, torch.inf).scatter_reduce_(0, place, cost, "amin")
+    is_best = cost <= best[place]
+    partner.scatter_reduce_(0, place[is_best], key[is_best], "amin", include_self=False)
 
 
-def best_of(query: Query, nearest: bool, scale: Tensor | None, key: Tensor, is_candidate: Tensor) -> Tensor:
-    """The best of the candidates `key` [B,K] by subtraction, the first of equal ones [B].
+def best_of(cost: Tensor, key: Tensor) -> Tensor:
+    """Of the keys [S,B,K] those of the lowest cost, the first of equal ones [S,B]; arbitrary where all are infinite."""
+    best = (cost < torch.inf) & (cost <= cost.amin(2, keepdim=True))
+    return key.where(best, torch.iinfo(key.dtype).max).amin(2)
 
-    K is fixed for all queries, so that nothing synchronises. Arbitrary where there is no candidate.
-    """
-    key = key.where(is_candidate, 0)
-    count, size = key.shape
+
+def distances_of(query: Query, scale: Tensor | None, key: Tensor) -> Tensor:
+    """Squared distances of the queries from keys [S,B,K] by subtraction, without synchronisation."""
+    count, size = key.shape[1], key.shape[0] * key.shape[2]
     step = None if torch.compiler.is_compiling() else max(1, AT_ONCE // (size * query.rows().shape[1]))
     parts = [slice(None)] if step is None else [slice(i, i + step) for i in range(0, count, step)]
-    distance = torch.cat([_distances_of(query, scale, key[part], part) for part in parts])
-    cost = (distance if nearest else -distance).nan_to_num(0.0).where(is_candidate, torch.inf)
-    best = is_candidate & (cost <= cost.amin(1, keepdim=True))
-    return key.where(best, query.rows().shape[0]).amin(1)
+    return torch.cat([_distances_of(query, scale, key[:, part], part) for part in parts], 1)
 
 
 def _distances_of(query: Query, scale: Tensor | None, key: Tensor, part: slice) -> Tensor:
     keys = query.rows().index_select(0, key.flatten()).view(*key.shape, -1)
     difference = _wide(query.features[part], scale)[:, None] - _wide(keys, scale)
-    return difference.square().sum(2)
+    return difference.square().sum(3)
 
 
 def _wide(rows: Tensor, scale: Tensor | None) -> Tensor:

@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from apinet_head.mining.query import Query, is_eager_cpu, peaks
+from apinet_head.mining.query import Query, peaks
 
 SAMPLE = 32  # rows whose median is the centre
 BULK = -20  # rows of the bulk are scaled to about 2**BULK: outliers need more room above than near neighbours below
 PIECE = 2**20  # numbers squared at a time on a CPU, where larger temporary tensors are slow: each is mapped anew
 SYMMETRIC_FROM = 12_000_000  # multiplications, on a CPU: 120 rows of 830
-
+ONEDNN = getattr(torch.backends.mkldnn, "matmul", None)
 
 WHOLE = slice(None)
 
@@ -36,6 +36,7 @@ class Rows:
         largest_query_square: of all queries, if known; infinity if some are zero or not finite.
         usable: which keys may be partners at all, [M] bool; None if all may.
         unlabelled: whether there may be queries without a class.
+        eager: whether values can be read, see `is_eager_cpu`.
         odd: whether there may be prepared rows that are not finite.
         products: of all rows with each other [B,B], if computed for the squares.
         scale: a power of two that brings differences of the original rows into the range of their dtype.
@@ -51,11 +52,12 @@ class Rows:
         query: Query,
         tile: int | None,
         dtype: torch.dtype,
+        eager: bool,
         centre: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> None:
-        self.query, self.dtype, self.centre, self.scale = query, dtype, centre, scale
-        if tile is None and query.keys is None and scale is None and is_worth_halving(query.features):
+        self.query, self.dtype, self.eager, self.centre, self.scale = query, dtype, eager, centre, scale
+        if tile is None and query.keys is None and scale is None and self._is_worth_halving(query.features):
             # The squares are the diagonal of the products, which saves a pass over the rows.
             self.products = symmetric_products(query.features.to(dtype))
             self.squares = self.products.diagonal().clone()
@@ -69,9 +71,10 @@ class Rows:
     def distances(self, queries: Tensor, down: slice, across: slice) -> Tensor:
         """Squared distances of the prepared queries of rows `down` from the keys of rows `across`."""
         squares = part_of(self.squares, across)
-        if self.query.keys is None and down == across and is_worth_halving(queries):
-            products = symmetric_products(queries) if self.products is None else self.products
-            distance = torch.sub(squares, products, alpha=2)
+        if self.products is not None:
+            distance = torch.sub(squares, self.products, alpha=2)
+        elif self.query.keys is None and down == across and self._is_worth_halving(queries):
+            distance = torch.sub(squares, symmetric_products(queries), alpha=2)
         else:
             distance = subtract_products(squares, queries, self._prepared(part_of(self.query.rows(), across)))
         distance.add_(part_of(self.query_squares, down)[:, None])
@@ -86,8 +89,12 @@ class Rows:
         edge = _edge(self.dtype, rows.shape[1])
         return torch.sub(rows.nan_to_num(0.0, 0.0, 0.0) * self.scale, self.centre * self.scale).clamp(-edge, edge)
 
+    def _is_worth_halving(self, rows: Tensor) -> bool:
+        """Whether `symmetric_products` is faster than the full product: for large products on a CPU."""
+        return self.eager and rows.shape[0] ** 2 * rows.shape[1] >= SYMMETRIC_FROM
+
     def _squares(self, rows: Tensor, tile: int | None) -> Tensor:
-        if tile is None and is_eager_cpu(rows):
+        if tile is None and self.eager:
             tile = max(1, PIECE // rows.shape[1])
         if tile is None or rows.shape[0] <= tile:
             return self._prepared(rows).square().sum(1)
@@ -96,7 +103,7 @@ class Rows:
 
 def as_they_are(query: Query, tile: int | None) -> Rows | None:
     """The rows without preparation, for eager CPU tensors; None if a square would overflow or underflow."""
-    rows = Rows(query, tile, torch.promote_types(query.features.dtype, torch.float32))
+    rows = Rows(query, tile, torch.promote_types(query.features.dtype, torch.float32), eager=True)
     labelled = None if int(query.key_labels.min()) >= 0 else query.key_labels >= 0
     rows.unlabelled = labelled is not None if query.keys is None else int(query.labels.min()) < 0
     largest, rows.usable = _look(query.rows(), rows.squares, labelled)
@@ -117,7 +124,8 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[float | 
     """
     info = torch.finfo(squares.dtype)
     least, most = info.tiny / info.eps, info.max / 16
-    low, high = (float(bound) for bound in squares.aminmax())
+    bounds = squares.aminmax()
+    low, high = bounds.min.item(), bounds.max.item()
     if least < low and high < most:
         return high, asked
     usable = (squares > least) & (squares < most)
@@ -132,7 +140,7 @@ def _look(rows: Tensor, squares: Tensor, asked: Tensor | None) -> tuple[float | 
     return math.inf, usable if asked is None else usable.logical_and_(asked)
 
 
-def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = None) -> Rows:
+def about_the_bulk(query: Query, tile: int | None, eager: bool, dtype: torch.dtype | None) -> Rows:
     """The rows shifted and scaled, without synchronisation or data-dependent operations."""
     largest_of_row = peaks(query.rows())
     usable = largest_of_row.isfinite() & (query.key_labels >= 0)
@@ -144,7 +152,7 @@ def about_the_bulk(query: Query, tile: int | None, dtype: torch.dtype | None = N
         largest = torch.maximum(largest, peaks(query.features).nan_to_num(0.0, 0.0).amax().to(largest.dtype))
     top = torch.exp2((_edge(dtype, query.rows().shape[1]) / 4 / largest.to(dtype)).log2().floor())
     scale = torch.maximum(scale.to(dtype) * 2.0**BULK, top.nan_to_num(0.0, 0.0, 0.0))
-    rows = Rows(query, tile, dtype, centre.to(dtype), scale)
+    rows = Rows(query, tile, dtype, eager, centre.to(dtype), scale)
     rows.usable = usable
     return rows
 
@@ -176,31 +184,28 @@ def bulk(rows: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
     return centre, torch.exp2(exponent)
 
 
-def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Context that disables autocast, so that products are in the rows' own dtype."""
+def full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Context in which products of float32 rows are in float32, without autocast; for TF32 see `subtract_products`."""
     # Only if enabled: this keeps traced graphs simple, and the meta device has no autocast.
+    context: AbstractContextManager[object] = nullcontext()
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def no_reduced_precision(device_type: str) -> AbstractContextManager[None]:
-    """Context in which oneDNN computes float32 products in full precision; for CUDA see `subtract_products`."""
+        context = torch.autocast(device_type, enabled=False)
     if device_type != "cpu" or torch.compiler.is_compiling():
-        return nullcontext()
-    precision = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
+        return context
+    precision = getattr(ONEDNN, "fp32_precision", None)
     if precision is None:  # PyTorch before 2.9
         precision = "none" if torch.get_float32_matmul_precision() == "highest" else "reduced"
-    return nullcontext() if precision in ("none", "ieee") else _without_onednn()
+    return context if precision in ("none", "ieee") else _without_onednn(context)
 
 
 @contextmanager
-def _without_onednn() -> Iterator[None]:
+def _without_onednn(context: AbstractContextManager[object]) -> Iterator[None]:
     # torch.backends.mkldnn.flags would modify, and warn about, unrelated settings.
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        yield
+        with context:
+            yield
     finally:
         torch._C._set_mkldnn_enabled(before)
 
@@ -229,12 +234,6 @@ def multiply_in_parts(left: Tensor, right: Tensor) -> Tensor:
 def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
     high = (rows.view(torch.int32) & -0x2000).view(torch.float32)  # without the 13 bits that TF32 lacks
     return high, rows - high
-
-
-def is_worth_halving(rows: Tensor) -> bool:
-    """Whether `symmetric_products` is faster than the full product: for large products on a CPU."""
-    # A traced size cannot be split.
-    return is_eager_cpu(rows) and rows.shape[0] ** 2 * rows.shape[1] >= SYMMETRIC_FROM
 
 
 def symmetric_products(rows: Tensor) -> Tensor:
