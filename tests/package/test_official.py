@@ -1,11 +1,10 @@
 """`load_official_checkpoint` on state dicts of the published layout, made with torchvision, and on anything at all."""
 
-import copy
 import io
 import pickle
 import re
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -29,29 +28,21 @@ def make_published(classes):
     return net.eval()
 
 
-@pytest.fixture(scope="module")
-def published():
-    """With random weights and statistics."""
+def test_logits_are_those_of_plain_torch(tmp_path):
     torch.manual_seed(0)
-    net = make_published(11)
-    for module in net.modules():
+    published = make_published(11)
+    for module in published.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.8, 1.2)
-    return net
-
-
-def data_parallel(state):
-    return {key.replace("conv.", "conv.module.", 1): value for key, value in state.items()}
-
-
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_logits_are_those_of_plain_torch(published, wrapped, tmp_path):
-    state = data_parallel(published.state_dict()) if wrapped else published.state_dict()
-    torch.save({"epoch": 3, "state_dict": state, "best_prec1": 88.6}, tmp_path / "checkpoint.pth.tar")
+    state = published.state_dict()
+    data_parallel = {key.replace("conv.", "conv.module.", 1): value for key, value in state.items()}
+    torch.save({"epoch": 3, "state_dict": data_parallel, "best_prec1": 88.6}, tmp_path / "checkpoint.pth.tar")
+    loaded = load_official_checkpoint(tmp_path / "checkpoint.pth.tar")
+    torch.testing.assert_close(load_official_checkpoint(state), loaded, rtol=0, atol=0)
     net = APINet("resnet101", num_classes=11)
-    net.load_state_dict(load_official_checkpoint(tmp_path / "checkpoint.pth.tar"))
-    net, published = net.double().eval(), copy.deepcopy(published).double()
+    net.load_state_dict(loaded)
+    net, published = net.double().eval(), published.double()
     images, labels = torch.randn(3, 3, 64, 64, dtype=torch.float64), torch.tensor([0, 0, 1])
     with torch.no_grad():
         x = published.conv(images).mean((2, 3))
@@ -61,20 +52,6 @@ def test_logits_are_those_of_plain_torch(published, wrapped, tmp_path):
         gate = torch.sigmoid(published.map2(published.map1(torch.cat([a, b], 1))) * b)
         expected = F.linear(a + a * gate, published.fc.weight, published.fc.bias)
         torch.testing.assert_close(net(images, labels, pairs=pairs).logits_other[:6], expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"fc.bias": 0}, r"not tensors: fc.bias is int"),
-        ({"extra.weight": torch.zeros(1)}, r"not keys of the published API-Net: extra.weight"),
-        ({"conv.4.7.conv1.weight": torch.zeros(1)}, r"not expected in .*: conv.4.7.conv1.weight"),
-        ({"map1.weight": torch.zeros(256, 4096)}, r"map1.weight is \[256, 4096\] instead of \[512, 4096\]"),
-    ],
-)
-def test_what_does_not_fit_is_named(published, change, message):
-    with pytest.raises(ValueError, match=message):
-        load_official_checkpoint({**published.state_dict(), **change})
 
 
 def ran():
@@ -106,11 +83,10 @@ def test_a_file_that_is_damaged_or_would_run_code_is_named_with_its_cause(conten
 
 def test_torch_load_is_asked_for_tensors_alone_everywhere():
     root = Path(__file__).parents[2]
-    for path in (
-        path for folder in ("apinet_head", "examples", "benchmarks") for path in (root / folder).rglob("*.py")
-    ):
-        calls = [line.strip() for line in path.read_text().splitlines() if "torch.load(" in line]
-        assert all("weights_only=True" in line or line.startswith('"') for line in calls), path
+    for folder in ("apinet_head", "examples", "benchmarks"):
+        for path in (root / folder).rglob("*.py"):
+            calls = [line.strip() for line in path.read_text().splitlines() if "torch.load(" in line]
+            assert all("weights_only=True" in line or line.startswith('"') for line in calls), path
 
 
 FILES = (
@@ -138,7 +114,7 @@ def test_any_file_is_read_or_refused(data):
         path = Path(folder) / "model_best.pth.tar"
         path.write_bytes(content)
         # Noise that does no harm leaves a dict, only not a whole one, and of that its keys are told.
-        check_refused(lambda: load_official_checkpoint(path), path, "published", "checkpoint is a dict")
+        check_refused(partial(load_official_checkpoint, path), path, "published", "checkpoint is a dict")
         path.unlink()
         with pytest.raises(FileNotFoundError):
             load_official_checkpoint(path)
@@ -156,25 +132,27 @@ def test_any_state_is_taken_or_refused(data):
     without_counters = {name: value for name, value in state.items() if not name.endswith(COUNTER)}
     key = one_of(data, sorted(without_counters))
     place = key.rpartition(".")[2]  # the rest has other names here
-    unknown = one_of(data, [3, None, "conv.9.weight", ("fc",), "", "fc"])
-    spoils = {
-        "no": (state, []),
-        "counters": (without_counters, []),
-        "parallel": ({f"module.{name}": value for name, value in state.items()}, []),
-        "missing": ({name: value for name, value in state.items() if name != key}, [place]),
-        "shape": (state | {key: torch.zeros(2, 7)}, [key, "fc.bias"]),
-        "twice": (state | {f"module.{key}": state[key]}, [place]),
-        "no tensor": (state | {key: one_of(data, [None, [1.0], 0.5, "0"])}, [key]),
-        "unknown": (state | {unknown: state[key]}, ["not keys", "not expected"]),
-    }
-    found, spoiled = spoils[one_of(data, sorted(spoils))]
-    source = one_of(data, [found, {"state_dict": found, "epoch": 3}])
+    unknown = one_of(data, [3, None, "conv.9.weight", ("fc",), "", "fc", "conv.4.7.conv1.weight"])
+    is_named = unknown in ("fc", "conv.4.7.conv1.weight")  # as something published would be
+    problem = "not expected in the published ResNet-101" if is_named else "not keys of the published API-Net"
+    good = (state, without_counters, {f"module.{name}": value for name, value in state.items()})
+    spoiled = (
+        ({name: value for name, value in state.items() if name != key}, place),
+        (state | {key: torch.zeros(2, 7)}, "no fc.bias" if key == "fc.bias" else f"{key} is [2, 7] instead of ["),
+        (state | {f"module.{key}": state[key]}, place),
+        (state | {key: one_of(data, [None, [1.0], 0.5, "0"])}, f"not tensors: {key} is "),
+        (state | {unknown: state[key]}, f"{problem}: {unknown}"),
+    )
+
+    def load(found):
+        return load_official_checkpoint(one_of(data, [found, {"state_dict": found, "epoch": 3}]))
+
     with mock.patch("apinet_head.model.APINet", make_net):
-        if spoiled:
-            check_refused(lambda: load_official_checkpoint(source), *spoiled)
-        else:
-            expected = make_net("resnet101", num_classes=len(state["fc.bias"])).state_dict()
-            loaded = {name: value.shape for name, value in load_official_checkpoint(source).items()}
-            assert loaded == {name: value.shape for name, value in expected.items()}
+        expected = make_net("resnet101", num_classes=len(state["fc.bias"])).state_dict()
+        for found in good:
+            shapes = {name: value.shape for name, value in load(found).items()}
+            assert shapes == {name: value.shape for name, value in expected.items()}
+        for found, words in spoiled:
+            check_refused(partial(load, found), words)
         for wrong in (None, 3, [("fc.bias", 1)], {"state_dict": [1]}):
-            check_refused(lambda wrong=wrong: load_official_checkpoint(wrong), wrong, "list")
+            check_refused(partial(load_official_checkpoint, wrong), wrong, "list")
