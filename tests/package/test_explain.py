@@ -1,7 +1,6 @@
 """explain_pair: the channels that it names, where its heat maps are hot, and that it leaves the net as it was."""
 
 import copy
-import warnings
 from functools import partial
 
 import pytest
@@ -14,6 +13,8 @@ from torch import nn
 
 from apinet_head import APINet, ChunkedBackbone, Pairs
 from apinet_head.explain import explain_pair, features_and_maps
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*quantiz.*deprecated")
 
 
 class Tiny(nn.Module):
@@ -59,20 +60,15 @@ def make(backbone, head=None, **backbone_args):
 
 def quantize_dynamically(net):
     quantization = pytest.importorskip("torch.ao.quantization", reason="moved to torchao")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return quantization.quantize_dynamic(net, {nn.Linear})
+    return quantization.quantize_dynamic(net, {nn.Linear})
 
 
 def expected_maps(maps, channels, size):
-    """By the definition: enlarge one channel, subtract its least value, divide by the largest that is left."""
-    rows = []
-    for image, chosen in enumerate(channels.tolist()):
-        for channel in chosen:
-            heat = F.interpolate(maps[image : image + 1, channel : channel + 1], size, mode="bilinear")[0, 0]
-            heat = heat - heat.min()
-            rows.append(heat / heat.max())
-    return torch.stack(rows).unflatten(0, channels.shape)
+    """By the definition: enlarge a channel, subtract its least value, divide by the largest that is left."""
+    chosen = torch.stack([maps[image, rows] for image, rows in enumerate(channels)])
+    heat = F.interpolate(chosen, size, mode="bilinear")
+    heat = heat - heat.amin((2, 3), keepdim=True)
+    return heat / heat.amax((2, 3), keepdim=True)
 
 
 compiled = partial(torch.compile, backend="eager")
