@@ -144,19 +144,16 @@ def check(net, images, top_k=3):
     return seen
 
 
-@pytest.mark.parametrize(("make", "images"), NETS.values(), ids=NETS)
-def test_architectures_of_timm_and_nets_of_ones_own_are_explained(make, images):
-    check(make(), images)
-
-
-@pytest.mark.parametrize("model", ["resnet18", "test_vit2", "test_convnext", "test_efficientnet", "pvt_v2_b0"])
-def test_the_map_is_what_was_pooled(model):
-    # Average pooling and at most a norm lie between the two, so that a channel mix-up would show.
-    net = make(model).eval()
-    images = two(160, 160)
+@pytest.mark.parametrize("name", NETS)
+def test_architectures_of_timm_and_nets_of_ones_own_are_explained_by_the_map_that_was_pooled(name):
+    make, images = NETS[name]
+    net = make()
+    check(net, images)
     with torch.no_grad():
-        features, maps = features_and_maps(net.backbone, images)
-    assert torch.corrcoef(torch.stack([features[0], maps.mean((2, 3))[0]]))[0, 1] > 0.99
+        features, maps = features_and_maps(net.eval().backbone, images)
+    # Average pooling and at most a norm lie between the two, so that a channel mix-up would show.
+    rows = torch.stack([features[0], maps.mean((2, 3))[0]]).float()
+    assert torch.corrcoef(rows)[0, 1] > 0.99 or name in ("test_vit", "coat_lite_tiny")  # whose feature is a token
 
 
 def with_hidden_layer():
