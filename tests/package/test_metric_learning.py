@@ -29,27 +29,23 @@ def make_head():
 
 
 @pytest.mark.parametrize("miner", MINERS, ids=lambda miner: type(miner).__name__)
-def test_head_trains_on_what_any_miner_finds(miner):
+@pytest.mark.parametrize("given", [{}, {"keys": OTHERS, "key_labels": LABELS}], ids=["batch", "keys"])
+def test_head_trains_on_what_any_miner_finds(miner, given):
     torch.manual_seed(0)
-    mined = miner(X, Y)
+    mined = miner(X, Y, *given.values())
     a1, p, a2, n = mined if len(mined) == 4 else (*mined[:2], *mined[::2])
     assert len(p)
     assert len(n)
-    pairs, size = pairs_from_tuple(mined), len(p) + len(n)
+    pairs, (keys, key_labels) = pairs_from_tuple(mined), tuple(given.values()) or (X, Y)
     assert torch.equal(torch.stack(pairs[:2]), torch.stack([torch.cat([a1, a2]), torch.cat([p, n])]))
-    assert torch.equal(pairs.same_class, Y[pairs.anchor] == Y[pairs.partner])
+    assert torch.equal(pairs.same_class, Y[pairs.anchor] == key_labels[pairs.partner])
     assert pairs.valid.all()
-    head, rows = make_head(), torch.cat(pairs[:2])
-    terms = api_loss_terms(head(X, Y, pairs=pairs))
-    expected = reference.head(head, X[rows], Y[rows], [torch.arange(size) + size])  # images set side by side for it
-    torch.testing.assert_close([*terms[1:]], [expected["cross_entropy"], expected["ranking"]])
-
-
-def test_pairs_of_a_miner_may_point_to_keys():
-    pairs = pairs_from_tuple(miners.MultiSimilarityMiner()(X, Y, OTHERS, LABELS))
-    assert torch.equal(pairs.same_class, Y[pairs.anchor] == LABELS[pairs.partner])
-    output = make_head()(X, Y, pairs=pairs, keys=OTHERS, key_labels=LABELS)
-    assert torch.equal(output.labels, torch.cat([Y[pairs.anchor], LABELS[pairs.partner]]))
+    head, size = make_head(), len(pairs.anchor)
+    output = head(X, Y, pairs=pairs, **given)
+    images = torch.cat([X[pairs.anchor], keys[pairs.partner]])  # set side by side for the reference
+    expected = reference.head(head, images, output.labels, [torch.arange(size) + size])
+    torch.testing.assert_close([*api_loss_terms(output)[1:]], [expected["cross_entropy"], expected["ranking"]])
+    assert torch.equal(output.labels, torch.cat([Y[pairs.anchor], key_labels[pairs.partner]]))
 
 
 ROWS, ORDER = torch.arange(3), torch.randperm(SIZE, generator=torch.Generator().manual_seed(1))
