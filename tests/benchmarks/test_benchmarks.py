@@ -178,14 +178,13 @@ def measured():
 def check_measured(found):
     assert found["errors"] == {}
     assert [(point["size"], point["dim"]) for point in found["mining"]] == [(8, 2048), (8, 4), (16, 2048), (16, 4)]
-    for part in ("mining", "head", "train_step"):
-        for point in found[part]:
-            for name, side in point["sides"].items():
-                if "absent" in side:
-                    assert name in ON_CUDA_ONLY, side
-                else:
-                    assert 0 < side["seconds"]["low"] <= side["seconds"]["median"] <= side["seconds"]["high"]
-                    assert side["ratio"]["median"] > 0
+    for point in found["mining"] + found["head"] + found["train_step"]:
+        for name, side in point["sides"].items():
+            if "absent" in side:
+                assert name in ON_CUDA_ONLY, side
+            else:
+                assert 0 < side["seconds"]["low"] <= side["seconds"]["median"] <= side["seconds"]["high"]
+                assert side["ratio"]["median"] > 0
     first = found["mining"][0]["sides"]
     assert {report.LIMIT, report.AUTO, "ours, dense", report.PUBLISHED, "pytorch-metric-learning"} <= set(first)
     assert all(side["agreement"] == 1 for name, side in first.items() if name != report.LIMIT and "absent" not in side)
