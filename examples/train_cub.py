@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 if progress.batch % 10 == 0 and progress.batch < sampler.n_batches:  # reading waits for the device
                     so_far = means(accelerator, state)
                     bar.set_postfix({name: f"{value:.3g}" for name, value in so_far.items()}, refresh=False)
-                folder.after_step(state, noted.signal, settings.checkpoint_minutes)
+                folder.save(state, noted.signal, settings.checkpoint_minutes)
 
             # Test, log and save.
             progress.epoch += 1
@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             row["seconds"] = progress.seconds + time.perf_counter() - start
             record(folder, state, row, plain, settings)
             progress.batch, progress.counted, progress.seconds, state.sums = 0, 0, 0.0, {}
-            folder.after_epoch(state, noted.signal)
+            folder.save(state, noted.signal, settings.checkpoint_minutes)
 
         # The result: the net after the last epoch, and which classes it confuses.
         logits, labels = predict(net, test_loader, device)

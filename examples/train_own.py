@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
                 progress.step, progress.batch = progress.step + 1, progress.batch + 1
                 progress.seconds = time.perf_counter() - start
                 bar.update()
-                folder.after_step(state, noted.signal, options.checkpoint_minutes)
+                folder.save(state, noted.signal, options.checkpoint_minutes)
 
             # Test, log and save.
             progress.epoch += 1
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
             row["seconds"] = progress.seconds
             progress.history.append(row)
             progress.batch, progress.counted, progress.seconds, state.sums = 0, 0, 0.0, {}
-            folder.after_epoch(state, noted.signal)
+            folder.save(state, noted.signal, options.checkpoint_minutes)
 
         # The result is the net after the last epoch.
         if options.prior == "images":

@@ -82,17 +82,11 @@ class RunFolder:
             way_on = "once this is fixed, the same command resumes from there"
             raise SystemExit(f"cannot write to {self.path}: {error}\n{good}; {way_on}") from error
 
-    def after_step(self, state: RunState, signal: int, minutes: float) -> None:
-        """Save every so many minutes; save and end after a signal. All processes do what any of them needs."""
-        due = 0 < 60 * minutes < time.monotonic() - self._saved
-        self._save(state, signal, due and state.progress.batch < state.sampler.n_batches)
-
-    def after_epoch(self, state: RunState, signal: int) -> None:
-        """Save; end if there was a signal during the test."""
-        self._save(state, signal, True)
-
-    def _save(self, state: RunState, signal: int, due: bool) -> None:
-        stop, due = highest([signal, due])
+    def save(self, state: RunState, signal: int, minutes: float) -> None:
+        """For all processes: save after an epoch, and every so many minutes in it; save and end after a signal."""
+        batch = state.progress.batch
+        late = 0 < 60 * minutes < time.monotonic() - self._saved and batch < state.sampler.n_batches
+        stop, due = highest([signal, not batch or late])
         if stop or due:
             with self.writing():
                 self.checkpoints.save(state)
