@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from colours import FLAGS, write_colours
 from dataset_folders import write
 
-from birds import write_birds
+from birds.dataset import write_birds
 
 # --doctest-modules would import them all, and what they register.
 collect_ignore = ["helpers"]

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from birds import catalogue
+from birds.dataset import catalogue
 from birds.draw import draw_bird
 
 BLUE, ORANGE, GREY = "#2a6f97", "#c8553d", "#6c757d"

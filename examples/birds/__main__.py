@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from birds import contact_sheet, write_birds
+from birds.dataset import contact_sheet, write_birds
 
 
 def main() -> None:

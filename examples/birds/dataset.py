@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map
 
-from birds.draw import MARKED_PARTS, PARTS, Build, Family, Mark, Species, draw_bird
-from birds.scenery import COLOURS, BirdImage
+from birds.draw import MARKED_PARTS, PARTS, BirdImage, Build, Family, Mark, Species, draw_bird
+from birds.scenery import COLOURS
 
 VERSION = 1  # of the pictures and files: raise it whenever the same settings give other bytes
 STANDS_OUT = 165  # distance in RGB

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from birds.scenery import BirdImage, Brush, compose, mix, pixels, smooth_noise, smooth_step, spline, swell, vane
+from birds import scenery
+from birds.scenery import Colour, mix, pixels, smooth_noise, smooth_step, spline, swell, vane
 
 PARTS = ("beak", "crown", "eye", "wing", "bar", "belly", "tail")
 MARKED_PARTS = ("beak", "crown", "eye", "bar", "belly", "tail")  # those in which species of one family can differ
@@ -18,6 +19,7 @@ TEXTURE_PIXELS = 160  # plumage is computed at most this large and scaled up: so
 LONG_BILL = 1.75
 BAR_WIDTH = 0.075  # of the body's length: three pixels on a bird that fills a 96-pixel image
 EYE = 0.36 + 0.16j  # in the head's frame
+TWIG_SHARE = 0.35  # of the images have a twig in front of the bird
 # The folded wing's upper and lower edge (in body radii) by the share of its length from shoulder to tip.
 WING_A = np.array([0, 0.06, 0.15, 0.3, 0.45, 0.6, 0.75, 0.88, 1])
 WING_UPPER = np.array([0, -0.28, -0.4, -0.45, -0.42, -0.36, -0.28, -0.2, -0.1])
@@ -84,6 +86,14 @@ class Species:
     tail: Mark
 
 
+class BirdImage(NamedTuple):
+    """A picture, the tight box (x, y, width, height) round its bird, and each part's (x, y, visible), in pixels."""
+
+    picture: Image.Image
+    box: tuple[float, float, float, float]
+    parts: dict[str, tuple[float, float, bool]]
+
+
 class Skeleton:
     """A posed bird in its own world, whatever its marks, and its place in an image of 1 x 1.
 
@@ -131,13 +141,36 @@ class Skeleton:
         return self.flip * flat.real - 1j * flat.imag
 
 
-class Painter(Brush):
-    """Paints one bird, without light, on a transparent and supersampled layer."""
+class Painter:
+    """Paints one bird, without light, on a transparent and supersampled layer; places are those of the bird's world."""
 
     def __init__(self, species: Species, bones: Skeleton, rng: np.random.Generator, size: int) -> None:
-        super().__init__(bones, size * (2 if size > 128 else 3), individual=rng.uniform(-7, 7, 3))
-        self.species, self.rng, self.size = species, rng, size
-        self.family, self.build = species.family, species.family.build
+        self.species, self.family, self.build = species, species.family, species.family.build
+        self.bones, self.rng, self.size, self.individual = bones, rng, size, rng.uniform(-7, 7, 3)
+        self.layer = Image.new("RGBA", [size * (2 if size > 128 else 3)] * 2)
+        self.draw = ImageDraw.Draw(self.layer)
+
+    def colour(self, name: str) -> Colour:
+        """A colour of COLOURS as this individual has it."""
+        return tuple(np.clip(np.add(scenery.COLOURS[name], self.individual), 0, 255).astype(int).tolist())
+
+    def _place(self, frame: tuple[complex, complex], points: np.ndarray) -> list[tuple[float, float]]:
+        return pixels(self.bones.to_pixels(frame[0] + frame[1] * points, self.layer.width))
+
+    def polygon(self, frame: tuple[complex, complex], points: np.ndarray, fill: Colour) -> None:
+        self.draw.polygon(self._place(frame, points), fill)
+
+    def line(self, frame: tuple[complex, complex], points: np.ndarray, fill: Colour, width: float) -> None:
+        thick = max(1, round(width * self.bones.scale * self.layer.width))
+        self.draw.line(self._place(frame, points), fill, thick, "curve")
+
+    def disc(self, centre: complex, radius: float, fill: Colour) -> None:
+        self.draw.ellipse(self._circle(centre, radius), fill)
+
+    def _circle(self, centre: complex, radius: float) -> tuple[float, float, float, float]:
+        spot = complex(self.bones.to_pixels(centre, self.layer.width))
+        r = radius * self.bones.scale * self.layer.width
+        return spot.real - r, spot.imag - r, spot.real + r, spot.imag + r
 
     def paint(self) -> np.ndarray:
         """Paints from back to front; returns the light on the bird, to be multiplied in."""
@@ -239,10 +272,10 @@ class Painter(Brush):
         ImageDraw.Draw(shadow).polygon(pixels(drop), 110)
         albedo *= 1 - np.asarray(shadow.filter(ImageFilter.GaussianBlur(n * 0.012)), np.float32)[..., None] / 255
         texture = Image.fromarray(np.clip(albedo, 0, 255).astype(np.uint8))
-        stencil = Brush(bones, self.layer.width, "L")
+        stencil = Image.new("L", self.layer.size)
         for centre, radius in zip(bones.spine.tolist(), bones.radius.tolist(), strict=True):
-            stencil.disc(centre, radius, 255)
-        self.layer.paste(texture.resize(self.layer.size, Image.Resampling.BILINEAR), mask=stencil.layer)
+            ImageDraw.Draw(stencil).ellipse(self._circle(centre, radius), 255)
+        self.layer.paste(texture.resize(self.layer.size, Image.Resampling.BILINEAR), mask=stencil)
         return light
 
     def plumage(self, along: np.ndarray, up: np.ndarray, head: np.ndarray) -> np.ndarray:
@@ -291,4 +324,29 @@ def draw_bird(species: Species, rng: np.random.Generator, size: int) -> BirdImag
     bones = Skeleton(species.family.build, rng)
     individual, scene, twig = (np.random.default_rng(seed) for seed in rng.integers(2**63, size=3))
     painter = Painter(species, bones, individual, size)
-    return compose(size, painter, painter.paint(), scene, twig)
+    light, side = Image.fromarray(painter.paint()), painter.layer.width
+
+    # Backdrop, perch, the bird in its light, and a twig.
+    habitat = str(scene.choice(list(scenery.BACKDROPS)))
+    picture = scenery.paint_backdrop(scene, habitat, size)
+    perch = "ground" if habitat == "meadow" else "rock" if species.family.build.waterside else "branch"
+    behind, front = (Image.new("RGBA", (side, side)) for _ in range(2))
+    scenery.paint_perch(behind, scene, perch, complex(bones.to_pixels(bones.feet, side)), bones.scale * side)
+    if twig.uniform() < TWIG_SHARE:
+        scenery.paint_twig(front, twig)
+    behind, bird, front = (layer.reduce(side // size) for layer in (behind, painter.layer, front))
+    lit = np.array(bird, np.float32)
+    lit[..., :3] *= np.asarray(light.resize((size, size), Image.Resampling.BILINEAR))[..., None]
+    bird = Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8))
+    for layer in (behind, bird, front):
+        picture.paste(layer, mask=layer.getchannel("A"))
+
+    alpha, covered = np.asarray(bird.getchannel("A")) > 90, np.asarray(front.getchannel("A")) > 127
+    columns, rows = np.flatnonzero(alpha.any(0)), np.flatnonzero(alpha.any(1))
+    box = (float(columns[0]), float(rows[0]), float(np.ptp(columns) + 1), float(np.ptp(rows) + 1))
+    parts = {}
+    for part, place in painter.locations().items():
+        spot = complex(bones.to_pixels(place, size))
+        visible = 0 <= spot.real < size and 0 <= spot.imag < size and not covered[int(spot.imag), int(spot.real)]
+        parts[part] = (spot.real, spot.imag, True) if visible else (0.0, 0.0, False)
+    return BirdImage(scenery.develop(picture, scene), box, parts)

@@ -1,14 +1,7 @@
 """Drawing tools, and what surrounds a bird: backdrop, perch, twigs in front of it, the light of the picture."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, NamedTuple
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-
-if TYPE_CHECKING:
-    from birds.draw import Painter, Skeleton
 
 Colour = tuple[int, int, int]
 
@@ -19,18 +12,7 @@ COLOURS: dict[str, Colour] = {
     "silver": (196, 200, 204), "blue": (58, 104, 184), "navy": (38, 52, 104), "teal": (38, 124, 130),
     "green": (84, 128, 56), "olive": (116, 112, 62), "pink": (222, 146, 150), "violet": (106, 66, 130),
 }  # fmt: skip
-
-# The bird must be what stands out, so a backdrop is painted this small and scaled up: it comes out of focus.
-BACKDROP_PIXELS = 72
-TWIG_SHARE = 0.35  # of the images have a twig in front of the bird
-
-
-class BirdImage(NamedTuple):
-    """A picture, the tight box (x, y, width, height) round its bird, and each part's (x, y, visible), in pixels."""
-
-    picture: Image.Image
-    box: tuple[float, float, float, float]
-    parts: dict[str, tuple[float, float, bool]]
+BACKDROP_PIXELS = 72  # a backdrop is painted this small and scaled up, out of focus: the bird is to stand out
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
@@ -94,32 +76,6 @@ def swell(
     return nearest, offset, light.astype(np.float32)
 
 
-class Brush:
-    """Paints on a transparent square layer what is given in the world of a bird's `bones`."""
-
-    def __init__(self, bones: Skeleton, side: int, mode: str = "RGBA", individual: np.ndarray | float = 0.0) -> None:
-        self.bones, self.layer = bones, Image.new(mode, (side, side))
-        self.draw, self.individual = ImageDraw.Draw(self.layer), individual
-
-    def colour(self, name: str) -> Colour:
-        """A colour of COLOURS as this `individual` has it."""
-        return tuple(np.clip(np.add(COLOURS[name], self.individual), 0, 255).astype(int).tolist())
-
-    def _place(self, frame: tuple[complex, complex], points: np.ndarray) -> list[tuple[float, float]]:
-        return pixels(self.bones.to_pixels(frame[0] + frame[1] * points, self.layer.width))
-
-    def polygon(self, frame: tuple[complex, complex], points: np.ndarray, fill: Colour) -> None:
-        self.draw.polygon(self._place(frame, points), fill)
-
-    def line(self, frame: tuple[complex, complex], points: np.ndarray, fill: Colour, width: float) -> None:
-        thick = max(1, round(width * self.bones.scale * self.layer.width))
-        self.draw.line(self._place(frame, points), fill, thick, "curve")
-
-    def disc(self, centre: complex, radius: float, fill: Colour | int) -> None:
-        spot, r = complex(self.bones.to_pixels(centre, self.layer.width)), radius * self.bones.scale * self.layer.width
-        self.draw.ellipse((spot.real - r, spot.imag - r, spot.real + r, spot.imag + r), fill)
-
-
 def _gradient(top: Colour, bottom: Colour, n: int) -> np.ndarray:
     share = np.linspace(0, 1, n, dtype=np.float32)[:, None, None]
     return np.array(top, np.float32) * (1 - share) + np.array(bottom, np.float32) * share + np.zeros((1, n, 1))
@@ -162,6 +118,12 @@ def _meadow(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 BACKDROPS = {"sky": _sky, "foliage": _foliage, "water": _water, "meadow": _meadow}
+
+
+def paint_backdrop(rng: np.random.Generator, habitat: str, size: int) -> Image.Image:
+    small = np.clip(BACKDROPS[habitat](rng, BACKDROP_PIXELS), 0, 255).astype(np.uint8)
+    blurred = Image.fromarray(small).filter(ImageFilter.GaussianBlur(1.2))
+    return blurred.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _limb(draw: ImageDraw.ImageDraw, knots: np.ndarray, widths: np.ndarray, bark: Colour) -> None:
@@ -244,39 +206,3 @@ def develop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     # Contrast turns about a fixed grey, not the picture's mean, so that it is the same whatever the bird's markings.
     values += (grain * rng.standard_normal((side, side, 1), dtype=np.float32)) + np.float32(112 * (1 - contrast))
     return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-
-
-def compose(
-    size: int, painter: Painter, light: np.ndarray, scene: np.random.Generator, twig: np.random.Generator
-) -> BirdImage:
-    """Puts a bird, painted on a supersampled layer, into a scene of `size`."""
-    layer, bones = painter.layer, painter.bones
-    zoom = layer.width // size
-    bird = np.asarray(layer.reduce(zoom), np.float32).copy()
-    bird[..., :3] *= np.asarray(Image.fromarray(light).resize((size, size), Image.Resampling.BILINEAR))[..., None]
-    bird = Image.fromarray(np.clip(bird, 0, 255).astype(np.uint8))
-    habitat = str(scene.choice(list(BACKDROPS)))
-    small = np.clip(BACKDROPS[habitat](scene, BACKDROP_PIXELS), 0, 255).astype(np.uint8)
-    picture = Image.fromarray(small).filter(ImageFilter.GaussianBlur(1.2))
-    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-    perch = "ground" if habitat == "meadow" else "rock" if painter.build.waterside else "branch"
-    behind, covered = Image.new("RGBA", layer.size), np.zeros((size, size), bool)
-    paint_perch(behind, scene, perch, complex(bones.to_pixels(bones.feet, layer.width)), bones.scale * layer.width)
-    behind = behind.reduce(zoom)
-    picture.paste(behind, mask=behind.getchannel("A"))
-    picture.paste(bird, mask=bird.getchannel("A"))
-    if twig.uniform() < TWIG_SHARE:
-        front = Image.new("RGBA", layer.size)
-        paint_twig(front, twig)
-        front = front.reduce(zoom)
-        picture.paste(front, mask=front.getchannel("A"))
-        covered = np.asarray(front.getchannel("A")) > 127
-    alpha = np.asarray(bird.getchannel("A")) > 90
-    columns, rows = np.flatnonzero(alpha.any(0)), np.flatnonzero(alpha.any(1))
-    box = (float(columns[0]), float(rows[0]), float(np.ptp(columns) + 1), float(np.ptp(rows) + 1))
-    parts = {}
-    for part, place in painter.locations().items():
-        spot = complex(bones.to_pixels(place, size))
-        visible = 0 <= spot.real < size and 0 <= spot.imag < size and not covered[int(spot.imag), int(spot.real)]
-        parts[part] = (spot.real, spot.imag, True) if visible else (0.0, 0.0, False)
-    return BirdImage(develop(picture, scene), box, parts)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from birds import Species, differing_parts, read_places, read_species
+from birds.dataset import differing_parts, read_places, read_species
 from workbench import model_folder
 from workbench.datasets import open_data
 from workbench.datasets.bad_images import ending_at_bad_images
@@ -69,7 +69,7 @@ class BirdMarks:
 
     def __init__(self, data: ImageSet, transform: dict[str, int]) -> None:
         root = data.test[0].path.parents[2]
-        self.species: dict[str, Species] = read_species(root)
+        self.species = read_species(root)
         self.classes, self.squash, self.crop = data.classes, transform["squash"], transform["crop"]
         self.boxes, self.parts = read_places(root)
         self.size = load_image(data.test[0].path).width  # all are square, and of one size

@@ -46,7 +46,7 @@ def open_data(settings: "Settings", root: str | None = None) -> ImageSet:
     if root:
         data = read(settings.dataset, root, complete=not settings.skip_bad)
         return leave_out(data, Path(settings.skip_bad), Path(root), settings.n_samples) if settings.skip_bad else data
-    from birds import VERSION, write_birds  # here, as only the demo needs them
+    from birds.dataset import VERSION, write_birds  # here, as only the demo needs them
 
     species, images, size = settings.species, settings.images_per_species, settings.image_size
     folder = cache_folder() / f"birds-v{VERSION}-{species}x{images}-{size}px"
