@@ -97,6 +97,7 @@ def make_pair(
     features = net.backbone(images)
     top = net.head(features).float().softmax(1).max(1)
     known = "" not in (pair[0].image_id, pair[1].image_id)
+    rows = zip(pair, pair[::-1], top.indices.tolist(), top.values.tolist(), strict=True)
     sides = [
         Side(
             file=shown(image.path.name),
@@ -105,9 +106,7 @@ def make_pair(
             probability=probability,
             marks=marks.differing(image, other) if marks and known else [],
         )
-        for image, other, index, probability in zip(
-            pair, pair[::-1], top.indices.tolist(), top.values.tolist(), strict=True
-        )
+        for image, other, index, probability in rows
     ]
     note = f"Cosine of the two features: {float(seen.similarity):.3f}."
     labels = {image.label for image in pair}

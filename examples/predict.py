@@ -10,13 +10,14 @@ Images that can't be decoded are named and skipped, and the exit status is then 
 import csv
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from workbench import DEVICE, Command, counted, model_folder, number, processors, shown, writing
@@ -25,22 +26,6 @@ from workbench.guard import check_device
 from workbench.image_files import BadImageError, load_image
 from workbench.images import eval_transform
 from workbench.model_folder import Model
-
-
-class Files(Dataset[Any]):
-    """(path, image) by index, and for files that can't be decoded (path, error)."""
-
-    def __init__(self, paths: list[Path], transform: Any) -> None:
-        self.paths, self.transform = paths, transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Path, Tensor | BadImageError]:
-        try:
-            return self.paths[index], self.transform(load_image(self.paths[index]))
-        except BadImageError as error:
-            return self.paths[index], error
 
 
 def find_images(sources: list[Path]) -> list[Path]:
@@ -54,6 +39,17 @@ def find_images(sources: list[Path]) -> list[Path]:
             raise SystemExit(f"{shown(str(source))}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
         paths += found
     return paths
+
+
+def load_batch(transform: Any, paths: list[Path]) -> list[tuple[Path, Tensor | BadImageError]]:
+    """(path, image) for each, and for files that can't be decoded (path, error)."""
+    found = []
+    for path in paths:
+        try:
+            found.append((path, transform(load_image(path))))
+        except BadImageError as error:
+            found.append((path, error))
+    return found
 
 
 def classify(model: Model, loader: Iterable[Any], top: int, device: torch.device) -> Iterator[tuple[Path, Any]]:
@@ -84,10 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
     paths = find_images(options.images)
     model = model_folder.load(options.model)
     workers = options.workers if len(paths) > options.batch_size else 0  # a few images are quicker without
-    files = Files(paths, eval_transform(model.transform))
-    loader = DataLoader(files, options.batch_size, num_workers=workers, collate_fn=list)
+    load = partial(load_batch, eval_transform(model.transform))  # in the workers
+    loader = DataLoader(paths, options.batch_size, num_workers=workers, collate_fn=load)
     bad = 0
-    with open_table(options.csv, min(options.top, len(model.classes))) as table:
+    with open_table(options.csv, min(options.top, len(model.classes))) if options.csv else nullcontext() as table:
         bar = tqdm(loader, desc="predicting", unit=" batches", disable=table is None)
         for path, found in classify(model, bar, options.top, device):
             if isinstance(found, BadImageError):
@@ -105,11 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextmanager
-def open_table(file: Path | None, top: int) -> Iterator[Any]:
-    """A csv writer that has written the header; None without a file."""
-    if file is None:
-        yield None
-        return
+def open_table(file: Path, top: int) -> Iterator[Any]:
+    """A csv writer that has written the header."""
     # Paths may not be valid UTF-8.
     with writing("--csv", file), file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines:
         table = csv.writer(lines)

@@ -139,7 +139,10 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(groups, fused=device.type != "mps")
     scheduler = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 20, t_in_epochs=False)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    train_transform, transform = transforms(net, options.image_size)
+    transform = {"input_size": [3, options.image_size, options.image_size], "interpolation": "bicubic", "crop_pct": 1.0}
+    transform |= model_folder.normalization(net)
+    # Crops are larger and colours change less than in timm's defaults: two classes may differ in one detail only.
+    train_transform = create_transform(**transform, is_training=True, scale=(0.4, 1.0), color_jitter=0.2)
     train, test = ImageDataset(data.train, train_transform), ImageDataset(data.test, eval_transform(transform))
     loader = train_loader(train, sampler, device, options.workers)
     test_loader = eval_loader(data.test, transform, 32, options.workers, 0)
@@ -277,16 +280,6 @@ def fixed_size(backbone: str) -> int | None:
     """Pixels a side of the images, for a backbone that takes only one size."""
     config = check_backbone(backbone)
     return config.input_size[1] if config and config.fixed_input_size else None
-
-
-def transforms(net: APINet, size: int) -> tuple[Any, dict[str, Any]]:
-    """The transform for training, and the settings of the one for testing, which crops to a square only.
-
-    Crops are larger and colours change less than in timm's defaults: two classes may differ in one detail only.
-    """
-    test = {"input_size": [3, size, size], "interpolation": "bicubic", "crop_pct": 1.0}
-    test |= model_folder.normalization(net)
-    return create_transform(**test, is_training=True, scale=(0.4, 1.0), color_jitter=0.2), test
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

@@ -24,15 +24,14 @@ def choose(known: Known) -> dict[str, tuple[Any, str]]:
     n_samples = max(4, min(total // n_classes, known.typical))
     batches = max(1, known.images // (n_classes * n_samples))
     steps = 400 if known.frozen else 2000
+    epochs = max(10, min(100, round(steps / batches)))
     if many and known.gpu:
         backbone = "resnet50", "for 2,000 images or more"
     else:
         backbone = "resnet18", f"small enough for {'a machine without GPU' if many else 'fewer than 2,000 images'}"
     if known.side >= 224:
-        image_size = (
-            224,
-            "usual for pretrained backbones; more, such as the paper's 448, shows finer details and costs more",
-        )
+        why = "usual for pretrained backbones; more, such as the paper's 448, shows finer details and costs more"
+        image_size = 224, why
     else:
         # At least 64: a ResNet's last feature map is 32 times smaller than the image.
         size = max(64, -(-known.side // 32) * 32)
@@ -48,9 +47,6 @@ def choose(known: Known) -> dict[str, tuple[Any, str]]:
         "image_size": image_size,
         "n_classes": (n_classes, f"classes in a batch, of {known.classes}"),
         "n_samples": (n_samples, f"images of each of these, the median class having {known.typical}"),
-        "epochs": (
-            max(10, min(100, round(steps / batches))),
-            f"about {steps:,} steps, {batches} an epoch, but 10 to 100 epochs",
-        ),
+        "epochs": (epochs, f"about {steps:,} steps, {batches} an epoch, but 10 to 100 epochs"),
         "lr": lr,
     }

@@ -122,12 +122,9 @@ def draw_curves(history: Sequence[dict[str, float]]) -> dict[str, str]:
         mark = "." if len(history) < 30 else ""
         left.plot(epochs, [row["loss"] for row in history], marker=mark, color="tab:orange")
         left.set(xlabel="epoch", ylabel="training loss", ylim=(0, 1.05 * max(row["loss"] for row in history)))
-        tested = [row for row in history if "test_accuracy" in row]
         right.plot(epochs, [100 * row["train_accuracy"] for row in history], color="tab:gray", label="training batches")
-        accuracies = [100 * row["test_accuracy"] for row in tested]
-        right.plot(
-            [row["epoch"] for row in tested], accuracies, "o-", markersize=4, color="tab:blue", label="test images"
-        )
+        tested = [(row["epoch"], 100 * row["test_accuracy"]) for row in history if "test_accuracy" in row]
+        right.plot(*zip(*tested, strict=True), "o-", markersize=4, color="tab:blue", label="test images")
         right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102))
         right.legend(loc="best", frameon=False)
         for axes in (left, right):

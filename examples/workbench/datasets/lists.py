@@ -93,10 +93,8 @@ def read_mat(file: Path, names: Sequence[str], parse: Parse, *, struct: str | No
     try:
         loaded = loadmat(file, squeeze_me=True)
     except Exception as error:  # for a damaged file, SciPy may raise ValueError, TypeError, zlib.error, ...
-        size = file.stat().st_size
-        raise ValueError(
-            f"{file} ({size} bytes) is not a .mat file that SciPy can read: {error}; replace it"
-        ) from error
+        problem = f"{file} ({file.stat().st_size} bytes) is not a .mat file that SciPy can read: {error}"
+        raise ValueError(f"{problem}; replace it") from error
     table, there = loaded, [name for name in loaded if not name.startswith("__")]
     if struct in there:
         table = loaded[struct]
