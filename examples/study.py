@@ -290,14 +290,12 @@ def study_one(study: Study, source: str, name: str, weights: Path | None, option
     budget = options.steps, n_classes, BATCH // n_classes
     base = Run(data.name, name, size, options.fine_tune, "api", "test", 0, 0.0, *budget)
     chosen = [study.choose_rate(replace(base, method=method), pool, backbone) for method in options.methods]
+    runs, seeds = chosen, range(options.seeds)
     if options.vary is not None:
         varied = [each for run in chosen for each in variants(run, options.vary) if each.n_classes <= len(data.classes)]
-        for run in varied:
-            for seed in CHOOSING:
-                study.get(replace(run, part="validation", seed=seed), pool, backbone)
-        return
-    for seed in tqdm(range(options.seeds), desc=f"{data.name} {name}"):
-        for run in chosen:
+        runs, seeds = [replace(run, part="validation") for run in varied], CHOOSING
+    for seed in tqdm(seeds, desc=f"{data.name} {name}"):
+        for run in runs:
             study.get(replace(run, seed=seed), pool, backbone)
 
 

@@ -32,7 +32,7 @@ from workbench.datasets import ImageSet, open_data
 from workbench.datasets.bad_images import ending_at_bad_images
 from workbench.distributed import average_gradients, end_all, first_process_first, join_processes
 from workbench.guard import advice_on_memory, check_backbone, check_device, making_the_net, nonfinite, noting_signals
-from workbench.images import ImageDataset, eval_loader, train_loader, train_transform
+from workbench.images import ImageDataset, eval_loader, to_device, train_loader, train_transform
 from workbench.metrics import confusion, predict, report, scores
 from workbench.model_folder import Model
 from workbench.run_folder import RunFolder, describe, write_text
@@ -167,8 +167,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 # Forward, loss, backward.
                 scheduler.step_update(progress.step)
                 buffers = [buffer.clone() for buffer in net.buffers()] if settings.skip_nonfinite else []
-                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-                labels = labels.to(device, non_blocking=True)
+                images, labels = to_device(images, device), labels.to(device, non_blocking=True)
                 with accelerator.autocast():
                     figures = compute_loss(model, images, labels, settings)
                 optimizer.zero_grad()

@@ -163,11 +163,8 @@ def write_birds(
     """Writes a bird set in the folder format of CUB-200-2011, or finds it written already; returns the folder.
 
     The bytes depend on the arguments only, not on the number of workers, of which None is one for each processor. The
-    seed is that of poses, scenes and light: the species are always the same. An interrupted run leaves no `root`.
-
-    Raises:
-        ValueError: if an argument is out of range.
-        FileExistsError: if `root` holds anything else than this very set.
+    seed is that of poses, scenes and light: the species are always the same. An interrupted run leaves no `root`. A
+    ValueError says that an argument is out of range, a FileExistsError that `root` holds anything but this very set.
     """
     catalogue(species)
     for name, value, least in (("images_per_species", images_per_species, 2), ("size", size, 32), ("seed", seed, 0)):

@@ -303,16 +303,15 @@ class Painter:
     def locations(self) -> dict[str, complex]:
         """Every part's place in the bird's world."""
         bones, (head, axis), (shoulder, wing), belly = self.bones, self.bones.head, self.bones.wing, 13
-        places = (
-            head + axis * (1 + 0.5 * self.build.bill - 0.1j),
-            head + axis * (-0.05 + 0.7j),
-            head + axis * EYE,
-            shoulder + wing * self.wing_point(0.66, 0.45),
-            shoulder + wing * self.wing_point(0.42, 0.5),
-            bones.spine[belly] - 0.68 * bones.radius[belly] * bones.normal[belly],
-            bones.tail[0] + 0.7 * bones.tail[1],
-        )
-        return dict(zip(PARTS, places, strict=True))
+        return {
+            "beak": head + axis * (1 + 0.5 * self.build.bill - 0.1j),
+            "crown": head + axis * (-0.05 + 0.7j),
+            "eye": head + axis * EYE,
+            "wing": shoulder + wing * self.wing_point(0.66, 0.45),
+            "bar": shoulder + wing * self.wing_point(0.42, 0.5),
+            "belly": bones.spine[belly] - 0.68 * bones.radius[belly] * bones.normal[belly],
+            "tail": bones.tail[0] + 0.7 * bones.tail[1],
+        }
 
 
 def draw_bird(species: Species, rng: np.random.Generator, size: int) -> BirdImage:

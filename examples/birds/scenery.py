@@ -157,8 +157,7 @@ def paint_perch(canvas: Image.Image, rng: np.random.Generator, kind: str, feet: 
     elif kind == "rock":
         wide = unit * rng.uniform(0.5, 0.9)
         knots = np.array([-1.5 + 1.3j, -0.95 + 0.3j, -0.4, 0.1 - 0.02j, 0.5, 1 + 0.35j, 1.6 + 1.3j]) * wide
-        knots[-1] = knots[-1].real + 1j * 1.2 * side
-        knots[0] = knots[0].real + 1j * 1.2 * side
+        knots[[0, -1]] = knots[[0, -1]].real + 1.2j * side
         stone = mix((112, 108, 102), (134, 118, 98), tone)
         draw.polygon(pixels(spline(knots) + feet), mix(stone, (30, 30, 34), 0.25))
         draw.polygon(pixels(spline(np.append(knots[1:-1], (0.1 + 0.5j) * wide)) + feet), stone)

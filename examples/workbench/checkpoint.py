@@ -61,7 +61,7 @@ class RunState:
     def files(self) -> dict[str, Any]:
         """This process's files of a checkpoint: what is its own, and from the first one, what is the same on all."""
         process = PartialState()
-        random = {name: get() for name, (get, _) in self._generators().items()}
+        random = {name: source.get_rng_state() for name, source in self._generators().items()}
         files: dict[str, Any] = {f"process-{process.process_index}.pt": {"random": random, "sums": self.sums}}
         if process.is_main_process:
             shared = {name: part.state_dict() for name, part in self._parts().items()}
@@ -84,18 +84,17 @@ class RunState:
         self.sampler.load_state_dict(shared["sampler"])
         self.progress = Progress(**shared["progress"])
         self.sums = {name: value.to(self.accelerator.device) for name, value in own["sums"].items()}
-        for name, (_, set_state) in self._generators().items():
-            set_state(own["random"][name])
+        for name, source in self._generators().items():
+            source.set_rng_state(own["random"][name])
 
     def _parts(self) -> dict[str, Any]:
         parts = {"net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
         return parts | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
 
     def _generators(self) -> dict[str, Any]:
-        """Of this process, how to get and to set their states."""
+        """The modules that have this process's random states."""
         device = self.accelerator.device.type
-        sources = {"cpu": torch} | ({} if device == "cpu" else {device: getattr(torch, device)})
-        return {name: (source.get_rng_state, source.set_rng_state) for name, source in sources.items()}
+        return {"cpu": torch} | ({} if device == "cpu" else {device: getattr(torch, device)})
 
 
 @dataclass
@@ -110,11 +109,7 @@ class Checkpoints:
         return sorted(path.name for path in self.folder.glob("epoch-*") if not path.suffix)
 
     def save(self, state: RunState) -> None:
-        """Write a checkpoint, by all processes; it gets its name once all of it is on the disk.
-
-        Raises:
-            OSError: the disk is full, for example; the checkpoints before are as they were.
-        """
+        """Write a checkpoint, by all processes; it gets its name once all is on the disk. OSError if that is full."""
         process = PartialState()
         target = self.folder / state.progress.name
         partial = target.with_name(f"{target.name}.partial")

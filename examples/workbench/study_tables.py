@@ -178,7 +178,7 @@ def plot(file: Path, rows: Sequence[Row]) -> None:
             axes.errorbar(**bar, xerr=100 * (gap.images or 0), lw=1, fmt="none")
             axes.errorbar(**bar, xerr=100 * gap.seeds, lw=3, fmt="o", ms=4, label=label)
     axes.axvline(0, color="0.5", lw=1)
-    axes.set_yticks(range(len(places)), [", ".join(_place(group[0])) for group in places], fontsize=8)
+    axes.set_yticks(range(len(places)), [", ".join(_names(group)[:2]) for group in places], fontsize=8)
     axes.set_ylim(-0.7, len(places) - 0.3)
     axes.set_xlabel("difference of accuracy, in points")
     figure.legend(fontsize=8, loc="outside upper center", ncols=2)
@@ -193,12 +193,10 @@ def _groups(rows: Sequence[Row], names: Sequence[str]) -> list[list[Row]]:
     return list(found.values())
 
 
-def _place(row: Row) -> list[str]:
-    return [row["data"], f"{row['backbone']}, {row['image_size']} px, {'trained' if row['tuned'] else 'frozen'}"]
-
-
 def _names(rows: Sequence[Row]) -> list[str]:
-    return [*_place(rows[0]), TITLES[rows[0]["method"]]]
+    """Data, backbone and method."""
+    row, state = rows[0], "trained" if rows[0]["tuned"] else "frozen"
+    return [row["data"], f"{row['backbone']}, {row['image_size']} px, {state}", TITLES[row["method"]]]
 
 
 def _spreads(rows: Sequence[Row]) -> list[str]:

@@ -5,7 +5,6 @@ A reader takes the folder and returns an `ImageSet`. Anything missing or inconsi
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,14 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["ARCHIVES", "READERS", "Archive", "Image", "ImageSet", "open_data", "read"]
 
 # By the value of --dataset.
-READERS: dict[str, Callable[..., ImageSet]] = {
-    "cub": read_cub,
-    "cars": read_cars,
-    "aircraft": read_aircraft,
-    "dogs": read_dogs,
-    "nabirds": read_nabirds,
-}
-ARCHIVES: dict[str, Archive] = {"cub": CUB, "cars": CARS, "aircraft": AIRCRAFT, "dogs": DOGS, "nabirds": NABIRDS}
+READERS = {"cub": read_cub, "cars": read_cars, "aircraft": read_aircraft, "dogs": read_dogs, "nabirds": read_nabirds}
+ARCHIVES = {"cub": CUB, "cars": CARS, "aircraft": AIRCRAFT, "dogs": DOGS, "nabirds": NABIRDS}
 
 
 def read(dataset: str, root: str | Path, *, complete: bool = True) -> ImageSet:

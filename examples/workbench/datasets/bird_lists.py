@@ -1,14 +1,11 @@
 """CUB-200-2011 and NABirds: birds, in four lists that both have."""
 
 import re
-from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
-from workbench.datasets import lists
-from workbench.datasets.lists import Archive, Image, ImageSet, Inside, check_ids, check_known, flag, read_lines
+from workbench.datasets.lists import Archive, ImageSet, Inside, check_ids, check_known, check_trained, flag, read_lines
 
-Names = dict[int, str]  # by class id
 IMAGES, LABELS, SPLIT, CLASSES = "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"
 CUB = Archive(
     "CUB-200-2011",
@@ -30,20 +27,16 @@ NABIRDS = Archive(
 def read_cub(root: str | Path, *, complete: bool = True) -> ImageSet:
     """Read the lists of CUB-200-2011, and check them against each other and the images on disk.
 
-    `root` is the folder CUB_200_2011, or the one that it was unpacked in. Images come in the order of their ids.
-    Without `complete`, images may be missing on the disk.
-
-    Raises:
-        FileNotFoundError: root, a list or images are missing.
-        ValueError: a list is malformed, two don't fit together, or an image's path leaves root; the message names
-            the files and the place.
+    `root` is the folder CUB_200_2011, or the one that it was unpacked in. Images come in the order of ids, and may
+    be missing without `complete`. All else that is missing is a FileNotFoundError; a malformed list, lists that don't
+    fit together, and paths that leave root are a ValueError, which names the files and the place.
     """
+    return _read(CUB, root, int, complete=complete)
 
-    def families(labels: Path, used: list[int], classes: Path, names: Names) -> Names:
-        check_known(classes, names, labels, used, "class id")
-        return {class_id: family(name) for class_id, name in names.items()}
 
-    return _read(CUB, root, int, families, complete=complete)
+def read_nabirds(root: str | Path, *, complete: bool = True) -> ImageSet:
+    """Read NABirds; of its classes, those that have images, which are the hierarchy's leaves; else as `read_cub`."""
+    return _read(NABIRDS, root, str, HIERARCHY, complete=complete)
 
 
 def family(class_name: str) -> str:
@@ -51,24 +44,9 @@ def family(class_name: str) -> str:
     return re.split(r"[._ ]", class_name)[-1]
 
 
-def read_nabirds(root: str | Path, *, complete: bool = True) -> ImageSet:
-    """Read NABirds; of its classes, those that have images, which are the hierarchy's leaves; else as `read_cub`."""
-
-    def families(labels: Path, used: list[int], classes: Path, names: Names, hierarchy: Path) -> Names:
-        form = "<class_id> <class_id of its parent>"
-        parents = read_lines(hierarchy, form, lambda child, parent: (int(child), int(parent)))
-        check_known(labels, used, hierarchy, parents, "class id")
-        check_known(hierarchy, (parents[class_id] for class_id in used), classes, names, "class id")
-        return {class_id: names[parents[class_id]] for class_id in used}
-
-    return _read(NABIRDS, root, str, families, HIERARCHY, complete=complete)
-
-
-def _read(
-    archive: Archive, root: str | Path, kind: type, families: Callable[..., Names], *more: str, complete: bool
-) -> ImageSet:
-    """What the four lists hold; `kind` is what an image id is, and `more` are files that `families` takes."""
-    root, images, labels, split, classes, *more_files = archive.find(root, IMAGES, LABELS, SPLIT, CLASSES, *more)
+def _read(archive: Archive, root: str | Path, kind: type, *more: str, complete: bool) -> ImageSet:
+    """What the four lists hold; `kind` is what an image id is, and `more` the hierarchy, if there is one."""
+    root, images, labels, split, classes, *hierarchy = archive.find(root, IMAGES, LABELS, SPLIT, CLASSES, *more)
     inside = Inside(root, "images")
     paths = read_lines(images, "<image_id> <path under images/>", lambda image, path: (kind(image), inside(path)))
     class_ids = read_lines(labels, "<image_id> <class_id>", lambda image, label: (kind(image), int(label)))
@@ -78,13 +56,18 @@ def _read(
     check_ids(images, paths, labels, class_ids)
     check_ids(images, paths, split, in_train)
     check_known(labels, used, classes, names, "class id")
-    family_of = families(labels, used, classes, names, *more_files)
-    lists.check_trained(split, {class_ids[image] for image in paths if in_train[image]}, classes, used, "class id")
+    if hierarchy:
+        form = "<class_id> <class_id of its parent>"
+        parents = read_lines(hierarchy[0], form, lambda child, parent: (int(child), int(parent)))
+        check_known(labels, used, hierarchy[0], parents, "class id")
+        check_known(hierarchy[0], (parents[class_id] for class_id in used), classes, names, "class id")
+        families = [names[parents[class_id]] for class_id in used]
+    else:
+        check_known(classes, names, labels, used, "class id")
+        families = [family(names[class_id]) for class_id in used]
+    check_trained(split, {class_ids[image] for image in paths if in_train[image]}, classes, used, "class id")
     label_of = {class_id: label for label, class_id in enumerate(used)}
     rows = {image: (path, label_of[class_ids[image]]) for image, path in paths.items()}
-    found = archive.images_at(root / "images", rows, images, complete=complete)
-    parts: dict[bool, list[Image]] = {True: [], False: []}
-    for image in sorted(found, key=attrgetter("image_id")):
-        parts[in_train[image.image_id]].append(image)
-    columns = [[table[class_id] for class_id in used] for table in (names, family_of)]
-    return ImageSet(archive.name, columns[0], parts[True], parts[False], columns[1])
+    found = sorted(archive.images_at(root / "images", rows, images, complete=complete), key=attrgetter("image_id"))
+    train, test = ([image for image in found if in_train[image.image_id] is part] for part in (True, False))
+    return ImageSet(archive.name, [names[class_id] for class_id in used], train, test, families)

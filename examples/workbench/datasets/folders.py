@@ -58,11 +58,11 @@ def read(source: Path, test_share: float = 0.25, seed: int = 0) -> Split:
         raise SystemExit(f"{source}: no such folder or CSV file")
     names, more = _one_spelling(item.label for item in train + test)
     train, test = ([item._replace(label=names[item.label]) for item in part] for part in (train, test))
-    if test:
-        return Split(train, test, notes + more)
-    train, test = _split(train, test_share, seed)
-    held_out = f"{test_share:.0%} of each class are held out as test images, by the seed {seed}"
-    return Split(train, test, [*notes, *more, held_out])
+    notes += more
+    if not test:
+        train, test = _split(train, test_share, seed)
+        notes.append(f"{test_share:.0%} of each class are held out as test images, by the seed {seed}")
+    return Split(train, test, notes)
 
 
 def _read_parts(source: Path) -> Split:

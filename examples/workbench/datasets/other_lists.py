@@ -100,9 +100,23 @@ def read_aircraft(root: str | Path, *, complete: bool = True) -> ImageSet:
     order of the lists, classes in that of variants.txt.
     """
     root, variants, train, test, families = AIRCRAFT.find(root, VARIANTS, VARIANT_TRAIN, VARIANT_TEST, FAMILIES)
+    inside = Inside(root, "images")
+
+    def parse(image_id: str, name: str) -> tuple[str, str]:  # ids are text, for some begin with 0
+        inside(f"{image_id}.jpg")
+        return image_id, name
+
     label_of = {name: label for label, name in enumerate(read_lines(variants, "<variant>", lambda name: (name, None)))}
-    listed = {file: _read_names(file, "<variant>") for file in (train, test)}
-    family_of = _families(train, listed[train], families)
+    listed = {file: read_lines(file, "<image_id> <variant>", parse) for file in (train, test)}
+    families_of_images = read_lines(families, "<image_id> <family>", parse)
+    lists.check_ids(train, listed[train], families, families_of_images)
+    family_of: dict[str, str] = {}
+    for image_id, name in listed[train].items():
+        found = families_of_images[image_id]
+        first = family_of.setdefault(name, found)
+        if first != found:
+            problem = f"{families} puts images of {name} ({train}) into {first} and {found}"
+            raise ValueError(f"{problem}; unpack the archive again")
     check_apart(train, listed[train], test, listed[test])
     check_trained(train, listed[train].values(), variants, label_of, "variant")
     parts = []
@@ -111,27 +125,3 @@ def read_aircraft(root: str | Path, *, complete: bool = True) -> ImageSet:
         rows = {image_id: (PurePosixPath(f"{image_id}.jpg"), label_of[name]) for image_id, name in names.items()}
         parts.append(AIRCRAFT.images_at(root / "images", rows, file, complete=complete))
     return ImageSet(AIRCRAFT.name, list(label_of), *parts, families=[family_of[name] for name in label_of])
-
-
-def _read_names(file: Path, column: str) -> dict[str, str]:
-    """{image id: name}; the ids are text, for some begin with 0."""
-    inside = Inside(file.parent, "images")
-
-    def parse(image_id: str, name: str) -> tuple[str, str]:
-        inside(f"{image_id}.jpg")
-        return image_id, name
-
-    return read_lines(file, f"<image_id> {column}", parse)
-
-
-def _families(train: Path, variants: dict[str, str], file: Path) -> dict[str, str]:
-    """{variant: family}, from the variant and the family of each training image."""
-    families = _read_names(file, "<family>")
-    lists.check_ids(train, variants, file, families)
-    family_of: dict[str, str] = {}
-    for image_id, variant in variants.items():
-        found = family_of.setdefault(variant, families[image_id])
-        if found != families[image_id]:
-            both = f"{found} and {families[image_id]}"
-            raise ValueError(f"{file} puts images of {variant} ({train}) into {both}; unpack the archive again")
-    return family_of
