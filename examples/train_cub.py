@@ -263,10 +263,9 @@ def save_model(folder: RunFolder, name: str, model: Model, settings: Settings, r
 def end_at_nonfinite(place: str, wrong: str, paths: list[Path], settings: Settings) -> None:
     """End the run before the step; the last checkpoint stays."""
     listing = "\n  ".join(map(str, gather_object(paths)))
-    end_all(
-        f"{place} is not finite: {wrong}\nIts images:\n  {listing}\nNo weight was changed by it. Correct the images or "
-        f"the settings, or skip such steps with --skip-nonfinite {settings.skip_nonfinite + 10}", 1,
-    )  # fmt: skip
+    advice = "Correct the images or the settings, or skip such steps with --skip-nonfinite"
+    advice = f"No weight was changed by it. {advice} {settings.skip_nonfinite + 10}"
+    end_all(f"{place} is not finite: {wrong}\nIts images:\n  {listing}\n{advice}", 1)
 
 
 if __name__ == "__main__":

@@ -180,10 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
                 # Scaled gradients of fp16 may overflow; the scaler then reduces its scale.
                 if wrong := nonfinite(figures, [] if accelerator.scaler else net.parameters()):
                     paths = "\n  ".join(shown(str(data.train[index].path)) for index in indices.tolist())
-                    end_all(
-                        f"step {progress.step + 1} is not finite: {wrong}: try a lower --lr than {options.lr:g}, or "
-                        f"look at its images:\n  {paths}", 1,
-                    )  # fmt: skip
+                    advice = f"try a lower --lr than {options.lr:g}, or look at its images:\n  {paths}"
+                    end_all(f"step {progress.step + 1} is not finite: {wrong}: {advice}", 1)
                 optimizer.step()
 
                 # Log and save.

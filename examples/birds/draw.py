@@ -164,13 +164,10 @@ class Painter:
         thick = max(1, round(width * self.bones.scale * self.layer.width))
         self.draw.line(self._place(frame, points), fill, thick, "curve")
 
-    def disc(self, centre: complex, radius: float, fill: Colour) -> None:
-        self.draw.ellipse(self._circle(centre, radius), fill)
-
-    def _circle(self, centre: complex, radius: float) -> tuple[float, float, float, float]:
+    def disc(self, centre: complex, radius: float, fill: Colour | int, draw: ImageDraw.ImageDraw | None = None) -> None:
         spot = complex(self.bones.to_pixels(centre, self.layer.width))
         r = radius * self.bones.scale * self.layer.width
-        return spot.real - r, spot.imag - r, spot.real + r, spot.imag + r
+        (draw or self.draw).ellipse((spot.real - r, spot.imag - r, spot.real + r, spot.imag + r), fill)
 
     def paint(self) -> np.ndarray:
         """Paints from back to front; returns the light on the bird, to be multiplied in."""
@@ -274,7 +271,7 @@ class Painter:
         texture = Image.fromarray(np.clip(albedo, 0, 255).astype(np.uint8))
         stencil = Image.new("L", self.layer.size)
         for centre, radius in zip(bones.spine.tolist(), bones.radius.tolist(), strict=True):
-            ImageDraw.Draw(stencil).ellipse(self._circle(centre, radius), 255)
+            self.disc(centre, radius, 255, ImageDraw.Draw(stencil))
         self.layer.paste(texture.resize(self.layer.size, Image.Resampling.BILINEAR), mask=stencil)
         return light
 

@@ -74,10 +74,8 @@ class RunState:
         process, shared = PartialState(), load(checkpoint / "state.pt")
         saved, here = shared["processes"], process.num_processes
         if saved != here:
-            raise SystemExit(
-                f"{checkpoint.parents[1]} holds a run of {saved} process(es), this is {here}: resume with "
-                f"`torchrun --nproc_per_node={saved}`, or choose another folder"
-            )
+            advice = f"resume with `torchrun --nproc_per_node={saved}`, or choose another folder"
+            raise SystemExit(f"{checkpoint.parents[1]} holds a run of {saved} process(es), this is {here}: {advice}")
         own = load(checkpoint / f"process-{process.process_index}.pt")
         for name, part in self._parts().items():
             part.load_state_dict(shared[name])

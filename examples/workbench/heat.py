@@ -28,11 +28,9 @@ def map_size(net: APINet, images: Tensor) -> tuple[int, int]:
 
 def about_map(size: tuple[int, int], images: Tensor) -> str:
     """The resolution of the heat maps, as a sentence."""
-    cell = [round(side / cells) for side, cells in zip(images.shape[-2:], size, strict=True)]
-    return (
-        f"The heat maps are enlarged from a feature map of {size[0]} x {size[1]}: each of its values stands for about "
-        f"{cell[0]} x {cell[1]} pixels, and nothing smaller can be told apart."
-    )
+    cell = " x ".join(str(round(side / cells)) for side, cells in zip(images.shape[-2:], size, strict=True))
+    about = f"each of its values stands for about {cell} pixels, and nothing smaller can be told apart."
+    return f"The heat maps are enlarged from a feature map of {size[0]} x {size[1]}: {about}"
 
 
 def overlay(pixels: Tensor, heat: Tensor | None) -> np.ndarray:

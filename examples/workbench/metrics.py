@@ -61,10 +61,8 @@ def confusion(logits: Tensor, labels: Tensor, classes: list[str], families: list
 def report(found: dict[str, Any]) -> str:
     errors = f"{found['errors']} errors"
     if found["families_by_chance"]:  # else there are none that could fall within a family
-        errors += (
-            f": {found['errors_within_families']} within a family, {found['errors_across_families']} across "
-            f"(by chance {100 * found['families_by_chance']:.0f} % would fall within)"
-        )
+        errors += f": {found['errors_within_families']} within a family, {found['errors_across_families']} across "
+        errors += f"(by chance {100 * found['families_by_chance']:.0f} % would fall within)"
     scored = f"top-1 {found['test_top1']:.2f} %, top-5 {found['test_top5']:.2f} % of {found['images']} images"
     pairs = [f"  {each['images']:4d} x {each['true']} taken for {each['predicted']}" for each in found["most_confused"]]
     return "\n".join([scored, errors, "most confused:", *pairs])

@@ -193,8 +193,7 @@ def show_pairs(
     for a, b, there, back in ranked_pairs(confusions(test.labels, predicted.tolist(), len(classes))):
         pictures: list[Picture] = []
         if len(found) < PAIRS:
-            wrong = ((labels == a) & (predicted == b)).nonzero()[:, 0]
-            row = int(wrong[likely[wrong, b].argmax()])
+            row = int((likely[:, b] * ((labels == a) & (predicted == b))).argmax())  # the surest
             image = test[row][0]
             alike = [_most_alike(net, train, image, label) for label in (b, a)]
             images = torch.stack([image, *(train[index][0] for index in alike)])

@@ -44,11 +44,10 @@ def find_bad(paths: list[Path], workers: int) -> list[tuple[Path, str]]:
                 bad += [(path, reason)] if reason else []
                 bar.update()
         except BrokenProcessPool:
-            suspects = paths[bar.n : bar.n + CHUNK * workers]
-            raise SystemExit(
-                f"a process died while decoding one of the {len(suspects)} images from {shown(str(suspects[0]))} to "
-                f"{shown(str(suspects[-1]))}: it ran out of memory (use fewer --workers), or a decoder crashed"
-            ) from None
+            suspects = [shown(str(path)) for path in paths[bar.n : bar.n + CHUNK * workers]]
+            where = f"one of the {len(suspects)} images from {suspects[0]} to {suspects[-1]}"
+            why = "it ran out of memory (use fewer --workers), or a decoder crashed"
+            raise SystemExit(f"a process died while decoding {where}: {why}") from None
     return bad
 
 
@@ -105,7 +104,5 @@ def ending_at_bad_images() -> Iterator[None]:
     except BadImageError as error:
         # From a worker of a DataLoader, the message has the worker's traceback before it.
         message = str(error).strip().rpartition(f"{BadImageError.__name__}: ")[2]
-        raise SystemExit(
-            f"\nbad image: {message}.\ncheck_images.py finds all bad images before training; with its list, --skip-bad "
-            "leaves them out."
-        ) from None
+        advice = "check_images.py finds all bad images before training; with its list, --skip-bad leaves them out."
+        raise SystemExit(f"\nbad image: {message}.\n{advice}") from None
