@@ -82,11 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     about = "cross-entropy instead of API-Net: on the same balanced batches, or on shuffled ones as usual"
     add("--baseline", choices=("balanced", "shuffled"), default="", help=about)
-    add(
-        "--prior", choices=("equal", "images"), default="equal",
-        help="prior of the classes after training on balanced batches: equal, or the shares of the training images, "
-        "whose logarithms are added to the classifier's bias",
-    )  # fmt: skip
+    about = "prior of the classes after training on balanced batches: equal, or the shares of the training images, "
+    about += "whose logarithms are added to the classifier's bias"
+    add("--prior", choices=("equal", "images"), default="equal", help=about)
     add("--weight-decay", type=number(float, 0), default=0.05, help="weight decay of AdamW")
     add("--amp", choices=("no", "fp16", "bf16"), default="no", help="mixed precision")
     add("--seed", type=int, default=0, help="seed of split, batches, crops and weights")

@@ -50,10 +50,9 @@ def making_the_net(backbone: str, *, pretrained: bool, instead: str) -> Iterator
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not pretrained or isinstance(error, TypeError | AssertionError):
             raise SystemExit(f"--backbone {backbone}: {reason}") from None
-        raise SystemExit(
-            f"the pretrained weights of {backbone} are not available: {reason}\nThe first time, they are downloaded "
-            f"from the Hugging Face Hub, which needs the network; {instead} trains from scratch"
-        ) from None
+        missing = f"the pretrained weights of {backbone} are not available: {reason}"
+        why = "The first time, they are downloaded from the Hugging Face Hub, which needs the network"
+        raise SystemExit(f"{missing}\n{why}; {instead} trains from scratch") from None
 
 
 @contextmanager

@@ -39,7 +39,5 @@ def machine(device: str, threads: int = 0) -> str:
         name = f"{found[1].strip() if found else platform.machine()}, {os.cpu_count()} cores"
         name += "" if device == "cpu" else f", {device}"
     used = counted(threads or torch.get_num_threads(), "thread")
-    return (
-        f"{name}; {used}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
-        f"apinet-head {__version__}; {date.today()}"
-    )
+    versions = f"torch {torch.__version__}, timm {timm.__version__}, apinet-head {__version__}"
+    return f"{name}; {used}, Python {platform.python_version()}, {versions}; {date.today()}"

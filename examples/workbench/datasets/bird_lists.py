@@ -10,7 +10,6 @@ IMAGES, LABELS, SPLIT, CLASSES = "images.txt", "image_class_labels.txt", "train_
 CUB = Archive(
     "CUB-200-2011",
     expected="CUB_200_2011 or the folder it was unpacked in",
-    images="images/",
     source="CUB-200-2011 is available from https://www.vision.caltech.edu/datasets/cub_200_2011/",
     folders=("CUB_200_2011",),
 )
@@ -18,7 +17,6 @@ HIERARCHY = "hierarchy.txt"
 NABIRDS = Archive(
     "NABirds",
     expected="nabirds or the folder it was unpacked in",
-    images="images/",
     source="NABirds is available from https://dl.allaboutbirds.org/nabirds",
     folders=("nabirds",),
 )

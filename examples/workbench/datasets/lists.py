@@ -45,9 +45,9 @@ class Archive:
 
     name: str
     expected: str  # the folder to give, in words
-    images: str  # the folders of its images, in words
     source: str  # where to get it, as a sentence
     folders: tuple[str, ...] = ()
+    images: str = "images/"  # the folders of its images, in words
 
     def find(self, root: str | Path, *files: str | tuple[str, ...]) -> tuple[Path, ...]:
         """The data set's folder, root or one of `folders` in it, and its files; a tuple is a choice of places."""

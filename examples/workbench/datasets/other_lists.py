@@ -34,7 +34,6 @@ FAMILIES = "images_family_trainval.txt"
 AIRCRAFT = Archive(
     "FGVC-Aircraft",
     expected="fgvc-aircraft-2013b, its folder data, or the folder it was unpacked in",
-    images="images/",
     source="FGVC-Aircraft is available from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
     folders=("data", "fgvc-aircraft-2013b/data"),
 )
