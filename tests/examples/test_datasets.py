@@ -1,48 +1,61 @@
-"""workbench/datasets: each of the paper's data sets is read from its official format, and chosen by --dataset."""
+"""workbench/datasets: the paper's data sets are read from their official formats, and chosen by --dataset.
+
+Wrong folders give an error that names the file and its source; images are inside the folder.
+"""
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 
 import dataset_folders as folders
 import numpy as np
 import pytest
 from cub_runs import TINY
-from dataset_folders import dog_rows, write
+from dataset_folders import cells, dog_rows, draw, write, write_annotations, write_dog_list
 from scipy.io import savemat
 
+import check_images
 import score
 import train_cub
 from workbench.datasets import ARCHIVES, READERS, open_data
 from workbench.datasets.bird_lists import family
+from workbench.datasets.lists import some
 from workbench.settings import PRESETS, parse, run_folder
 
-POODLE = "n02113799-standard_poodle/n02113799_16.jpg"
-# Of each: the classes, their families, the labels for training and testing, and one training image: place, path and id.
+ROWS = dog_rows([5927, 16])
+BIRD = "images/0295/0000000221dc4d0cbfe14cae3c85c829.jpg"
+# Of each: the classes, their families, the labels for training and testing, and one training image: its place, path,
+# id, and what lists it.
 EXPECTED = {
     "cub": (
         ["003.Sooty_Albatross", "020.Great_Auk"], ["Albatross", "Auk"], [1, 0], [0, 1],
-        (1, "images/003.Sooty_Albatross/b.jpg", 30),
+        (0, "images/020.Great_Auk/Auk 2.jpg", 7, "images.txt, line 3, '7 020.Great_Auk/Auk 2.jpg'"),
     ),
     "cars": (
         folders.CARS, ["AM", "Acura", "Acura"], [2, 0, 1, 0], [1, 1],
-        (0, "cars_train/00001.jpg", "cars_train/00001.jpg"),
+        (2, "cars_train/00003.jpg", "cars_train/00003.jpg", "devkit/cars_train_annos.mat, row 3, ('00003.jpg', 2)"),
     ),
     "aircraft": (
         list(folders.AIRCRAFT), list(folders.AIRCRAFT.values()), [0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3],
-        (1, "data/images/0034310.jpg", "0034310"),
+        (1, "data/images/0034310.jpg", "0034310", "data/images_variant_trainval.txt, line 2, '0034310 F/A-18'"),
     ),
-    "dogs": (folders.DOGS, [], [0, 1, 2, 0, 1, 2], [0, 1], (5, f"Images/{POODLE}", POODLE)),
+    "dogs": (
+        folders.DOGS, [], [0, 1, 2, 0, 1, 2], [0, 1],
+        (4, f"Images/{ROWS[4][0]}", ROWS[4][0], f"train_list.mat, row 5, ('{ROWS[4][0]}', 2)"),
+    ),
     "nabirds": (
         ["Oldsquaw (Breeding male)", "Mallard (Female/Eclipse male)", "Oldsquaw (Female)"],
         ["Oldsquaw", "Mallard", "Oldsquaw"], [1, 0, 2], [1, 0, 2],
-        (1, "images/0295/0000000221dc4d0cbfe14cae3c85c829.jpg", "00000002-21dc-4d0c-bfe1-4cae3c85c829"),
+        (1, BIRD, "00000002-21dc-4d0c-bfe1-4cae3c85c829", "images.txt, line 3, '00000002-21dc-4d0c-bfe1"),
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_official_folder_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, (classes, families, train, test, (place, path, image_id)) = write(name, tmp_path), EXPECTED[name]
+def test_official_folder_is_read(name, tmp_path, monkeypatch):
+    root, (classes, families, train, test, (place, path, image_id, _)) = write(name, tmp_path), EXPECTED[name]
     found = READERS[name](root)
     assert (found.name, found.classes, found.families) == (ARCHIVES[name].name, classes, families)
     assert [image.label for image in found.train] == train
@@ -61,14 +74,14 @@ def test_official_folder_is_read(name: str, tmp_path: Path, monkeypatch: pytest.
     assert [root / image.path for image in READERS[name](Path(".")).train] == [image.path for image in found.train]
 
 
-def test_images_of_cub_come_in_the_order_of_their_ids_and_families_are_last_words(cub: Path) -> None:
+def test_images_of_cub_come_in_the_order_of_their_ids_and_families_are_last_words(cub):
     found = READERS["cub"](cub)
     assert [image.image_id for image in (*found.train, *found.test)] == [7, 30, 2, 4]
     names = ("105.Whip_poor_Will", "091.Mockingbird", "Sparrow")
     assert [family(name) for name in names] == ["Will", "Mockingbird", "Sparrow"]
 
 
-def test_lists_from_other_systems(cub: Path) -> None:
+def test_lists_from_other_systems(cub):
     expected = READERS["cub"](cub)
     for name in folders.CUB:  # byte order mark, Windows' line ends, blank lines at the end, spaces around
         text = folders.CUB[name].replace("\n", " \n") + "\n\n"
@@ -76,7 +89,7 @@ def test_lists_from_other_systems(cub: Path) -> None:
     assert READERS["cub"](cub) == expected
 
 
-def test_files_may_be_in_other_places_and_labels_of_another_type(tmp_path: Path) -> None:
+def test_files_may_be_in_other_places_and_labels_of_another_type(tmp_path):
     aircraft, cars, dogs = (write(name, tmp_path) for name in ("aircraft", "cars", "dogs"))
     assert READERS["aircraft"](aircraft / "data") == READERS["aircraft"](aircraft)
     found = READERS["cars"](cars)
@@ -90,7 +103,7 @@ def test_files_may_be_in_other_places_and_labels_of_another_type(tmp_path: Path)
     assert (again.classes, again.test, again.train[::-1]) == (found.classes, found.test, found.train)
 
 
-def test_one_row_is_a_list_too(tmp_path: Path) -> None:
+def test_one_row_is_a_list_too(tmp_path):
     """SciPy, told to squeeze, hands out a list of one as its element."""
     (tmp_path / "devkit").mkdir()
     savemat(tmp_path / "devkit/cars_meta.mat", {"class_names": folders.cells(folders.CARS[:1])})
@@ -113,20 +126,20 @@ DEMO = [PRESETS["demo"][name] for name in ("epochs", "lr", "frozen_epochs")]
      (["--dataset=dogs", "--epochs=7"], [7, 0.001, 12]), (["--dataset=dogs", "--preset=demo"], DEMO),
      *[([f"--dataset={name}"], [100, 0.01, 8]) for name in READERS if name != "dogs"], ([], [100, 0.01, 8])],
 )  # fmt: skip
-def test_recipes(flags: list[str], expected: list[float]) -> None:
+def test_recipes(flags, expected):
     settings = parse(["--data", "folder", *flags])
     assert [settings.epochs, settings.lr, settings.frozen_epochs] == expected
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name != "cub"])
-def test_only_birds_are_embedded(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_birds_are_embedded(name, capsys):
     with pytest.raises(SystemExit):
         parse(["--dataset", name])
     archive = ARCHIVES[name]
     assert f"--dataset {name} needs --data, {archive.expected}. {archive.source}" in capsys.readouterr().err
 
 
-def test_training_and_evaluating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_and_evaluating(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("aircraft", Path("."))
     result = train_cub.main([*TINY, "--dataset", "aircraft", "--data", "fgvc-aircraft-2013b", "--epochs", "1"])
@@ -136,3 +149,212 @@ def test_training_and_evaluating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert result["images"] == 4
     found = score.main([str(run / "last"), "--device", "cpu"])
     assert found["test_top1"] == pytest.approx(result["test_top1"])
+
+
+AIRCRAFT_LISTS = ("variants", "images_variant_trainval", "images_variant_test", "images_family_trainval")
+REQUIRED = {
+    "cub": list(folders.CUB),
+    "cars": ["devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"],
+    "aircraft": [f"data/{name}.txt" for name in AIRCRAFT_LISTS],
+    "dogs": ["train_list.mat", "test_list.mat"],
+    "nabirds": list(folders.NABIRDS),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_missing_root_and_lists(name, tmp_path):
+    archive, files = ARCHIVES[name], [file.removeprefix("data/") for file in REQUIRED[name]]
+    expected = re.escape(
+        f"; expected {archive.expected}, with {', '.join(files)} and {archive.images}. {archive.source}"
+    )
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/nowhere is not a folder{expected}$"):
+        READERS[name](tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path} has no {', '.join(files)}{expected}$"):
+        READERS[name](tmp_path)
+    root = write(name, tmp_path)
+    (root / REQUIRED[name][-1]).unlink()
+    inside = root / ("data" if name == "aircraft" else "")
+    with pytest.raises(FileNotFoundError, match=f"^{inside} has no {files[-1]}{expected}$"):
+        READERS[name](root)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("name", READERS)
+def test_missing_images(tmp_path, name, part):
+    root = write(name, tmp_path)
+    path = getattr(READERS[name](root), part)[-1].path
+    path.unlink()
+    source = re.escape(ARCHIVES[name].source)
+    with pytest.raises(FileNotFoundError) as caught:
+        READERS[name](root)
+    found = re.match(rf"(.*) lacks 1 image \((.*)\) of the \d in .*{source}$", str(caught.value))
+    assert Path(found[1], found[2]) == path
+    shutil.rmtree(found[1])
+    with pytest.raises(FileNotFoundError, match=rf"^{found[1]} lacks (\d) images? \(.*\) of the \1 in .*{source}$"):
+        READERS[name](root)
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in REQUIRED.items() for file in files])
+def test_file_that_is_cut_or_something_else(tmp_path, name, file):
+    path = write(name, tmp_path) / file
+    data, is_mat = path.read_bytes(), path.suffix == ".mat"
+    cut = [data[: int(share * len(data))] for share in (0.1, 0.5, 0.9)] if is_mat else []
+    for content in (b"", b"\n \n", b"<html>Not found</html>\n" * 20, *cut):
+        path.write_bytes(content)
+        about = " is empty, expected lines '<.* again$" if not is_mat and not content.strip() else ""
+        with pytest.raises(ValueError, match=re.escape(str(path)) + (".* replace it$" if is_mat else about)):
+            READERS[name](path.parents[len(Path(file).parts) - 1])
+
+
+def test_of_many_that_are_missing_the_first_few_are_named():
+    assert some("image", map(str, range(100, 110))) == "10 images (100, 101, 102, 103, 104, ...)"
+
+
+# What CUB-200-2011's lists hold, which are read and checked by the same code, isn't held for the others again.
+DAMAGE = {
+    "cub": [
+        ("images", "4 020.Great_Auk/Auk_1.jpg", "4", "images.txt, line 4, '4': 1 of 2 columns; expected '<image_id>"),
+        ("images", "30 003", "x 003", "images.txt, line 1, 'x 003.Sooty_Albatross/b.jpg': invalid literal"),
+        ("image_class_labels", "7 20", "7 20 1", "image_class_labels.txt, line 2, '7 20 1': invalid literal"),
+        ("train_test_split", "4 0", "4 01", "train_test_split.txt, line 2, '4 01': must be 0 or 1, not '01'"),
+        ("images", "Sooty_Albatross/a", "Sooty/../../../a", "'2 003.Sooty/../../../a.jpg': the path leaves images/"),
+        ("images", "003.Sooty_Albatross/a", "/tmp/a", "line 2, '2 /tmp/a.jpg': the path leaves images/"),
+        ("images", "003.Sooty_Albatross/a", "..\\a", "line 2, '2 ..\\\\a.jpg': the path leaves images/"),
+        ("images", "003.Sooty_Albatross/a", "C:\\a", "line 2, '2 C:\\\\a.jpg': the path leaves images/"),
+        ("images", "003.Sooty_Albatross/a.jpg", ".", "line 2, '2 .': the path is empty"),
+        ("images", "003.Sooty_Albatross/a", "a\0", "{}/images lacks 1 image (a\0.jpg) of the 4"),
+        ("images", "30 003", "7 003", "images.txt, line 3, '7 020.Great_Auk/Auk 2.jpg': id 7 was in an earlier line"),
+        ("image_class_labels", "7 20\n4 20\n", "", "2 image ids (4, 7) of {}/images.txt not in {}/image_class_labels"),
+        ("image_class_labels", "7 20", "7 20\n8 20", "1 image id (8) of {}/image_class_labels.txt not in {}/images"),
+        ("train_test_split", "4 0\n", "", "1 image id (4) of {}/images.txt not in {}/train_test_split.txt"),
+        ("train_test_split", "4 0", "4 0\n5 0", "1 image id (5) of {}/train_test_split.txt not in {}/images.txt"),
+        ("image_class_labels", "7 20", "7 21", "1 class id (21) of {}/image_class_labels.txt not in {}/classes.txt"),
+        ("classes", "3 003", "3 003.Auk\n9 003", "1 class id (9) of {}/classes.txt not in {}/image_class_labels.txt"),
+        ("train_test_split", "7 1", "7 0", "{}/train_test_split.txt has no training images for 1 class id (20); each"),
+        ("images", "s/a.jpg", "s/A.jpg", "{}/images lacks 1 image (003.Sooty_Albatross/A.jpg) of the 4 in {}/images"),
+    ],
+    "nabirds": [
+        ("images", "0295/", "../0295/", "the path leaves images/; expected '<image_id> <path under images/>'"),
+        ("classes", "22 Oldsquaw\n", "", "1 class id (22) of {}/hierarchy.txt not in {}/classes.txt"),
+        ("hierarchy", "295 22\n", "", "1 class id (295) of {}/image_class_labels.txt not in {}/hierarchy.txt"),
+        ("hierarchy", "295 22", "295 22 1", "hierarchy.txt, line 4, '295 22 1': invalid literal for int"),
+    ],
+    "aircraft": [
+        ("images_variant_test", "0034317 707-320", "0034317", "line 1, '0034317': 1 of 2 columns; expected '<image_i"),
+        ("images_variant_test", "F/A-18", "F-18", "1 variant (F-18) of {}/images_variant_test.txt not in {}/variants"),
+        ("images_variant_test", "0034317", "0034309", "1 image id (0034309) of {}/images_variant_trainval.txt also in"),
+        ("images_variant_test", "0034317", "../../x", "the path leaves images/"),
+        ("images_variant_trainval", "0034309", "0034317", "1 image id (0034317) of {}/images_variant_trainval.txt not"),
+        ("variants", "F/A-18", "F/A-18\nF-19", "{}/images_variant_trainval.txt has no training images for 1 variant ("),
+        ("images_family_trainval", "0034309 Boeing 707", "0034309 Boeing 7", ") into Boeing 7 and Boeing 707; unpack"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new", "message"), [(name, *case) for name, cases in DAMAGE.items() for case in cases]
+)
+def test_damaged_list(tmp_path, name, file, old, new, message):
+    root = write(name, tmp_path)
+    path = root / ("data" if name == "aircraft" else "") / f"{file}.txt"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message.replace("{}", str(path.parent)))):
+        READERS[name](root)
+
+
+def mat(**variables):
+    return lambda file: savemat(file, variables)
+
+
+def car_list(labels, names=()):
+    return lambda file: write_annotations(file, labels, names)
+
+
+def dog_list(*rows):
+    return lambda file: write_dog_list(file, rows)
+
+
+META, TRAIN, TEST = "devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"
+DAMAGED_MAT = {
+    "cars": [
+        (TRAIN, car_list([0]), r"row 1, \('00001.jpg', 0\): class 0 is not one of 1 to 3; expected \(fname, class\)"),
+        (TRAIN, car_list([1, 4]), r"row 2, \('00002.jpg', 4\): class 4 is not one of 1 to 3"),
+        (TRAIN, car_list([1.5]), "must be a whole number, not 1.5"),
+        (TRAIN, car_list([np.nan]), "cannot convert float NaN"),
+        (TRAIN, car_list([np.inf]), "cannot convert float infinity"),
+        (TRAIN, car_list(["1"]), "must be a whole number, not '1'"),
+        (TRAIN, car_list([1], ["../cars_test/00001.jpg"]), "the path leaves cars_train/"),
+        (TRAIN, car_list([1], [17]), "must be a path, not 17"),
+        (TRAIN, car_list([1, 1], ["1.jpg", "1.jpg"]), "id cars_train/1.jpg was in an earlier row"),
+        (TRAIN, car_list([1, 2]), r"no training images for 1 class name \(Acura TL Sedan 2012\); each class of"),
+        (TRAIN, mat(annotations=np.zeros((2, 3))), "has no fname, class in 'annotations', only none; replace it"),
+        (TRAIN, mat(other=1), "has no fname, class in 'annotations', only other; replace it"),
+        (TEST, car_list([None, None]), r"has no class in 'annotations', only bbox_x1, .*fname; replace it"),
+        (META, mat(names=cells(folders.CARS)), "has no class_names, only names; replace it"),
+        (META, mat(class_names=cells(["Audi", 3])), r"row 2, \(3,\): must be a name, not 3"),
+        (META, mat(class_names=cells(["Audi", " "])), r"row 2, \(' ',\): must be a name, not ' '"),
+        (META, mat(class_names=cells([])), r"is empty, expected rows \(class_names\)"),
+    ],
+    "dogs": [
+        ("train_list.mat", dog_list(*ROWS[:5], (ROWS[5][0], 2)), "row 6, .* class 2 was in n02086079-Pekinese before"),
+        ("train_list.mat", dog_list(*ROWS[:5], (ROWS[5][0], 4)), "n02113799-standard_poodle had class 3 before"),
+        ("train_list.mat", dog_list(*ROWS, dog_rows([199])[0]), r"1 image \(.*_199.jpg\) of .*train_list.mat also in"),
+        ("train_list.mat", dog_list(ROWS[0]), r"has no training images for 1 class label \(2\); each class of .*test"),
+        ("train_list.mat", dog_list(("../" + ROWS[0][0], 1)), "row 1, .* the path leaves Images/"),
+        ("test_list.mat", mat(file_list=cells([name for name, _ in ROWS]), labels=np.ones((4, 1))),
+         "file_list, labels have 6, 4 entries; replace it"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "damage", "message"), [(name, *case) for name, cases in DAMAGED_MAT.items() for case in cases]
+)
+def test_damaged_mat_file(tmp_path, name, file, damage, message):
+    root = write(name, tmp_path)
+    damage(root / file)
+    with pytest.raises(ValueError, match=message) as caught:
+        READERS[name](root)
+    assert f"{root / file}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("what", ["file", "folder", "relative", "dangling", "chain"])
+def test_link_out_is_refused_with_path_and_line(name, what, tmp_path):
+    root, outside = write(name, tmp_path), tmp_path / "nabirds of others"  # its name begins like that of a folder
+    _, photo, _, place = EXPECTED[name][-1]
+    photo = root / photo
+    target = outside / ("nothing.jpg" if what == "dangling" else photo.name)
+    draw(outside / photo.name)
+    if what == "folder":
+        shutil.rmtree(photo.parent)
+        photo.parent.symlink_to(outside)
+        target, place = outside, place.split(", ")[0]  # its first image is met first
+    else:
+        photo.unlink()
+        (root / "hop").symlink_to(target)
+        photo.symlink_to({"relative": os.path.relpath(target, photo.parent), "chain": root / "hop"}.get(what, target))
+    base = root / ("data" if name == "aircraft" else "")
+    link = re.escape(f"the path leaves {base} by a link, to {target}") + ".*; put the files there instead"
+    for complete in (True, False):
+        with pytest.raises(ValueError, match=re.escape(f"{root}/{place}") + f".*{link}"):
+            READERS[name](root, complete=complete)
+    with pytest.raises(SystemExit, match="the path leaves"):
+        check_images.main([str(root), "--dataset", name, "--workers", "0", "--output", str(tmp_path / "list")])
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_links_that_stay_inside_are_followed_and_circles_are_not(name, tmp_path):
+    root = write(name, tmp_path)
+    before = READERS[name](root)
+    photo, elsewhere = root / EXPECTED[name][-1][1], root / ("data" if name == "aircraft" else "") / "elsewhere.jpg"
+    photo.rename(elsewhere)
+    photo.symlink_to(elsewhere)
+    for circle in ("one", "two"):  # a walk that follows links would go through 2 to the power of 40 folders here
+        (photo.parent / circle).symlink_to(photo.parent)
+    (tmp_path / "linked").symlink_to(root)  # the folder itself may be a link
+    for given in (root, tmp_path / "linked"):
+        found = READERS[name](given)
+        assert [image.path.resolve().name for image in found.train].count("elsewhere.jpg") == 1
+        assert [image.image_id for image in found.train] == [image.image_id for image in before.train]
