@@ -7,12 +7,12 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
-import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -89,17 +89,10 @@ def test_a_model_is_not_overwritten_unless_asked(own_model, tmp_path):
 
 
 def test_pretrained_weights_are_taken_and_learn_slower(own_model, tmp_path, monkeypatch):
-    # As a download leaves them: the Hub's cache, without the network.
-    config = timm.get_pretrained_cfg("test_resnet")
-    cached = tmp_path / "cache" / f"models--{config.hf_hub_id.replace('/', '--')}"
-    net, snapshot = timm.create_model("test_resnet"), "0" * 40
-    for folder in ("refs", f"snapshots/{snapshot}"):
-        (cached / folder).mkdir(parents=True)
-    (cached / "refs/main").write_text(snapshot)
-    save_file(net.state_dict(), cached / "snapshots" / snapshot / "model.safetensors")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
+    net = timm.create_model("test_resnet")
+    save_file(net.state_dict(), tmp_path / "cached.safetensors")
+    download = Mock(return_value=str(tmp_path / "cached.safetensors"))
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
     command = [str(own_model.parent), "--out", str(tmp_path / "model"), *FLAGS, "--epochs", "1"]
     train_own.main([*command, "--backbone-lr", "1e-9"])
     found = load_file(tmp_path / "model/model.safetensors")
@@ -109,7 +102,7 @@ def test_pretrained_weights_are_taken_and_learn_slower(own_model, tmp_path, monk
     assert (settings["lr"], settings["backbone_lr"]) == (3e-4, 1e-9)
     assert "from timm's pretrained weights" in (tmp_path / "model/README.md").read_text()
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    download.side_effect = OSError("no network")
     with pytest.raises(SystemExit, match=r"weights of test_resnet are not available(.|\n)*--no-pretrained"):
         train_own.main([*command, "--overwrite"])
 
@@ -178,33 +171,29 @@ def test_names_of_the_hub_are_not_looked_up_before():
 
 
 HOLDER = """
-import os, pathlib, sys, time
+import os, pathlib, sys
 from workbench.run_folder import lock
 held = lock(pathlib.Path(sys.argv[1]))
 if os.fork():  # as for the processes that load images
     print(flush=True)
-time.sleep(600)
+sys.stdin.read()
 """
 
 
 def test_two_trainings_do_not_share_a_folder(own_model, tmp_path):
     folder = tmp_path / "model"
     (folder / "run").mkdir(parents=True)
-    with start("-c", HOLDER, folder / "run", start_new_session=True) as other:
-        try:
-            assert other.stdout.readline()
-            # At once, and where both have decoded the images before either had the lock.
-            for begin in (partial(train, own_model, folder), run_folder.RunFolder(folder / "run", {}).begin):
-                with pytest.raises(SystemExit, match=r"another training is writing into \S+run: ") as ended:
-                    begin()
-                assert "\n" not in str(ended.value)
-            assert {path.name for path in folder.rglob("*")} == {"run", "lock"}
-            other.kill()
-            other.wait()
-            train(own_model, folder)  # the lock ended with its process, though that one's child is still there
-            assert (folder / "classes.json").exists()
-        finally:
-            os.killpg(other.pid, signal.SIGKILL)
+    with start("-c", HOLDER, folder / "run", stdin=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        # At once, and where both have decoded the images before either had the lock.
+        for begin in (partial(train, own_model, folder), run_folder.RunFolder(folder / "run", {}).begin):
+            with pytest.raises(SystemExit, match=r"^another training is writing into \S+run: .*\Z"):
+                begin()
+        assert {path.name for path in folder.rglob("*")} == {"run", "lock"}
+        other.kill()
+        other.wait()
+        train(own_model, folder)  # the lock ended with its process, though that one's child is still there
+        assert (folder / "classes.json").exists()
 
 
 def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch):
@@ -272,7 +261,7 @@ def test_killed_in_any_step_it_ends_as_if_never_killed(own_model, whole, tmp_pat
     assert {*epochs} == {0, 1, 2}  # each has batches and crops of its own
 
 
-def test_sigterm_saves_and_stops(own_model, whole, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_and_stops_and_other_settings_do_not_go_on(own_model, whole, tmp_path, monkeypatch, capsys):
     flags = [*STEPS, "--checkpoint-minutes", "0"]
     at_call(monkeypatch, 5, train_own, "compute_loss", lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
@@ -280,15 +269,9 @@ def test_sigterm_saves_and_stops(own_model, whole, tmp_path, monkeypatch, capsys
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "saved as" in (said := capsys.readouterr().err)
     assert "the same command resumes from there" in said
-    assert_ends_alike(train(own_model, tmp_path / "model", *flags), whole)
-
-
-def test_other_settings_do_not_go_on_with_a_run(own_model, tmp_path, monkeypatch):
-    at_call(monkeypatch, 1, train_own.report, "write", Mock(side_effect=KilledError))
-    with pytest.raises(KilledError):
-        train(own_model, tmp_path / "model", *STEPS)
     with pytest.raises(SystemExit, match=r"holds another run:\n.*\n  lr: 0.01 there, 0.5 here"):
-        train(own_model, tmp_path / "model", *STEPS, "--lr", "0.5", "--overwrite")
+        train(own_model, tmp_path / "model", *flags, "--lr", "0.5", "--overwrite")
+    assert_ends_alike(train(own_model, tmp_path / "model", *flags), whole)
 
 
 def test_loss_that_is_not_finite_ends_it_with_the_images(own_model, tmp_path, monkeypatch, capsys):
