@@ -4,8 +4,8 @@ import json
 import math
 import re
 from dataclasses import fields
+from unittest.mock import Mock
 
-import huggingface_hub.constants
 import pytest
 import torch
 from cub_runs import TINY, rows, run, same, train_here, weights
@@ -197,8 +197,7 @@ def test_mistakes_end_with_one_line_and_leave_no_folder(birds, tmp_path, flags, 
 
 
 def test_weights_that_are_not_available_end_with_what_to_do(birds, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", Mock(side_effect=OSError("no network")))
     with pytest.raises(SystemExit, match=r"weights of test_resnet are not available(.|\n)*--no-pretrained"):
         run(birds, tmp_path / "run", "--pretrained")
 
