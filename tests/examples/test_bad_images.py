@@ -150,10 +150,11 @@ def test_limits_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated JPEG", "pipe"])
-def test_training_stops_with_the_path_or_leaves_it_out(kind: str, folder: Path, capsys, monkeypatch) -> None:
+def test_training_and_testing_stop_with_the_path_or_leave_it_out(kind, folder, capsys, monkeypatch) -> None:
     assert images.load_image is bad_images.load_image is load_image  # so all of BAD is judged alike
     monkeypatch.chdir(folder.parent)
-    path = READERS["cub"](folder).train[4].path
+    data = READERS["cub"](folder)
+    path, tested = data.train[4].path, data.test[7].path
     BAD[kind][0](path)
     reason = why_bad(path)
     with pytest.raises(SystemExit) as caught:
@@ -170,15 +171,10 @@ def test_training_stops_with_the_path_or_leaves_it_out(kind: str, folder: Path, 
     assert "1 bad images left out: 1 of training, 0 of testing (bad_images.txt)" in out
     assert "17 training and 18 test images" in out
     assert (result["left_out"], rows(folder.parent / "run")[0]["left_out"]) == (1, "1")
-
-
-def test_bad_image_in_testing(folder: Path) -> None:
-    run(folder)
-    bad = READERS["cub"](folder).test[7].path
-    bad.write_bytes(b"")
-    message = rf"^\nbad image: {bad} \(0 bytes\) is not an image .*; replace the file\.\ncheck"
+    tested.write_bytes(b"")
+    message = rf"^\nbad image: {tested} \(0 bytes\) is not an image .*; replace the file\.\ncheck"
     with pytest.raises(SystemExit, match=message):
-        score.main([str(folder.parent / "run/last"), "--device", "cpu"])
+        score.main(["run/last", "--device", "cpu"])
 
 
 def test_process_with_workers_ends_at_a_bad_image(folder: Path, tmp_path: Path) -> None:
@@ -241,15 +237,10 @@ def test_check_as_a_command(folder: Path, tmp_path: Path) -> None:
         check_images.main(flags)
 
 
-def kill(path: Path) -> str | None:
-    """A decoder that crashes on one file."""
-    return os._exit(1) if path.name == "13" else None
-
-
 def test_process_that_dies_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bad_images, "why_bad", kill)
-    with pytest.raises(SystemExit, match=r"a process died while decoding one of the \d+ images from .* to .*"):
-        bad_images.find_bad([Path(str(number)) for number in range(40)], workers=1)
+    monkeypatch.setattr(bad_images, "why_bad", os._exit)  # as if a decoder crashed; it takes numbers, not paths
+    with pytest.raises(SystemExit, match=r"a process died while decoding one of the 8 images from 0 to 7:"):
+        bad_images.find_bad(range(40), workers=1)
 
 
 def skip(folder: Path, *images: Path) -> dict:
