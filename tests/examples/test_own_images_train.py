@@ -75,7 +75,10 @@ def test_damaged_model_is_named(own_model, tmp_path):
             load(folder)
 
 
-def test_a_model_is_not_overwritten_unless_asked(own_model, tmp_path):
+def test_a_model_is_not_overwritten_unless_asked(own_model, tmp_path, monkeypatch):
+    at_call(monkeypatch, 1, train_own, "read_data", lambda: shutil.copytree(own_model, tmp_path / "meanwhile"))
+    with pytest.raises(SystemExit, match="meanwhile holds a model"):  # of another training, which began earlier
+        train(own_model, tmp_path / "meanwhile")
     folder = shutil.copytree(own_model, tmp_path / "model")
     with pytest.raises(SystemExit, match=r"holds a model: .*--overwrite"):
         train(own_model, folder)
@@ -116,17 +119,16 @@ def test_backbone_of_a_fixed_size_is_made_for_the_images(own_model, tmp_path):
 
 @pytest.mark.usefixtures("own_accelerate")
 def test_precision_chunks_and_shuffled_baseline_are_taken_and_noted(own_model, tmp_path, monkeypatch):
-    dtypes, forward = [], APINet.forward
+    seen = []
 
-    def noted(self, images, *args, **kwargs):
-        dtypes.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
-        return forward(self, images, *args, **kwargs)
+    def note():
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
 
-    monkeypatch.setattr(APINet, "forward", noted)
+    at_call(monkeypatch, 1, train_own, "compute_loss", note)
     AcceleratorState._reset_state()
     flags = ["--amp", "bf16", "--chunk-size", "5", "--baseline", "shuffled"]
     out = train(own_model, tmp_path / "model", "--device", "cpu", *flags)
-    assert (True, torch.bfloat16) in dtypes
+    assert seen == [(True, torch.bfloat16)]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["settings"] | {"amp": "bf16", "chunk_size": 5, "baseline": "shuffled"} == metrics["settings"]
     assert json.loads((out / "config.json").read_text())["chunk_size"] == 5
@@ -200,12 +202,6 @@ def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.fcntl, "lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     run_folder.RunFolder(tmp_path / "run", {}).begin()
     assert (tmp_path / "run/settings.json").exists()
-
-
-def test_a_training_that_ended_meanwhile_is_not_overwritten(own_model, tmp_path, monkeypatch):
-    at_call(monkeypatch, 1, train_own, "read_data", lambda: shutil.copytree(own_model, tmp_path / "model"))
-    with pytest.raises(SystemExit, match="holds a model"):
-        train(own_model, tmp_path / "model")
 
 
 def test_ctrl_c_during_the_imports_ends_it_with_a_line(tmp_path, monkeypatch):
