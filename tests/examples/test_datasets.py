@@ -24,6 +24,7 @@ from workbench.datasets.bird_lists import family
 from workbench.datasets.lists import some
 from workbench.settings import PRESETS, parse, run_folder
 
+META, TRAIN, TEST = "devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"
 ROWS = dog_rows([5927, 16])
 BIRD = "images/0295/0000000221dc4d0cbfe14cae3c85c829.jpg"
 # Of each: the classes, their families, the labels for training and testing, and one training image: its place, path,
@@ -98,23 +99,21 @@ def test_files_may_be_in_other_places_and_labels_of_another_type(tmp_path):
     found = READERS["dogs"](dogs)
     (dogs / "train_list.mat").unlink()
     (dogs / "lists").mkdir()
-    folders.write_dog_list(dogs / "lists/train_list.mat", dog_rows([5927, 16])[::-1], np.float64)
+    write_dog_list(dogs / "lists/train_list.mat", dog_rows([5927, 16])[::-1], np.float64)
     again = READERS["dogs"](dogs)
     assert (again.classes, again.test, again.train[::-1]) == (found.classes, found.test, found.train)
 
 
 def test_one_row_is_a_list_too(tmp_path):
     """SciPy, told to squeeze, hands out a list of one as its element."""
-    (tmp_path / "devkit").mkdir()
-    savemat(tmp_path / "devkit/cars_meta.mat", {"class_names": folders.cells(folders.CARS[:1])})
-    for file, folder in (("devkit/cars_train_annos.mat", "train"), ("cars_test_annos_withlabels.mat", "test")):
-        folders.write_annotations(tmp_path / file, [1])
-        folders.draw(tmp_path / f"cars_{folder}/00001.jpg")
-    assert [image.label for image in READERS["cars"](tmp_path).train] == [0]
-    for file, number in (("train_list.mat", 1), ("test_list.mat", 2)):
-        folders.write_dog_list(tmp_path / file, dog_rows([number])[:1])
-        folders.draw(tmp_path / "Images" / dog_rows([number])[0][0])
-    assert READERS["dogs"](tmp_path).classes == folders.DOGS[:1]
+    cars, dogs = write("cars", tmp_path), write("dogs", tmp_path)
+    savemat(cars / META, {"class_names": cells(folders.CARS[:1])})
+    write_annotations(cars / TRAIN, [1])
+    write_annotations(cars / TEST, [1])
+    assert [image.label for image in READERS["cars"](cars).train] == [0]
+    write_dog_list(dogs / "train_list.mat", ROWS[:1])
+    write_dog_list(dogs / "test_list.mat", dog_rows([199])[:1])
+    assert READERS["dogs"](dogs).classes == folders.DOGS[:1]
 
 
 DEMO = [PRESETS["demo"][name] for name in ("epochs", "lr", "frozen_epochs")]
@@ -154,7 +153,7 @@ def test_training_and_evaluating(tmp_path, monkeypatch):
 AIRCRAFT_LISTS = ("variants", "images_variant_trainval", "images_variant_test", "images_family_trainval")
 REQUIRED = {
     "cub": list(folders.CUB),
-    "cars": ["devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"],
+    "cars": [META, TRAIN, TEST],
     "aircraft": [f"data/{name}.txt" for name in AIRCRAFT_LISTS],
     "dogs": ["train_list.mat", "test_list.mat"],
     "nabirds": list(folders.NABIRDS),
@@ -275,7 +274,6 @@ def dog_list(*rows):
     return lambda file: write_dog_list(file, rows)
 
 
-META, TRAIN, TEST = "devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"
 DAMAGED_MAT = {
     "cars": [
         (TRAIN, car_list([0]), r"row 1, \('00001.jpg', 0\): class 0 is not one of 1 to 3; expected \(fname, class\)"),
