@@ -1,5 +1,6 @@
 """API-Net once more, from the formulas, slowly and in float64: what the tests compare the package with."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,23 +79,30 @@ def head(
     partners: list[Tensor],
     margin: float = 0.05,
     valid: Tensor | None = None,
+    mutual_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+    single: bool = False,
 ) -> dict[str, Tensor]:
     """Logits and loss of the published head with the weights of a module, without dropout, pair by pair.
 
-    `partners` has one [B] per kind of pair. Pairs that are not `valid` [P] are left out.
+    `partners` has one [B] per kind of pair. Pairs that are not `valid` [P] are left out. Of the ablation are another
+    mutual vector of two images, and the `single` gate of both.
     """
 
     def linear(layer: nn.Module, value: Tensor) -> Tensor:
         return layer.weight @ value + layer.bias
 
+    def published(a: Tensor, b: Tensor) -> Tensor:
+        return linear(module.mutual.fc2, linear(module.mutual.fc1, torch.cat([a, b])))
+
+    mutual_of = mutual_of or published
     rows: list[tuple[int, Tensor, Tensor]] = []
     seconds: list[tuple[int, Tensor, Tensor]] = []
     for kind, partner in enumerate(partners):
         for a, b in enumerate(partner.tolist()):
             if valid is not None and not valid[kind * len(x) + a]:
                 continue
-            mutual = linear(module.mutual.fc2, linear(module.mutual.fc1, torch.cat([x[a], x[b]])))
-            gate_a, gate_b = torch.sigmoid(mutual * x[a]), torch.sigmoid(mutual * x[b])
+            mutual = mutual_of(x[a], x[b])
+            gate_a, gate_b = (torch.sigmoid(mutual if single else mutual * image) for image in (x[a], x[b]))
             rows.append((int(labels[a]), x[a] + x[a] * gate_a, x[a] + x[a] * gate_b))
             seconds.append((int(labels[b]), x[b] + x[b] * gate_b, x[b] + x[b] * gate_a))
     rows += seconds

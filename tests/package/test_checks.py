@@ -5,7 +5,6 @@ import torch
 from stand_ins import Calling
 
 from apinet_head import APIHead, BalancedBatchSampler, ChunkedBackbone, FeatureMemory, api_loss, mine_pairs
-from apinet_head.mutual import MUTUALS
 from apinet_head.step_memory import pick_chunk_size, step_memory
 
 X, Y = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1])
@@ -19,13 +18,6 @@ def test_features_that_are_all_nan_give_a_loss_that_is():
     # No pair is left; a loss of 0 would hide gradients that aren't finite.
     assert api_loss(head()(torch.full_like(X, torch.nan), Y)).isnan()
     assert api_loss(head()(torch.full((2, 8), torch.nan), torch.zeros(2, dtype=torch.long))).isnan()
-
-
-@pytest.mark.parametrize("mutual", MUTUALS)
-def test_an_empty_batch_has_a_loss_of_0_with_any_mutual_vector(mutual):
-    loss = api_loss(head(mutual=mutual)(X[:0].requires_grad_(), Y[:0]))
-    loss.backward()
-    assert loss == 0
 
 
 BACKBONE = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
