@@ -2,7 +2,6 @@
 
 import math
 import operator
-from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -259,7 +258,8 @@ def draw_sampler(data):
 
 
 @fuzzed
-def test_sampler_takes_or_refuses_anything(data):
+def test_sampler_and_its_state_take_or_refuse_anything(data):
+    """What batches are made of is in test_sampler.py."""
     arguments = draw_sampler(data)
     labels = [int(label) for label in arguments["labels"]]
     no_labels = [way(torch.tensor(labels)) for way in (*WAYS["labels alone"][1:], lambda y: y.to("meta"))]
@@ -267,19 +267,8 @@ def test_sampler_takes_or_refuses_anything(data):
     no_labels += [np.array(labels, dtype=float), [*map(str, labels)], None, 3]
     check_all_refused(api.BalancedBatchSampler, arguments, labels=no_labels)
     sampler = api.BalancedBatchSampler(**arguments)
-    batches, size = list(sampler), arguments["n_classes"] * arguments["n_samples"]
-    assert len(batches) == len(sampler) == (arguments["n_batches"] or max(1, len(labels) // size))
-    for batch in batches:
-        shares = Counter(labels[index] for index in batch)
-        assert len(shares) == arguments["n_classes"] // arguments["world_size"]
-        assert set(shares.values()) == {arguments["n_samples"]}
-
-
-@fuzzed
-def test_state_of_a_sampler_takes_or_refuses_anything(data):
-    arguments = draw_sampler(data) | {"n_batches": 4}
-    sampler, other = (api.BalancedBatchSampler(**arguments) for _ in range(2))
-    first, done = list(sampler), data.draw(st.integers(0, 4))
+    other = api.BalancedBatchSampler(**arguments | {"labels": labels})
+    first, done = list(sampler), data.draw(st.integers(0, len(sampler)))
     sampler.set_epoch(data.draw(st.integers(0, 9)))
     state = sampler.state_dict(done)
     rubbish = math.nan, -77, 0.5, None, "1", True, [1], torch.ones(2), 10**9
@@ -295,46 +284,36 @@ def test_state_of_a_sampler_takes_or_refuses_anything(data):
     check_refused(partial(sampler.state_dict, 0.5), 0.5)
 
 
-def flat_backbone(channels, dim, dtype=None):
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels, dim, dtype=dtype))
-
-
 @fuzzed
-def test_chunked_backbone_takes_or_refuses_anything(data):
-    size, dtype = data.draw(st.integers(0, 9)), one_of(data, DTYPES[2:])
-    images = one_of(data, LAYOUTS)(torch.randn(size, 3, 2, 2, dtype=dtype)).requires_grad_(data.draw(st.booleans()))
-    arguments = {"backbone": flat_backbone(12, 4, dtype), "chunk_size": data.draw(st.integers(1, 10))}
+def test_chunked_backbone_and_apinet_take_or_refuse_anything(data):
+    images, labels, kind = draw_batch(data, dtypes=DTYPES[2:], kinds=("normal", "ties", "non-finite"))
+    dim, classes = data.draw(st.integers(1, 5)), int(labels.long().max()) + 1 if len(labels) else 2
+    backbone, chunk_size = nn.Linear(images.shape[1], dim, dtype=images.dtype), data.draw(st.integers(1, 10))
+    arguments = {"backbone": backbone, "chunk_size": chunk_size}
     ways = {name: (*WAYS[name], wrong) for name, wrong in (("backbone", "resnet18"), ("chunk_size", None))}
     check_all_refused(api.ChunkedBackbone, arguments, **ways)
-    net = api.ChunkedBackbone(**arguments)
-    for wrong in (None, [images], 3, torch.tensor(1.0), {"images": images}):
-        check_refused(partial(net, wrong), wrong)
-    with one_of(data, MODES)():
-        features = net(images)
-        expected = torch.cat([net.backbone(chunk) for chunk in images.split(net.chunk_size)])
-    assert torch.equal(features, expected)
-    if features.requires_grad:
-        features.sum().backward()
-        assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
-
-
-@fuzzed
-def test_apinet_takes_or_refuses_anything(data):
-    features, labels, kind = draw_batch(data, dtypes=[torch.float32], kinds=("normal", "ties", "non-finite"))
-    dim, classes = data.draw(st.integers(1, 5)), int(labels.long().max()) + 1 if len(labels) else 2
-    chunk_size, backbone = data.draw(st.none() | st.integers(1, 5)), flat_backbone(features.shape[1], dim)
-    arguments = {"backbone": backbone, "num_classes": classes, "dim": dim, "chunk_size": chunk_size, "hidden_dim": 3}
+    chunked = api.ChunkedBackbone(**arguments)
+    arguments["chunk_size"] = one_of(data, [chunk_size, None])
+    arguments |= {"num_classes": classes, "dim": dim, "hidden_dim": 3}
     check_all_refused(api.APINet, arguments)
-    net, rates = api.APINet(**arguments, dropout=0.0), {"lr": 0.1, "backbone_lr": 0.0, "weight_decay": 0.0}
+    net = api.APINet(**arguments, dropout=0.0, dtype=images.dtype)
+    rates = {"lr": 0.1, "backbone_lr": 0.0, "weight_decay": 0.0}
     check_all_refused(net.parameter_groups, rates)
     assert len(net.parameter_groups(**rates)) == 2
+    for wrong in (None, [images], 3, torch.tensor(1.0), {"images": images}):
+        check_refused(partial(chunked, wrong), wrong)
     with one_of(data, MODES)():
-        check_all_refused(partial(net, features), {"labels": labels}, labels=WAYS["labels, if any"])
-        loss = api.api_loss(net(features, labels))
+        expected = torch.cat([backbone(chunk) for chunk in images.split(chunk_size)])
+        torch.testing.assert_close(chunked(images), expected, rtol=0, atol=0, equal_nan=True)
+        check_all_refused(partial(net, images), {"labels": labels}, labels=WAYS["labels, if any"])
+        loss = api.api_loss(net(images, labels))
         assert loss.isfinite() == (kind != "non-finite")
-        terms = net(features, labels, criterion=api.APILoss(rows=data.draw(st.integers(1, 9))))
+        terms = net(images, labels, criterion=api.APILoss(rows=data.draw(st.integers(1, 9))))
         torch.testing.assert_close(terms.total, loss, equal_nan=True)
-        assert net.eval()(features).shape == net.to_deploy()(features).shape == (len(features), classes)
+    if loss.requires_grad and loss.isfinite():
+        gradients = torch.autograd.grad(loss, [*net.parameters()], materialize_grads=True)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    assert net.eval()(images).shape == net.to_deploy()(images).shape == (len(images), classes)
 
 
 @fuzzed
