@@ -3,6 +3,7 @@
 import torch
 from reference import check_partners
 from torch import Tensor
+from torch.testing import assert_close
 
 from apinet_head import Pairs, mine_pairs
 
@@ -11,7 +12,9 @@ HOWS = ("similar", "dissimilar", "random")
 
 def check(features: Tensor, labels: Tensor, *, intra: str = "similar", inter: str = "similar", **keys) -> Pairs:
     """Mine, and compare both halves with brute force."""
+    before = features.clone()
     pairs = mine_pairs(features, labels, intra=intra, inter=inter, **keys)
+    assert_close(features, before, rtol=0, atol=0, equal_nan=True, msg="mining changed its input")
     exact = "large" not in keys.pop("backend", "")  # there only the few best candidates are compared again
     check_pairs(pairs, features, labels, intra=intra, inter=inter, exact=exact, **keys)
     return pairs

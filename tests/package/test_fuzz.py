@@ -204,11 +204,12 @@ def test_feature_memory_takes_or_refuses_anything(data):
     memory, pushed = api.FeatureMemory(**sizes), []
     for _ in range(data.draw(st.integers(1, 4))):
         features, labels, _ = draw_batch(data)
-        batch = {"features": features.detach()[:, [0] * memory.dim], "labels": labels}
+        batch = {"features": features[:, [0] * memory.dim], "labels": labels}
         with one_of(data, MODES)():
             check_all_refused(memory.push, batch, features=WAYS["features of D"])
             memory.push(**batch)
-        pushed += zip(batch["features"].to(memory.features.dtype), labels.tolist(), strict=True)
+        assert not memory.features.requires_grad
+        pushed += zip(batch["features"].detach().to(memory.features.dtype), labels.tolist(), strict=True)
     rows, row_labels = torch.full_like(memory.features, math.nan), [-1] * memory.size
     for place, (row, label) in enumerate(pushed):
         rows[place % memory.size], row_labels[place % memory.size] = row, label
