@@ -25,7 +25,7 @@ MANY_PLACES = {
 
 @on_meta
 @each_module
-def test_features_have_the_dim_apinet_says(module):
+def test_features_have_the_dim_apinet_says_and_deployed_is_the_model_that_timm_makes(module):
     # The meta device computes shapes alone: ViT-G and ConvNeXt-XXL cost no more than ResNet-18.
     with torch.device("meta"):
         net = APINet(ARCHITECTURES[module], num_classes=7).eval()
@@ -34,13 +34,6 @@ def test_features_have_the_dim_apinet_says(module):
             assert net.backbone(images).shape == (2, net.dim)
             assert net(images).shape == (2, 7)
             assert net(images, torch.empty(2, dtype=torch.long)).logits_self.shape == (8, 7)
-
-
-@on_meta
-@each_module
-def test_deployed_is_the_model_that_timm_makes(module):
-    with torch.device("meta"):
-        net = APINet(ARCHITECTURES[module], num_classes=7)
         if module in MANY_PLACES:
             with pytest.raises(ValueError, match=r"not one place for a classifier \[7, .*deploy nn.Sequential"):
                 net.to_deploy()
