@@ -13,9 +13,9 @@ from watching import no_waiting, no_warnings
 
 from apinet_head import APIHead, api_loss, mine_pairs
 
-DYNAMIC = pytest.mark.parametrize("dynamic", [True, None])
+SLOW = pytest.mark.slow
 # "aot_eager" checks that all can be traced in one graph, backward too; "inductor" that the generated code is right.
-BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
 
 
 def make_case(size=24, dim=32, classes=6, memory=0):
@@ -25,8 +25,11 @@ def make_case(size=24, dim=32, classes=6, memory=0):
 
 
 @BACKENDS
-@DYNAMIC
-@pytest.mark.parametrize("memory", [0, 28])  # of more images than the first batch, of fewer than the others
+# A memory of more images than the first batch, of fewer than the others.
+@pytest.mark.parametrize(
+    ("memory", "dynamic"),
+    [(0, None), (28, True), pytest.param(0, True, marks=SLOW), pytest.param(28, None, marks=SLOW)],
+)
 def test_compiled_head_and_loss_equal_eager(memory, dynamic, backend):
     (head, *_), (eager, *_) = make_case(memory=memory), make_case(memory=memory)
     # dynamic=True makes symbols of the loss's numbers, too.
@@ -41,7 +44,7 @@ def test_compiled_head_and_loss_equal_eager(memory, dynamic, backend):
 
 
 @BACKENDS
-@DYNAMIC
+@pytest.mark.parametrize("dynamic", [True, pytest.param(None, marks=SLOW)])
 @pytest.mark.parametrize("how", HOWS)
 def test_compiled_mining_equals_eager_for_any_batch_size(how, dynamic, backend):
     # "random" failed in torch.rand(..., generator=None) where the size is symbolic.
