@@ -8,12 +8,6 @@ import torch
 from torch import Tensor, nn
 
 
-def squared_distances(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """[B,M], by subtraction, one query at a time."""
-    with np.errstate(all="ignore"):
-        return np.stack([((keys - query) ** 2).sum(1) for query in queries])
-
-
 def candidates(
     labels: np.ndarray, key_labels: np.ndarray, finite: np.ndarray, same_class: bool, offset: int | None
 ) -> np.ndarray:
@@ -24,52 +18,6 @@ def candidates(
         queries = np.arange(len(labels))
         allowed[queries, queries + offset] = False
     return allowed
-
-
-def check_partners(
-    partner: Tensor,
-    valid: Tensor,
-    features: Tensor,
-    labels: Tensor,
-    *,
-    how: str,
-    same_class: bool,
-    keys: Tensor | None = None,
-    key_labels: Tensor | None = None,
-    offset: int | None = None,
-    exact: bool = True,
-) -> None:
-    """Assert that partners [B] are as `mine_pairs` promises, by brute force.
-
-    A partner may differ from the best one only by the rounding of a distance by subtraction in float32 (float64); if
-    not `exact`, by that of a matrix product about the middle of the rows.
-    """
-    if keys is None:
-        keys, key_labels, offset = features, labels, 0
-    x, k = features.detach().double().numpy(), keys.detach().double().numpy()
-    finite = np.isfinite(k).all(1)
-    # Squares of the largest and the smallest float64 would be no numbers.
-    largest = np.abs(np.concatenate([k[finite].ravel(), x[np.isfinite(x)], [np.finfo(float).tiny]])).max()
-    x, k = x / largest, k / largest
-    allowed = candidates(labels.long().numpy(), key_labels.long().numpy(), finite, same_class, offset)
-    np.testing.assert_array_equal(valid.numpy(), allowed.any(1))
-    fallback = np.arange(len(x)) + offset if offset is not None else np.zeros(len(x), dtype=int)
-    np.testing.assert_array_equal(partner.numpy()[~valid.numpy()], fallback[~valid.numpy()])
-    rows, chosen = np.flatnonzero(valid.numpy()), partner.numpy()[valid.numpy()]
-    assert allowed[rows, chosen].all(), f"rows {rows[~allowed[rows, chosen]]} got no candidates"
-    if how == "random":
-        return
-
-    distance = squared_distances(x, k)
-    middle = np.median(k[finite], 0) if finite.any() else 0
-    spread = np.quantile(((k[finite] - middle) ** 2).sum(1), 0.8) if finite.any() else 0
-    eps = torch.finfo(torch.promote_types(features.dtype, torch.float32)).eps
-    rows, chosen = (some[np.isfinite(x[rows]).all(1)] for some in (rows, chosen))
-    nearest, farthest = (np.where(allowed, distance, worst)[rows] for worst in (np.inf, -np.inf))
-    best = nearest.min(1) if how == "similar" else farthest.max(1)
-    norm = best if exact else best + spread + ((x[rows] - middle) ** 2).sum(1)
-    wrong = np.abs(distance[rows, chosen] - best) > 16 * eps * norm
-    assert not wrong.any(), f"rows {rows[wrong]} got {chosen[wrong]}"
 
 
 def head(
