@@ -38,7 +38,7 @@ def cub(tmp_path: Path) -> Path:
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny embedded set: 6 species with 6 images each."""
     root = tmp_path_factory.mktemp("data") / "CUB_200_2011"
-    return write_birds(root, species=6, images_per_species=6, size=40, workers=0, progress=False)
+    return write_birds(root, species=6, images_per_species=6, size=60, workers=0, progress=False)
 
 
 @pytest.fixture(scope="session")

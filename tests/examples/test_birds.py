@@ -5,22 +5,18 @@ import itertools
 import json
 import runpy
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from birds import dataset as birds
 from birds.dataset import catalogue, differing_parts, read_species, write_birds
 from birds.draw import MARKED_PARTS, PARTS, draw_bird
 from workbench.datasets.bird_lists import read_cub
 
-SMALL = {"species": 6, "images_per_species": 8, "size": 48, "workers": 1, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_birds(tmp_path_factory.mktemp("data") / "birds", **SMALL)
+# Of the fixture `birds`.
+SMALL = {"species": 6, "images_per_species": 6, "size": 60, "workers": 1, "progress": False}
 
 
 def rows(root: Path, name: str) -> list[list[str]]:
@@ -32,43 +28,43 @@ def digests(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_bytes_follow_from_the_seed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(birds, "FEW_IMAGES", 0)  # so that the workers really are used
-    first = digests(root)
+def test_bytes_follow_from_the_seed(birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("birds.dataset.FEW_IMAGES", 0)  # so that the workers really are used
+    first = digests(birds)
     assert digests(write_birds(tmp_path / "again", **SMALL | {"workers": 2})) == first
     other = digests(write_birds(tmp_path / "other", **SMALL, seed=1))
     assert other.keys() == first.keys()
     assert not any(other[name] == digest for name, digest in first.items() if name.endswith(".jpg"))
 
 
-def test_lists_are_read_as_cubs_with_half_of_each_species_for_training_and_json_tells_the_species(root: Path) -> None:
-    data = read_cub(root)  # checks the lists against each other and the files
+def test_lists_are_read_as_cubs_with_half_of_each_species_for_training_and_json_tells_the_species(birds: Path) -> None:
+    data = read_cub(birds)  # checks the lists against each other and the files
     labels = np.repeat(range(SMALL["species"]), SMALL["images_per_species"] // 2).tolist()
     assert [image.label for image in data.train] == labels == [image.label for image in data.test]
     for image in data.train + data.test:
         assert image.path.parent.name == data.classes[image.label]
         with Image.open(image.path) as picture:
-            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (48, 48))
+            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (60, 60))
     ids = [str(i) for i in range(1, 2 * len(labels) + 1)]
-    assert [row[0] for row in rows(root, "bounding_boxes")] == ids
-    assert [row[:2] for row in rows(root, "parts/part_locs")] == [[i, str(k)] for i in ids for k in range(1, 8)]
-    assert rows(root, "parts/parts") == [[str(k), part] for k, part in enumerate(PARTS, 1)]
-    assert len(list((root / "images").rglob("*.jpg"))) == len(ids)
-    assert list(read_species(root)) == data.classes
-    assert list(read_species(root).values()) == catalogue(SMALL["species"])
-    first = json.loads((root / "birds.json").read_text())["classes"][0]
+    assert [row[0] for row in rows(birds, "bounding_boxes")] == ids
+    assert [row[:2] for row in rows(birds, "parts/part_locs")] == [[i, str(k)] for i in ids for k in range(1, 8)]
+    assert rows(birds, "parts/parts") == [[str(k), part] for k, part in enumerate(PARTS, 1)]
+    assert len(list((birds / "images").rglob("*.jpg"))) == len(ids)
+    assert list(read_species(birds)) == data.classes
+    assert list(read_species(birds).values()) == catalogue(SMALL["species"])
+    first = json.loads((birds / "birds.json").read_text())["classes"][0]
     assert (first["name"], first["family"]) == ("001.White_Barred_Tern", "Tern")
     assert first["traits"]["bar"] == ["single", "white"]
 
 
-def test_boxes_and_visible_parts_are_in_the_image(root: Path) -> None:
-    boxes = {row[0]: np.array(row[1:], float) for row in rows(root, "bounding_boxes")}
+def test_boxes_and_visible_parts_are_in_the_image(birds: Path) -> None:
+    boxes = {row[0]: np.array(row[1:], float) for row in rows(birds, "bounding_boxes")}
     for x, y, width, height in boxes.values():
         assert min(x, y) >= 0
         assert min(width, height) > 8
         assert max(x + width, y + height) <= SMALL["size"]
     hidden = 0
-    for image_id, _, x, y, visible in rows(root, "parts/part_locs"):
+    for image_id, _, x, y, visible in rows(birds, "parts/part_locs"):
         if visible == "0":
             assert (x, y) == ("0.0", "0.0")
             hidden += 1
@@ -125,28 +121,21 @@ def test_every_size(size: int) -> None:
     assert 0.4 * size < bird.box[2] <= size
 
 
-def test_same_folder_is_kept_and_another_refused(root: Path, tmp_path: Path) -> None:
-    before = (root / "birds.json").stat().st_mtime_ns
-    assert write_birds(root, **SMALL) == root
-    assert (root / "birds.json").stat().st_mtime_ns == before
+def test_same_folder_is_kept_and_another_refused(birds: Path, tmp_path: Path) -> None:
+    before = (birds / "birds.json").stat().st_mtime_ns
+    assert write_birds(birds, **SMALL) == birds
+    assert (birds / "birds.json").stat().st_mtime_ns == before
     with pytest.raises(FileExistsError, match=r"'seed': 0.*another folder"):
-        write_birds(root, **SMALL, seed=5)
+        write_birds(birds, **SMALL, seed=5)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="something else"):
         write_birds(tmp_path, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = itertools.count()
-
-    def interrupted(*arguments: object) -> object:
-        if next(drawn) == 9:
-            raise KeyboardInterrupt
-        return draw_bird(*arguments)
-
-    monkeypatch.setattr(birds, "draw_bird", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
+    interrupted = mock.Mock(wraps=draw_bird, side_effect=[*[mock.DEFAULT] * 9, KeyboardInterrupt])
+    with mock.patch("birds.dataset.draw_bird", interrupted), pytest.raises(KeyboardInterrupt):
         write_birds(tmp_path / "birds", **SMALL)
     assert list(tmp_path.iterdir()) == []
 

@@ -25,12 +25,6 @@ from workbench.settings import parse
 
 
 @pytest.fixture(scope="module")
-def birds(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "birds"
-    return write_birds(root, species=6, images_per_species=6, size=60, workers=0, progress=False)
-
-
-@pytest.fixture(scope="module")
 def model(birds, tmp_path_factory):
     """The model folder of a net that has learnt nothing."""
     return save_untrained(birds, tmp_path_factory.mktemp("runs") / "untrained" / "last")
