@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict
+from unittest import mock
 
 import pytest
 import torch
 from commands import finish
-from cub_runs import FULL, TINY, at_call, rows, run, same, weights
+from cub_runs import FULL, TINY, rows, run, same, weights
 
 import train_cub
 from workbench.datasets import open_data
@@ -18,6 +20,7 @@ from workbench.settings import parse
 BROKEN = 8  # of 18 training images: with seeds 0 and 1 it comes once in each of the three epochs
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9.00 GiB"
 
+out_of_memory = mock.Mock(side_effect=torch.OutOfMemoryError(OUT_OF_MEMORY))  # as CUDA raises it
 
 BREAKS = """
 import os, sys, time, torch, train_cub
@@ -46,20 +49,13 @@ def test_workers_that_are_killed_or_hang_end_the_run_which_then_goes_on(birds, t
     train_cub.main(flags)
 
 
-def out_of_memory():
-    """As CUDA raises it."""
-    raise torch.OutOfMemoryError(OUT_OF_MEMORY)
-
-
 @pytest.mark.parametrize(
     ("flags", "chunks", "less"), [([], "all at once", 3), (["--chunk-size", "4"], "in chunks of 4", 2)]
 )
-def test_a_full_gpu_ends_the_run_with_a_smaller_chunk_size(birds, tmp_path, monkeypatch, flags, chunks, less):
+def test_a_full_gpu_ends_the_run_with_a_smaller_chunk_size(birds, tmp_path, flags, chunks, less):
     """Other settings and data may follow, as nothing was trained."""
-    with monkeypatch.context() as patch:
-        at_call(patch, 1, train_cub, "compute_loss", out_of_memory)
-        with pytest.raises(SystemExit) as ended:
-            run(birds, tmp_path / "run", *flags)
+    with mock.patch.object(train_cub, "compute_loss", out_of_memory), pytest.raises(SystemExit) as ended:
+        run(birds, tmp_path / "run", *flags)
     said = str(ended.value)
     assert said.startswith(f"\n{OUT_OF_MEMORY}\nThe step was one of 6 images of 32 x 32 pixels")
     assert f"through the backbone {chunks}: --chunk-size {less} takes less memory" in said
@@ -154,22 +150,15 @@ def test_steps_are_left_out_up_to_the_limit(birds, tmp_path, broken_image, monke
 @pytest.mark.parametrize("method", ["api", "baseline"])
 def test_gradients_that_are_not_finite_end_the_run(birds, tmp_path, monkeypatch, method):
     """The loss is finite, its gradient is not; what the checkpoint has is from before."""
-    calls, make_net = [], train_cub.make_net
+    factors, make_net = [1, math.inf], train_cub.make_net
 
-    def overflow(gradient):
-        calls.append(0)
-        return gradient * (math.inf if len(calls) == 2 else 1)
-
-    def watched(*args):
+    def overflowing(*args):
         net = make_net(*args)
-        net.head.classifier.weight.register_hook(overflow)
+        net.head.classifier.weight.register_hook(lambda gradient: gradient * factors.pop(0))
         return net
 
-    def end_all(message, code):
-        raise SystemExit(message)
-
-    monkeypatch.setattr(train_cub, "make_net", watched)
-    monkeypatch.setattr(train_cub, "end_all", end_all)
+    monkeypatch.setattr(train_cub, "make_net", overflowing)
+    monkeypatch.setattr(train_cub, "end_all", lambda message, code: sys.exit(message))
     with pytest.raises(SystemExit, match=r"step 2 .*ranking [\d.e-]+, .*norm of the gradients (nan|inf)"):
         run(birds, tmp_path / "run", "--method", method)
-    assert len(calls) == 2
+    assert not factors
