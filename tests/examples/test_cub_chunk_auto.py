@@ -4,10 +4,9 @@ import json
 import sys
 from types import SimpleNamespace
 
-import cub_runs
 import pytest
 import torch
-from cub_runs import TINY
+from cub_runs import TINY, run
 
 import train_cub
 from apinet_head import APINet
@@ -15,11 +14,7 @@ from apinet_head.step_memory import pick_chunk_size, step_memory
 from workbench import chunk_size
 from workbench.settings import parse
 
-BATCH_OF_12 = ["--n-classes", "6", "--epochs", "1"]
-
-
-def run(birds, output, *flags):
-    return cub_runs.run(birds, output, *BATCH_OF_12, "--chunk-size", "auto", *flags)
+BATCH_OF_12 = ["--n-classes", "6", "--epochs", "1", "--chunk-size", "auto"]
 
 
 def give(monkeypatch, memory):
@@ -27,21 +22,20 @@ def give(monkeypatch, memory):
 
 
 def test_the_numbers_are_noted_and_kept(birds, tmp_path, monkeypatch, capsys):
-    settings = parse([*TINY, *BATCH_OF_12, "--data", str(birds)])
-    net = train_cub.make_net(settings, 6)
+    net = train_cub.make_net(parse([*TINY, *BATCH_OF_12, "--chunk-size", "0"]), 6)
     memory = int(step_memory(net, 12, 32, chunk_size=4).total / 0.85) + 2  # in which chunks of 4 just fit
     choice = pick_chunk_size(net, 12, 32, memory=memory)
     chunks, keep = choice.chunk_size, choice.keep_chunks
     assert chunks in (2, 3, 4)
     for enough, why in ((memory, choice), (2**40, f"the number with which {tmp_path / 'run'} began")):
         give(monkeypatch, enough)
-        run(birds, tmp_path / "run")
+        run(birds, tmp_path / "run", *BATCH_OF_12)
         noted = json.loads((tmp_path / "run" / "settings.json").read_text())
         saved = APINet.from_pretrained(tmp_path / "run" / "last")
         assert (noted["chunk_size"], noted["keep_chunks"]) == (saved.chunk_size, saved.keep_chunks) == (chunks, keep)
         assert f"--chunk-size auto: {chunks} ({why})" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=f"chunk_size: {chunks} there, 6 here"):
-        run(birds, tmp_path / "run", "--chunk-size", "6")
+        run(birds, tmp_path / "run", *BATCH_OF_12, "--chunk-size", "6")
 
 
 @pytest.mark.parametrize(
@@ -76,8 +70,8 @@ def test_memory_is_that_of_the_gpu_or_of_the_machine(monkeypatch):
 def test_what_cannot_be_told_ends_the_command(birds, tmp_path, monkeypatch):
     give(monkeypatch, 2**20)
     with pytest.raises(SystemExit, match="--chunk-size auto: no chunk size brings a batch of 12 into"):
-        run(birds, tmp_path / "run")
+        run(birds, tmp_path / "run", *BATCH_OF_12)
     monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
     with pytest.raises(SystemExit, match=r"--chunk-size auto: an estimate needs torch's MemTracker"):
-        run(birds, tmp_path / "run")
+        run(birds, tmp_path / "run", *BATCH_OF_12)
     assert not (tmp_path / "run").exists()

@@ -14,19 +14,14 @@ from toy import Shapes
 
 def watch(setattr=setattr):
     """A list that fills with the rows of the training images, as these are asked for."""
-    drawn, init, get = [], Shapes.__init__, Shapes.__getitem__
+    drawn, get, first = [], Shapes.__getitem__, Shapes(train=True).pictures[0]
 
-    def note_purpose(self, train, *others):
-        self.for_training = train
-        init(self, train, *others)
-
-    def note_row(self, index):
-        if self.for_training:
+    def noted(self, index):
+        if self.pictures[0] == first:
             drawn.append(index)
         return get(self, index)
 
-    setattr(Shapes, "__init__", note_purpose)
-    setattr(Shapes, "__getitem__", note_row)
+    setattr(Shapes, "__getitem__", noted)
     return drawn
 
 

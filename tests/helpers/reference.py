@@ -1,17 +1,11 @@
 """API-Net once more, from the formulas, slowly and in float64: what the tests compare the package with."""
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 
-def candidates(
-    labels: np.ndarray, key_labels: np.ndarray, finite: np.ndarray, same_class: bool, offset: int | None
-) -> np.ndarray:
-    """[B,M] bool: the candidate mask."""
+def candidates(labels, key_labels, finite, same_class, offset):
+    """[B,M] bool: the candidate mask, of arrays; `offset` is None where queries are not among the keys."""
     same = labels[:, None] == key_labels
     allowed = (same == same_class) & (labels[:, None] >= 0) & (key_labels >= 0) & finite
     if offset is not None:
@@ -20,31 +14,21 @@ def candidates(
     return allowed
 
 
-def head(
-    module: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    partners: list[Tensor],
-    margin: float = 0.05,
-    valid: Tensor | None = None,
-    mutual_of: Callable[[Tensor, Tensor], Tensor] | None = None,
-    single: bool = False,
-) -> dict[str, Tensor]:
+def head(module, x, labels, partners, margin=0.05, valid=None, mutual_of=None, single=False):
     """Logits and loss of the published head with the weights of a module, without dropout, pair by pair.
 
     `partners` has one [B] per kind of pair. Pairs that are not `valid` [P] are left out. Of the ablation are another
     mutual vector of two images, and the `single` gate of both.
     """
 
-    def linear(layer: nn.Module, value: Tensor) -> Tensor:
+    def linear(layer, value):
         return layer.weight @ value + layer.bias
 
-    def published(a: Tensor, b: Tensor) -> Tensor:
+    def published(a, b):
         return linear(module.mutual.fc2, linear(module.mutual.fc1, torch.cat([a, b])))
 
     mutual_of = mutual_of or published
-    rows: list[tuple[int, Tensor, Tensor]] = []
-    seconds: list[tuple[int, Tensor, Tensor]] = []
+    rows, seconds = [], []  # of (label, own features, other's features)
     for kind, partner in enumerate(partners):
         for a, b in enumerate(partner.tolist()):
             if valid is not None and not valid[kind * len(x) + a]:
@@ -65,7 +49,7 @@ def head(
             "loss": cross_entropy + ranking}  # fmt: skip
 
 
-def with_past(features: Tensor, labels: Tensor, past: list[tuple[Tensor, Tensor]], size: int) -> dict[str, Any]:
+def with_past(features, labels, past, size):
     """The keys of a head with a memory: the batch, then the last `size` rows of the batches of the past."""
     old, old_labels = (torch.cat(rows)[-size:] for rows in zip((features[:0], labels[:0]), *past, strict=True))
     keys = torch.cat([features, old.detach()])
