@@ -1,6 +1,5 @@
 """Data sets that several test files use."""
 
-import io
 import os
 import runpy
 from collections.abc import Iterator
@@ -47,10 +46,9 @@ def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_colours(tmp_path_factory.mktemp("own") / "colours")
     script = Path(__file__).parents[1] / "examples" / "train_own.py"
     command = [str(script), str(root), "--out", str(root / "model"), *FLAGS, "--no-pretrained"]
-    printed = io.StringIO()
-    with mock.patch("sys.argv", [*command, "--epochs", "20", "--lr", "0.01"]), redirect_stdout(printed):
+    command += ["--epochs", "20", "--lr", "0.01"]
+    with mock.patch("sys.argv", command), (root / "printed.txt").open("w") as printed, redirect_stdout(printed):
         runpy.run_path(command[0], run_name="__main__")
-    (root / "printed.txt").write_text(printed.getvalue())
     return root / "model"
 
 

@@ -50,11 +50,5 @@ def make_batch(seed: int, size: int, dim: int, classes: int, dtype: torch.dtype,
 @st.composite
 def batches(draw: st.DrawFn, max_size: int = 200, max_dim: int = 300) -> tuple[Tensor, Tensor]:
     size = draw(st.integers(1, max_size))
-    return make_batch(
-        draw(st.integers(0, 2**31)),
-        size,
-        draw(st.integers(1, max_dim)),
-        draw(st.integers(1, size)),
-        draw(st.sampled_from(DTYPES)),
-        draw(st.sampled_from(KINDS)),
-    )
+    seed, dim, classes = draw(st.integers(0, 2**31)), draw(st.integers(1, max_dim)), draw(st.integers(1, size))
+    return make_batch(seed, size, dim, classes, draw(st.sampled_from(DTYPES)), draw(st.sampled_from(KINDS)))
