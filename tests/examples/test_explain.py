@@ -174,9 +174,8 @@ def test_interval_covers_as_the_normal_one_does():
 
 def test_summary_averages_runs_image_by_image():
     def run(*values):
-        nothing = {name: np.array(values) * 0 for name in pointing_game.MEASURES}
-        rows = dict.fromkeys(("plain", "random", "box", "image"), nothing)
-        return rows | {"gates": dict.fromkeys(pointing_game.MEASURES, np.array(values))}
+        hits, misses = (dict.fromkeys(pointing_game.MEASURES, np.array(values) * share) for share in (1, 0))
+        return {"gates": hits, **dict.fromkeys(("plain", "random", "box", "image"), misses)}
 
     found = pointing_game.summary([run(1.0, 0.0, math.nan), run(1.0, 1.0, math.nan)])
     assert found["gates"]["first"]["mean"] == pytest.approx(75)

@@ -51,10 +51,8 @@ def draw_batch(data, dtypes=DTYPES, kinds=(*KINDS, DENORMAL), least=0):
     """Features [B,D], B from `least` on, in any layout, with or without gradient; labels [B]; and of which kind."""
     size, dtype = data.draw(st.integers(least, 12)), one_of(data, dtypes)
     kind = one_of(data, kinds) if size else "normal"
-    classes = data.draw(st.integers(1, max(size, 1)))
-    features, labels = make_batch(
-        data.draw(st.integers(0, 2**31)), size, data.draw(st.integers(1, 9)), classes, dtype, kind
-    )
+    classes, seed, dim = (data.draw(st.integers(*ends)) for ends in ((1, max(size, 1)), (0, 2**31), (1, 9)))
+    features, labels = make_batch(seed, size, dim, classes, dtype, kind)
     features = one_of(data, LAYOUTS)(features).requires_grad_(data.draw(st.booleans()))
     # A negative label would be a large number in an unsigned dtype, and a head of so many classes doesn't fit.
     dtypes = SIGNED if kind == "unlabelled" else INTEGERS

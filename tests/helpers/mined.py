@@ -38,8 +38,6 @@ def check_pairs(pairs, features, labels, *, intra, inter, keys=None, key_labels=
     # Squares of the largest and the smallest float64 would be no numbers.
     largest = np.abs(np.concatenate([k[finite].ravel(), x[np.isfinite(x)], [np.finfo(float).tiny]])).max()
     x, k = x / largest, k / largest
-    with np.errstate(all="ignore"):
-        distance = np.stack([((k - query) ** 2).sum(1) for query in x])
     middle = np.median(k[finite], 0) if finite.any() else 0
     spread = np.quantile(((k[finite] - middle) ** 2).sum(1), 0.8) if finite.any() else 0
     eps = torch.finfo(torch.promote_types(features.dtype, torch.float32)).eps
@@ -56,6 +54,8 @@ def check_pairs(pairs, features, labels, *, intra, inter, keys=None, key_labels=
         if how == "random":
             continue
 
+        with np.errstate(all="ignore"):
+            distance = np.stack([((k - query) ** 2).sum(1) for query in x])
         rows, chosen = (some[np.isfinite(x[rows]).all(1)] for some in (rows, chosen))
         nearest, farthest = (np.where(allowed, distance, worst)[rows] for worst in (np.inf, -np.inf))
         best = nearest.min(1) if how == "similar" else farthest.max(1)
