@@ -47,10 +47,3 @@ def head(module, x, labels, partners, margin=0.05, valid=None, mutual_of=None, s
         ranking = ranking + torch.clamp(p_other - p_own + margin, min=0) / len(rows)
     return {"own": own, "other": other, "cross_entropy": cross_entropy, "ranking": ranking,
             "loss": cross_entropy + ranking}  # fmt: skip
-
-
-def with_past(features, labels, past, size):
-    """The keys of a head with a memory: the batch, then the last `size` rows of the batches of the past."""
-    old, old_labels = (torch.cat(rows)[-size:] for rows in zip((features[:0], labels[:0]), *past, strict=True))
-    keys = torch.cat([features, old.detach()])
-    return {"keys": keys, "key_labels": torch.cat([labels, old_labels]), "key_offset": 0}

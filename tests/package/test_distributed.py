@@ -294,7 +294,8 @@ def all_ranks_remember_the_images_of_all(wrap, gather):
     """With gather it is one process; else each rank searches its own batch, and what all had before."""
     torch.manual_seed(0)
     net = APINet(nn.Linear(DIM, DIM), CLASSES, dim=DIM, dropout=0.0, memory=MEMORY, gather=gather).double()
-    alone, past, memories = copy.deepcopy(net), [], []
+    alone, memories = copy.deepcopy(net), []
+    past = [torch.empty(0, DIM, dtype=torch.float64), torch.empty(0, dtype=torch.long)]  # of all ranks
     alone.head.memory, alone.head.gather = None, False
     model = WRAPS[wrap](net)
 
@@ -304,10 +305,11 @@ def all_ranks_remember_the_images_of_all(wrap, gather):
         return loss
 
     def loss_of_all(images, labels):
-        features, parts = alone.backbone(images), 1 if gather else world()
-        batches = zip(features.chunk(parts), labels.chunk(parts), strict=True)
-        losses = [api_loss(alone.head(*batch, **reference.with_past(*batch, past, MEMORY))) for batch in batches]
-        past.append((features.detach(), labels))
+        features, parts, losses = alone.backbone(images), 1 if gather else world(), []
+        for batch in zip(features.chunk(parts), labels.chunk(parts), strict=True):
+            keys, key_labels = map(torch.cat, zip(batch, past, strict=True))
+            losses.append(api_loss(alone.head(*batch, keys=keys, key_labels=key_labels, key_offset=0)))
+        past[:] = [torch.cat(rows)[-MEMORY:] for rows in zip(past, (features.detach(), labels), strict=True)]
         return torch.stack(losses).mean()
 
     batches = [make_batch(world(), seed=step) for step in range(STEPS)]
@@ -316,9 +318,9 @@ def all_ranks_remember_the_images_of_all(wrap, gather):
         assert_close(of_rank, memories, 0)
     features, labels, num_pushed = memories[-1]
     slots = torch.arange(num_pushed - MEMORY, num_pushed) % MEMORY
-    assert torch.equal(labels[slots], torch.cat([labels for _, labels in past])[-MEMORY:])
+    assert torch.equal(labels[slots], past[1])
     if model is not net:  # else the backbones drift apart
-        assert_close(features[slots], torch.cat([features for features, _ in past])[-MEMORY:])
+        assert_close(features[slots], past[0])
         assert_close(mean(from_all(losses)), expected)
         assert_close([*net.parameters()], [*alone.parameters()])
 
