@@ -1,6 +1,7 @@
 """`APIHead`: the formulas, criteria, images without a class, the look at the first batch, a memory, devices."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -269,13 +270,16 @@ def test_a_memory_works_in_half_precision_and_under_autocast(dtype):
 
 
 @pytest.mark.parametrize("mutual", MUTUALS)
-def test_grad_of_torch_func_is_that_of_autograd(mutual):
+@pytest.mark.parametrize("own", [False, True])
+def test_grad_of_torch_func_is_that_of_autograd(mutual, own):
     head, features, labels = make_case(mutual=mutual)
+    head.classifier = nn.Sequential(head.classifier, nn.Tanh()) if own else head.classifier
 
     def loss(parameters, features):
-        return api_loss(torch.func.functional_call(head, parameters, (features, labels)))
+        call = partial(torch.func.functional_call, head, parameters, (features, labels))
+        return api_loss(call()) + call({"criterion": APILoss(rows=4)}).total
 
-    expected = gradients(api_loss(head(features, labels)), head, features)
+    expected = gradients(2 * api_loss(head(features, labels)), head, features)
     parameters = {name: parameter.detach() for name, parameter in head.named_parameters()}
     found, of_features = torch.func.grad(loss, argnums=(0, 1))(parameters, features.detach())
     torch.testing.assert_close([*(found[name] for name in parameters), of_features], [*expected])
@@ -334,6 +338,9 @@ NO_LOGITS = r"no classifier.*float32 \[16, 9\].*num_classes=.*classifier="
         (lambda: BARE(X, Y, criterion=APILoss()), ValueError, r"no classifier.*num_classes=.*classifier="),
         (lambda: api_loss(BARE(X, Y)), ValueError, NO_LOGITS),
         (lambda: APILoss()(BARE(X, Y)), ValueError, NO_LOGITS),
+        (lambda: APILoss(class_weight=[1.0, 2.0]), TypeError, r"class_weight must be a tensor \[C\].*\[1.0, 2.0\]"),
+        (lambda: APILoss(class_weight=torch.ones(5, 1)), ValueError, r"class_weight must be \[C\].*float32 \[5, 1\]"),
+        (lambda: APILoss(rows=0), ValueError, "rows must be at least 1, got 0"),
         (lambda: APIHead(DIM, mutual="individual", gate="single"), ValueError, r"'individual' has none"),
         (lambda: HEAD(X, Y, classifier=lambda x: x.view(2, 16, 9)), ValueError, r"\[N, C\], got .*\[2, 16, 9\].*N=32"),
         (lambda: HEAD(X, Y, classifier=lambda x: x.view(16, 18)), ValueError, r"\[N, D\] to .*\[16, 18\].*N=32"),
