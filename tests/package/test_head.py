@@ -1,4 +1,4 @@
-"""`APIHead`: the formulas, criteria, images without a class, the look at the first batch, a memory, devices."""
+"""`APIHead`: the formulas, criteria, images without a class, the look at the first batch, a memory, devices, errors."""
 
 import copy
 from functools import partial
@@ -214,9 +214,6 @@ def test_a_memory_set_later_goes_on_where_the_state_dict_ended():
     assert (found.pairs.partner >= 6).any()
     torch.testing.assert_close([*found[:4], *found.pairs], [*expected[:4], *expected.pairs])
     torch.testing.assert_close([*resumed.memory.buffers()], [*head.memory.buffers()], rtol=0, atol=0)
-
-
-# functorch, devices, numbers, errors.
 
 
 @pytest.mark.parametrize("mutual", MUTUALS)
