@@ -259,6 +259,13 @@ def test_functional_transforms_give_the_gradients_of_the_chunks(transform):
         assert_close(gradients[f"backbone.{name}"].view_as(value), value.grad)
 
 
+def test_functional_gradient_for_the_images_is_that_of_the_chunks():
+    net, images = small().eval(), batch(10)
+    found = torch.func.grad(lambda images: ChunkedBackbone(net, 4)(images).square().sum())(images)
+    one_after_the_other(net, images.requires_grad_()).square().sum().backward()
+    assert_close(found, images.grad)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @FOR_EACH_KEEP
 def test_compiled_backbone_needs_one_graph(backend, keep):

@@ -167,6 +167,15 @@ def test_terms_and_gradients_under_autocast_are_float32_and_near(kind, dtype):
     assert_same(*gradients, 4e-3 if dtype == torch.float16 else 3e-2)
 
 
+def test_autocast_does_not_keep_a_weight_that_lacks_its_graph():
+    case, classifier = Case(torch.float32), make_classifier("linear", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        case.rows(APILoss(rows=4), classifier).total.backward()
+        classifier.weight.grad = None
+        classifier(case.features[0].detach()).sum().backward()
+    assert classifier.weight.grad is not None
+
+
 def test_float16_keeps_gradients_of_unlikely_classes():
     case, classifier = Case(torch.float32, size=40), make_classifier("linear", torch.float32, classes=20_000)
     found = []
