@@ -9,11 +9,11 @@ import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from commands import ROOT, TORCHRUN, start
+from commands import TORCHRUN, start
 from cub_runs import FULL, TINY, KilledError, assert_ends_alike, at_call, run
 
 import score
@@ -68,10 +68,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_never_killed(birds, tmp_path, who
     """At the first start, in the first checkpoint, or at any moment between two steps; and then again and again."""
     rng = random.Random(moment)
     for kill in (moment, *rng.sample(range(16, 45), 2), None):
-        # Nothing may depend on what the new process happens to have.
-        torch.manual_seed(rng.randrange(1000))
-        random.seed(rng.randrange(1000))
-        np.random.seed(rng.randrange(1000))
+        train_cub.set_seed(rng.randrange(1000))  # nothing may depend on what the new process happens to have
         ending = pytest.raises(KilledError) if kill else nullcontext()
         with monkeypatch.context() as patch, ending:
             kill_at(patch, kill)
@@ -145,30 +142,22 @@ def test_a_model_folder_with_code_is_refused(whole, tmp_path, evil, name):
         score.main([str(folder), "--device", "cpu"])
 
 
-@pytest.mark.parametrize("fails_from", [0, 2, 6])
-def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(birds, tmp_path, whole, monkeypatch, fails_from):
-    write, calls = checkpoint.write_bytes, []
-
-    def full(path, content):
-        calls.append(path)
-        if len(calls) > fails_from:
-            path.write_bytes(content[:10])
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, content)
-
-    message = r"cannot write to .*No space left[\s\S]*the same command resumes from there"
+@pytest.mark.parametrize(
+    ("call", "left"),
+    [(1, []), (3, ["epoch-0000-batch-00001"]), (7, ["epoch-0000-batch-00002", "epoch-0001"])],  # each is two files
+)
+def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoints(birds, tmp_path, whole, monkeypatch, call, left):
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_bytes", full)
-        with pytest.raises(SystemExit, match=message):
+        at_call(patch, call, checkpoint, "write_bytes", full)
+        with pytest.raises(SystemExit, match=r"cannot write to .*No space left[\s\S]*same command resumes from there"):
             run(birds, tmp_path / "run", *FULL)
-    left = [path.name for path in (tmp_path / "run" / "state").iterdir()]
-    assert left == {0: [], 2: ["epoch-0000-batch-00001"], 6: left}[fails_from]  # a checkpoint is two files
-    assert bool(checkpoint.Checkpoints(tmp_path / "run" / "state", 1).newest()) == bool(left)
+    assert sorted(path.name for path in (tmp_path / "run" / "state").iterdir()) == left
     run(birds, tmp_path / "run", *FULL)
     assert_ends_alike(tmp_path / "run", whole)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def in_the_foreground():
     """Tests in the background of a shell start with SIGINT ignored, and a run leaves what is ignored alone."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -176,7 +165,6 @@ def in_the_foreground():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize(
     ("number", "name", "call", "saved"),
     [(signal.SIGTERM, "compute_loss", 4, "epoch-0001-batch-00001"),
@@ -212,18 +200,15 @@ LONG = [*FULL, "--epochs", "16", "--eval-every", "8", "--checkpoint-minutes", "0
 
 def killed(birds, output, number, delay, *flags, launcher=()):
     """Start the run, and end its whole group after two more checkpoints and a delay; (exit code, what it said)."""
-
-    def checkpoints():
-        return {path.name for path in (output / "state").glob("epoch-*") if not path.suffix}
-
-    known = seen = checkpoints()
-    train = ROOT / "examples" / "train_cub.py"
+    checkpoints = checkpoint.Checkpoints(output / "state", 2)
+    known = seen = {*checkpoints.names()}
+    train = train_cub.__file__
     process = start(*launcher, train, *TINY, "--data", birds, "--output", output, *flags, start_new_session=True)
     try:
         end = time.monotonic() + 60
         while len(seen - known) < 2 and process.poll() is None:
             assert time.monotonic() < end, "no checkpoint in a minute"
-            seen = seen | checkpoints()
+            seen = seen | {*checkpoints.names()}
             time.sleep(0.001)
         time.sleep(delay)
     finally:
