@@ -1,13 +1,16 @@
 """Many ranks against one process with the concatenated batch, in float64: the same pairs, loss and gradients.
 
-Functions that are a `case` run on every rank (see helpers/ranks.py), and compare there.
+Functions that are a `case` run on every rank, and compare there: this file is also the script of a rank.
 """
 
 import copy
-import os
+import gc
+import json
+import traceback
 from datetime import timedelta
 from functools import partial
 from itertools import product
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
@@ -15,8 +18,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from commands import start
-from ranks import free_port, from_all, on_ranks
+from ranks import script_on_ranks
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -54,6 +56,13 @@ def own(rows, rank=None):
     """The part of a rank, of this one by default."""
     rank = dist.get_rank() if rank is None else rank
     return rows[rank * SIZE : (rank + 1) * SIZE]
+
+
+def from_all(value):
+    """The values of all ranks, on each of them."""
+    found = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def mean(values):
@@ -132,8 +141,10 @@ def loss_without_gradient_of_given_pairs_is_that_of_the_whole_batch():
         assert_close(mean(from_all(loss)), api_loss(make_head()(features, labels, pairs=pairs)), 1e-12)
 
 
-@case()
-def gathered_features_and_gradients_are_those_of_the_whole_batch(group=None):
+@case(["on CPUs"], ["on GPUs"])
+def gathered_features_and_gradients_are_those_of_the_whole_batch(where):
+    """The gradient is by all_reduce over gloo, and by reduce_scatter over other backends."""
+    group = dist.new_group(backend="cpu:gloo")  # a backend for each device, as of `init_process_group()`
     features, labels = make_batch(world())
     mine = own(features).clone().requires_grad_()
     all_features, all_labels, offset = gather_features(mine, own(labels).int(), group=group)
@@ -141,27 +152,14 @@ def gathered_features_and_gradients_are_those_of_the_whole_batch(group=None):
     assert torch.equal(all_labels, labels.int())
     assert offset == SIZE * dist.get_rank()
     # Every rank weighs the rows in its own way, so that the gradient is a sum of different numbers.
-    (all_features.square() * (1 + dist.get_rank())).sum().backward()
+    total = (all_features.square() * (1 + dist.get_rank())).sum()
+    if where == "on CPUs":
+        with mock.patch.object(dist, "reduce_scatter", side_effect=NotImplementedError):
+            total.backward()
+    else:
+        with mock.patch.object(dist, "get_backend_config", return_value="cpu:nccl"):
+            total.backward()
     assert_close(mine.grad, 2 * sum(range(1, world() + 1)) * own(features))
-
-
-@case()
-def gathered_as_on_gpus():
-    """The gradient by reduce_scatter, which other groups than gloo use."""
-    with mock.patch.object(dist, "get_backend_config", return_value="cpu:nccl"):
-        try:
-            gathered_features_and_gradients_are_those_of_the_whole_batch()
-        except RuntimeError as error:
-            if "Gloo does not support reduce_scatter" not in str(error):
-                raise  # else gloo of this torch has none
-
-
-@case()
-def gathered_as_on_gpus_and_cpus():
-    """Over a group with a backend for each device, as of `init_process_group()`, where gloo has no reduce_scatter."""
-    group = dist.new_group(backend="cpu:gloo")
-    with mock.patch.object(dist, "reduce_scatter", side_effect=NotImplementedError):
-        gathered_features_and_gradients_are_those_of_the_whole_batch(group)
 
 
 @case()
@@ -332,17 +330,6 @@ def whole(gradient):
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
-@case([["mutual.fc1"]], [["mutual.fc1", "mutual.fc2", "classifier"]], worlds=[2])
-def layers_of_the_head_may_be_sharded(places):
-    (features, labels), nets = make_batch(1), (make_head(), make_head())
-    for place in places:
-        fsdp.fully_shard(nets[0].get_submodule(place))
-    losses = [api_loss(net(features, labels)) for net in nets]
-    sum(losses).backward()
-    assert_close(*losses)
-    assert_close(*({name: whole(value) for name, value in gradients(net).items()} for net in nets))
-
-
 @case(*product(CHUNKS, (True, False)), worlds=[2])
 def sharded_net_in_chunks_is_the_net_on_the_whole_batch(chunks, reshard):
     net, alone = make_net(True, *chunks), make_net(False)
@@ -382,8 +369,9 @@ def buffers_may_be_distributed_tensors():
 
 @pytest.fixture(scope="module", params=CASES)
 def failed(request, tmp_path_factory):
-    """What failed on each rank."""
-    return on_ranks(request.param, __file__, tmp_path_factory.mktemp("ranks"))
+    """The tracebacks of what failed on each rank. All cases run in the same processes, which take longer to begin."""
+    printed = script_on_ranks(request.param, Path(__file__), tmp_path_factory.mktemp("ranks"))
+    return [json.loads(of_rank.splitlines()[-1]) for of_rank in printed]  # the last line, as libraries print too
 
 
 @pytest.mark.parametrize("case", CASES[2])
@@ -396,27 +384,17 @@ def test_ranks(failed, case):
         assert case not in rank, rank[case]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.__version__ < "2.14", reason="its chunks, as above")
-def test_two_nodes_of_torchrun_shard_a_net():
-    command = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-addr=localhost"]
-    where = f"--master-port={free_port()}"
-    nodes = [start(*command, where, f"--node-rank={node}", __file__) for node in range(2)]
-    try:
-        assert [node.wait(timeout=120) for node in nodes] == [0, 0]
-    finally:
-        for node in nodes:
-            node.kill()
-
-
-def test_one_process_needs_no_group():
-    losses = [api_loss(make_head(gather=gather)(*make_batch(1))) for gather in (False, True)]
-    assert torch.equal(*losses)
-
-
-if __name__ == "__main__":  # on a node of torchrun's
+if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    assert os.environ["GROUP_WORLD_SIZE"] == "2"
-    sharded_net_in_chunks_is_the_net_on_the_whole_batch((4, 1), True)
+    tracebacks = {}
+    for name, run_case in CASES[world()].items():
+        try:
+            run_case()
+        except BaseException:  # as of pytest.fail, too
+            tracebacks[name] = traceback.format_exc()
+    print(json.dumps(tracebacks))
+    # What holds on to the group (DistributedDataParallel's reducers, in reference cycles) goes before it, and no rank
+    # closes its connections while another still uses them: either could abort a process at its end.
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
