@@ -330,6 +330,17 @@ def whole(gradient):
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
+@case([["mutual.fc1"]], [["mutual.fc1", "mutual.fc2", "classifier"]], worlds=[2])
+def layers_of_the_head_may_be_sharded(places):
+    (features, labels), nets = make_batch(1), (make_head(), make_head())
+    for place in places:
+        fsdp.fully_shard(nets[0].get_submodule(place))
+    losses = [api_loss(net(features, labels)) for net in nets]
+    sum(losses).backward()
+    assert_close(*losses)
+    assert_close(*({name: whole(value) for name, value in gradients(net).items()} for net in nets))
+
+
 @case(*product(CHUNKS, (True, False)), worlds=[2])
 def sharded_net_in_chunks_is_the_net_on_the_whole_batch(chunks, reshard):
     net, alone = make_net(True, *chunks), make_net(False)
