@@ -1,9 +1,6 @@
 """Writes tiny folders in the official format of each of the paper's data sets."""
 
-from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -14,11 +11,11 @@ DOGS = ["n02085620-Chihuahua", "n02086079-Pekinese", "n02113799-standard_poodle"
 AIRCRAFT = {"707-320": "Boeing 707", "F/A-18": "F/A-18", "Falcon 2000": "Falcon 2000", "737-200": "Boeing 737"}
 # Ids neither contiguous nor sorted; class ids sort as numbers (3 < 20), not as text; a file name has a space.
 CUB = {
-    "images.txt": "30 003.Sooty_Albatross/b.jpg\n2 003.Sooty_Albatross/a.jpg\n7 020.Great_Auk/Auk 2.jpg\n"
-    "4 020.Great_Auk/Auk_1.jpg\n",
+    "images.txt": "30 003.Sooty_Albatross/b.jpg\n2 003.Sooty_Albatross/a.jpg\n7 020.Mockingbird/Auk 2.jpg\n"
+    "4 020.Mockingbird/Auk_1.jpg\n",
     "image_class_labels.txt": "2 3\n7 20\n4 20\n30 3\n",
     "train_test_split.txt": "30 1\n4 0\n2 0\n7 1\n",
-    "classes.txt": "20 020.Great_Auk\n3 003.Sooty_Albatross\n",
+    "classes.txt": "20 020.Mockingbird\n3 003.Sooty_Albatross\n",
 }
 # Ids and folders in the style of NABirds: a child is in a folder of its class id.
 IMAGES = {f"{i:08x}-21dc-4d0c-bfe1-4cae3c85c829": label for i, label in enumerate((817, 817, 295, 295, 900, 900))}
@@ -32,96 +29,93 @@ NABIRDS = {
 }
 
 
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
+def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def draw(path: Path, seed: int = 0) -> None:
+def draw(path, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.fromarray(noise(40, 48, 3, seed=seed)).save(path)
 
 
-def cells(values: Sequence[Any]) -> np.ndarray:
+def cells(values):
     """A cell array as MATLAB writes it: a column."""
     array = np.empty((len(values), 1), object)
     array[:, 0] = values
     return array
 
 
-def write_annotations(file: Path, labels: Sequence[int | float | None], names: Sequence[str] = ()) -> None:
-    """A car list: the structures of the devkit, without a class where the label is None."""
-    fields = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname"]
+def save_cars(file, labels, names=()):
+    """The structures of the devkit."""
+    fields = [(name, object) for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
     names = names or [f"{number:05}.jpg" for number in range(1, len(labels) + 1)]
-    rows = [(39, 116, 569, 375, label, name) for label, name in zip(labels, names, strict=True)]
-    if None in labels:
-        fields.remove("class")
-        rows = [(*row[:4], row[5]) for row in rows]
-    savemat(file, {"annotations": np.array(rows, [(name, object) for name in fields]).reshape(1, -1)})
+    rows = [(39, 116, 569, 375, *row) for row in zip(labels, names, strict=True)]
+    savemat(file, {"annotations": np.array(rows, fields).reshape(1, -1)})
 
 
-def write_cars(root: Path) -> None:
+def write_cars(root):
     (root / "devkit").mkdir(parents=True)
     savemat(root / "devkit/cars_meta.mat", {"class_names": cells(CARS).T})
-    write_annotations(root / "devkit/cars_train_annos.mat", [3, 1, 2, 1])
-    write_annotations(root / "devkit/cars_test_annos.mat", [None, None])
-    write_annotations(root / "cars_test_annos_withlabels.mat", [2, 2])
-    for folder, count in (("cars_train", 4), ("cars_test", 2)):
-        for number in range(1, count + 1):
+    for file, folder, labels in (
+        ("devkit/cars_train_annos.mat", "cars_train", [3, 1, 2, 1]),
+        ("cars_test_annos_withlabels.mat", "cars_test", [2, 2]),
+    ):
+        save_cars(root / file, labels)
+        for number in range(1, len(labels) + 1):
             draw(root / folder / f"{number:05}.jpg")
 
 
-def write_dog_list(file: Path, rows: Sequence[tuple[Any, Any]], dtype: Any = np.uint8) -> None:
+def save_dogs(file, rows, dtype=np.uint8):
     names, labels = zip(*rows, strict=True)
-    annotations = cells([str(name).removesuffix(".jpg") for name in names])
-    labels = np.array(labels, dtype)[:, None]
-    savemat(file, {"file_list": cells(names), "annotation_list": annotations, "labels": labels})
+    savemat(file, {"file_list": cells(names), "labels": np.array(labels, dtype)[:, None]})
 
 
-def dog_rows(numbers: Sequence[int]) -> list[tuple[Any, Any]]:
-    return [
-        (f"{folder}/{folder[:9]}_{number}.jpg", label) for number in numbers for label, folder in enumerate(DOGS, 1)
-    ]
+def dog_rows(*numbers):
+    """Of each breed, a name of an image for each number, and the label."""
+    return [(f"{folder}/{folder[:9]}_{number}.jpg", row) for number in numbers for row, folder in enumerate(DOGS, 1)]
 
 
-def write_dogs(root: Path) -> None:
+def write_dogs(root):
+    """Labels not in order, and of a type that MATLAB often stores integers as."""
     root.mkdir()
-    write_dog_list(root / "train_list.mat", dog_rows([5927, 16]))
-    write_dog_list(root / "test_list.mat", dog_rows([199])[:2])
-    for name, _ in dog_rows([5927, 16, 199]):
+    save_dogs(root / "train_list.mat", dog_rows(5927, 16)[::-1], np.float64)
+    save_dogs(root / "test_list.mat", dog_rows(199)[:2])
+    for name, _ in dog_rows(5927, 16, 199):
         draw(root / "Images" / name)
 
 
-def write_aircraft(root: Path) -> None:
+def write_aircraft(root):
     """Four variants with two training images and one for testing each; the archive's further lists are left out."""
-    (root / "data").mkdir(parents=True)
-    (root / "data/variants.txt").write_text("".join(f"{name}\n" for name in AIRCRAFT))
+    root.mkdir(parents=True)
+    (root / "variants.txt").write_text("".join(f"{name}\n" for name in AIRCRAFT))
     images = [(f"{34309 + number:07}", name) for number, name in enumerate([*AIRCRAFT, *AIRCRAFT, *AIRCRAFT])]
-    for file, rows in (("trainval", images[:8]), ("test", images[8:])):
-        for kind, names in (("variant", {name: name for name in AIRCRAFT}), ("family", AIRCRAFT)):
-            lines = "".join(f"{image_id} {names[variant]}\n" for image_id, variant in rows)
-            (root / f"data/images_{kind}_{file}.txt").write_text(lines)
+    families = [(image_id, AIRCRAFT[name]) for image_id, name in images]
+    lists = {"variant_trainval": images[:8], "variant_test": images[8:], "family_trainval": families[:8]}
+    for name, rows in lists.items():
+        (root / f"images_{name}.txt").write_text("".join(f"{image_id} {group}\n" for image_id, group in rows))
     for seed, (image_id, _) in enumerate(images):
-        draw(root / f"data/images/{image_id}.jpg", seed)
+        draw(root / f"images/{image_id}.jpg", seed)
 
 
-def write_birds(lists: dict[str, str], root: Path) -> None:
+def write_birds(lists, root, encoding="utf-8", end="\n"):
     root.mkdir()
     for name, text in lists.items():
-        (root / name).write_text(text)
+        (root / name).write_text(text.replace("\n", end), encoding, newline="")
     for seed, line in enumerate(lists["images.txt"].splitlines()):
         draw(root / "images" / line.split(maxsplit=1)[1], seed)
 
 
-WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
+# Those of NABirds as another system may leave them: a byte order mark, Windows' line ends, spaces and blank lines.
+WRITERS = {
     "cub": ("CUB_200_2011", partial(write_birds, CUB)),
     "cars": ("stanford_cars", write_cars),
-    "aircraft": ("fgvc-aircraft-2013b", write_aircraft),
+    "aircraft": ("fgvc-aircraft-2013b/data", write_aircraft),
     "dogs": ("dogs", write_dogs),
-    "nabirds": ("nabirds", partial(write_birds, NABIRDS)),
+    "nabirds": ("nabirds", partial(write_birds, NABIRDS, encoding="utf-8-sig", end=" \r\n\r\n")),
 }
 
 
-def write(name: str, parent: Path) -> Path:
+def write(name, parent):
     """The folder of a data set, called as its archive calls it, in `parent`."""
     folder, writer = WRITERS[name]
     writer(parent / folder)
