@@ -3,17 +3,18 @@
 And what train_own.py and train_cub.py make of them: a head trained on features of a frozen backbone, or the whole net.
 """
 
+import copy
 import json
-import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from colours import FLAGS, write_colours
-from cub_runs import run
+from cub_runs import run, same
 from PIL import Image as Picture
 from safetensors.torch import save_file
+from torch import nn
 from torchvision.models import resnet18
 
 import train_own
@@ -30,11 +31,6 @@ def made(name="test_resnet", seed=0, **arguments):
         if value.is_floating_point():
             value.copy_(torch.rand_like(value) + 0.5)
     return net
-
-
-def same(backbone, whole):
-    found, expected = backbone.state_dict(), whole.state_dict()
-    return all(torch.equal(found[name], expected[name]) for name in found if "num_batches" not in name)
 
 
 def prefixed(state, prefix):
@@ -80,17 +76,18 @@ CASES |= {name: (name, *source) for name, source in SOURCES.items()}
 @pytest.mark.parametrize("case", CASES)
 def test_every_spelling_loads_every_tensor(case, tmp_path):
     name, spell, said = CASES[case]
-    whole, files = made(name), [tmp_path / "weights.pth"]
-    torch.save(spell(whole.state_dict()), files[0])
+    whole, files = made(name).state_dict(), [tmp_path / "weights.pth"]
+    torch.save(spell(whole), files[0])
     if case in SPELLINGS:
-        save_file(spell(whole.state_dict()), tmp_path / "model.safetensors")
+        save_file(spell(whole), tmp_path / "model.safetensors")
         files += [tmp_path / "model.safetensors", tmp_path]  # a folder as on the Hub
     for file in files:
         backbone = made(name, seed=1, num_classes=0)
         found = load_weights(backbone, file)
-        assert f"all {len(without(backbone.state_dict(), 'num_batches'))} tensors" in found
+        loaded = without(backbone.state_dict(), "num_batches")
+        assert f"all {len(loaded)} tensors" in found
         assert said in found
-        assert same(backbone, whole)
+        assert same(loaded, {name: whole[name] for name in loaded})
 
 
 def shuffled(state):
@@ -119,22 +116,19 @@ def shuffled(state):
 )
 def test_files_that_do_not_fit_are_refused_and_load_nothing(spell, said, tmp_path):
     backbone = made(num_classes=0)
-    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    before = copy.deepcopy(backbone.state_dict())
     torch.save(spell(made(seed=1).state_dict()), tmp_path / "weights.pth")
     with pytest.raises(SystemExit, match=said) as caught:
         load_weights(backbone, tmp_path / "weights.pth")
     assert len(str(caught.value).splitlines()) == 1
-    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert same(backbone.state_dict(), before)
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-def test_damaged_and_missing_files_are_refused(name, tmp_path):
-    file = tmp_path / name
-    with pytest.raises(SystemExit, match=f"{re.escape(str(file))}: no such file"):
-        load_weights(made(num_classes=0), file)
-    file.write_bytes(b"no weights")
+def test_damaged_files_are_refused(name, tmp_path):
+    (tmp_path / name).write_bytes(b"no weights")
     with pytest.raises(SystemExit, match="cannot be read as weights"):
-        load_weights(made(num_classes=0), file)
+        load_weights(made(num_classes=0), tmp_path / name)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +194,7 @@ def test_without_frozen_the_backbone_is_trained_from_the_file(source, file):
     flags = ["--weights", file, "--epochs", 1, "--lr"]
     assert is_from(file, train(source, *flags, 0), "named_parameters")  # but not BatchNorm's statistics
     assert not is_from(file, train(source, *flags, 0.01), "named_parameters")
-    with pytest.raises(SystemExit, match="no such file of weights"):  # before images are looked for
+    with pytest.raises(SystemExit, match=r"none\.pth: no such file of weights"):  # before images are looked for
         train(source / "none", "--weights", source / "none.pth")
 
 
@@ -220,28 +214,18 @@ def test_a_run_of_train_cub_starts_from_the_file_and_goes_on_with_it(birds, file
         run(birds, tmp_path / "run", "--weights", str(other), "--lr", "0")
 
 
-class Counted(torch.nn.Module):
-    """Mean colours, and how many images were seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.images = torch.nn.Parameter(torch.ones(3)), 0
-
-    def forward(self, images):
-        self.images += len(images)
-        return images.mean((2, 3)) * self.weight
-
-
 def test_features_are_computed_once_and_anew_for_other_weights_transforms_and_contents(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pictures = [Image(tmp_path / f"{shade}.png", 0, str(shade)) for shade in range(5)]
     for shade, picture in enumerate(pictures):
         Picture.new("RGB", (40, 32), (40 * shade, 0, 10)).save(picture.path)
-    net, transform = Counted(), {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3))  # the mean colours, if in eval mode
+    net.register_forward_hook(lambda _, inputs, output: counts.append(len(output)))
+    transform, counts = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}, []
 
     def features(images, seen, **other):
         found = frozen.features_of(net, images, transform | other, torch.device("cpu"))
-        assert net.images == seen
+        assert sum(counts) == seen
         return found
 
     first = features(pictures, 5)
@@ -252,7 +236,7 @@ def test_features_are_computed_once_and_anew_for_other_weights_transforms_and_co
     file.write_bytes(file.read_bytes()[:100])  # a damaged cache is made anew
     assert torch.equal(features(pictures, 10), first)
     assert not torch.equal(features(pictures, 15, mean=[0.0] * 3), first)
-    net.weight.data.fill_(2)
+    net[-1].weight.data.fill_(2)
     assert torch.equal(features(pictures, 20), 2 * first)
     pictures[0].path.write_bytes(pictures[4].path.read_bytes())  # known by its content
     assert torch.equal(features(pictures, 20)[0], 2 * first[4])
