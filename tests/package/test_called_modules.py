@@ -6,22 +6,16 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from heads import make_case
 from stand_ins import LoRA, StoredIn8Bits, hooked, prehooked, scaled, with_own_forward, with_own_tensor
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
-from apinet_head import APIHead, api_loss, mine_pairs
+from apinet_head import api_loss, mine_pairs
 
-DIM, CLASSES = 7, 3
 PLACES = ["mutual.fc1", "mutual.fc2", "classifier"]
-
-
-def make_case(dtype=torch.float64):
-    torch.manual_seed(0)
-    head = APIHead(DIM, CLASSES, hidden_dim=6, dropout=0.0, dtype=dtype)
-    return head, torch.randn(12, DIM, dtype=dtype), torch.arange(12) % CLASSES
 
 
 def plainly(head, features, labels):
@@ -81,24 +75,20 @@ def test_hooks_of_any_kind_fire(place):
     assert fired == kinds
 
 
-def test_hooks_on_all_modules_fire():
+def test_the_quick_way_is_taken_where_the_layers_are_what_they_seem_and_no_hook_is_for_all_modules():
     head, features, labels = make_case()
     called = set()
     with nn.modules.module.register_module_forward_hook(lambda module, *_: called.add(module)):
         head(features, labels)
     assert called == {*head.modules()}
-
-
-def test_the_quick_way_is_taken_where_the_layers_are_what_they_seem():
-    head, features, labels = make_case()
     with mock.patch.object(F, "linear", wraps=F.linear) as linear:
         head(features, labels)
-    assert linear.call_args_list[0].args[0].shape == (12, DIM), "the images are projected, not the pairs"
+    assert linear.call_args_list[0].args[0].shape == features.shape, "the images are projected, not the pairs"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_integer_weights_say_nothing_about_the_features(dtype):
-    head, features, labels = make_case(torch.float32)
+    head, features, labels = make_case(dtype=torch.float32)
     for place in PLACES:
         head.set_submodule(place, StoredIn8Bits(head.get_submodule(place)))
     assert torch.isfinite(api_loss(head(features.to(dtype), labels)))
@@ -106,7 +96,7 @@ def test_integer_weights_say_nothing_about_the_features(dtype):
 
 
 def test_an_adapter_in_float32_on_a_head_in_half_precision():
-    head, features, labels = make_case(torch.bfloat16)
+    head, features, labels = make_case(dtype=torch.bfloat16)
     head.mutual.fc1 = LoRA(head.mutual.fc1, torch.float32)
     api_loss(head(features, labels)).backward()
     assert head.mutual.fc1.lora_b.weight.grad.abs().sum() > 0
@@ -116,7 +106,7 @@ def test_an_adapter_in_float32_on_a_head_in_half_precision():
 
 @pytest.mark.parametrize("own", [scaled, hooked, StoredIn8Bits, LoRA, lambda layer: nn.Sequential(layer, nn.Tanh())])
 def test_a_classifier_of_ones_own_is_called(own):
-    (head, features, labels), classifier = make_case(), own(nn.Linear(DIM, 4, dtype=torch.float64))
+    (head, features, labels), classifier = make_case(), own(nn.Linear(9, 4, dtype=torch.float64))
     found = head(features, labels, classifier=classifier).logits_self, head(features, classifier=classifier)
     head.classifier = nn.Identity()
     expected = classifier(head(features, labels).logits_self), classifier(features)
@@ -135,7 +125,7 @@ def test_stand_ins_are_called_when_compiled_and_exported(stand_in):
 
 @pytest.mark.filterwarnings("ignore")
 def test_quantised_layers_are_called():
-    head, features, labels = make_case(torch.float32)
+    head, features, labels = make_case(dtype=torch.float32)
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(head), {nn.Linear}, dtype=torch.qint8)
     assert list(quantised.parameters()) == []
     pairs = mine_pairs(features, labels)

@@ -1,13 +1,14 @@
 """torch.compile, torch.export, fake tensors, CUDA graphs: the package under everything that traces or rewrites it."""
 
 import copy
+from functools import partial
 
+import heads
 import pytest
 import torch
 from mined import HOWS, check_pairs
 from releases import with_fake_cuda
 from stand_ins import Calling
-from strategies import make_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watching import no_waiting, no_warnings
 
@@ -18,10 +19,7 @@ SLOW = pytest.mark.slow
 BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
 
 
-def make_case(size=24, dim=32, classes=6, memory=0):
-    features, _ = make_batch(size, size, dim, classes, torch.float32, "normal")
-    torch.manual_seed(0)
-    return APIHead(dim, classes, hidden_dim=16, dropout=0.0, memory=memory), features, torch.arange(size) % classes
+make_case = partial(heads.make_case, dim=32, classes=6, dtype=torch.float32)
 
 
 @BACKENDS
@@ -35,7 +33,7 @@ def test_compiled_head_and_loss_equal_eager(memory, dynamic, backend):
     # dynamic=True makes symbols of the loss's numbers, too.
     compiled = torch.compile(lambda x, y: api_loss(head(x, y)), fullgraph=True, dynamic=dynamic, backend=backend)
     for size in (24, 31, 32):
-        _, features, labels = make_case(size)
+        _, features, labels = make_case(size, seed=size)
         found, expected = compiled(features, labels), api_loss(eager(features, labels))
         torch.testing.assert_close(found, expected)
         gradients = map(torch.autograd.grad, (found, expected), ([*net.parameters()] for net in (head, eager)))
@@ -50,7 +48,7 @@ def test_compiled_mining_equals_eager_for_any_batch_size(how, dynamic, backend):
     # "random" failed in torch.rand(..., generator=None) where the size is symbolic.
     compiled = torch.compile(mine_pairs, fullgraph=True, dynamic=dynamic, backend=backend)
     for size in (24, 31, 48):
-        _, features, labels = make_case(size)
+        _, features, labels = make_case(size, seed=size)
         for keys in ({}, {"keys": features, "key_labels": labels, "key_offset": 0}):
             pairs = compiled(features, labels, intra=how, inter=how, **keys)
             check_pairs(pairs, features, labels, intra=how, inter=how)
@@ -59,7 +57,7 @@ def test_compiled_mining_equals_eager_for_any_batch_size(how, dynamic, backend):
 
 
 def test_exported_mining_takes_any_batch_size():
-    (_, *batch), (_, *larger) = make_case(), make_case(41)
+    (_, *batch), (_, *larger) = make_case(24), make_case(41)
     net, size = Calling(lambda *rows: tuple(mine_pairs(*rows))), {0: torch.export.Dim("batch", min=2, max=4096)}
     program = torch.export.export(net, (*batch,), dynamic_shapes={"inputs": (size, size)})
     torch.testing.assert_close([*program.module()(*larger)], [*mine_pairs(*larger)], rtol=0, atol=0)
@@ -84,12 +82,12 @@ def test_fake_tensors_need_no_data(device, memory):
 @pytest.mark.gpu
 def test_only_the_first_batch_waits_for_the_device_and_graphs_can_be_captured():
     labels = torch.arange(24).cuda()  # each of a class of its own
-    (head, features, _), (fresh, *_) = ((value.cuda() for value in make_case(classes=24)) for _ in range(2))
+    (head, features, _), (fresh, *_) = ((value.cuda() for value in make_case(24, classes=24)) for _ in range(2))
     expected = mine_pairs(features, labels)
     with pytest.warns(UserWarning, match="24 of the 48 pairs"):
         head(features, labels)
     with no_waiting():
-        api_loss(head(features, labels)).backward()
+        api_loss(head(features.detach(), labels)).backward()
     graph = torch.cuda.CUDAGraph()
     with no_warnings(), torch.cuda.graph(graph):
         captured = fresh(features, labels).pairs

@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from footprint import saved_bytes
+from heads import make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES
@@ -23,12 +24,6 @@ DIM, CLASSES = 9, 5
 pytestmark = pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
 GATES = pytest.mark.parametrize("gate", ["pair", "single"])
 SOME_LABEL = st.sampled_from([0, -1, -100])
-
-
-def make_case(size=12, dim=DIM, classes=CLASSES, seed=0, **head_args):
-    torch.manual_seed(seed)
-    head = APIHead(dim, classes, **{"hidden_dim": 6, "dropout": 0.0, "dtype": torch.float64, **head_args})
-    return head, torch.randn(size, dim, dtype=torch.float64, requires_grad=True), torch.arange(size) % classes
 
 
 def gradients(loss, head, features):
@@ -286,9 +281,6 @@ NO_LOGITS = r"no classifier.*float32 \[16, 9\].*num_classes=.*classifier="
         (lambda: BARE(X, Y, criterion=APILoss()), ValueError, r"no classifier.*num_classes=.*classifier="),
         (lambda: api_loss(BARE(X, Y)), ValueError, NO_LOGITS),
         (lambda: APILoss()(BARE(X, Y)), ValueError, NO_LOGITS),
-        (lambda: APILoss(class_weight=[1.0, 2.0]), TypeError, r"class_weight must be a tensor \[C\].*\[1.0, 2.0\]"),
-        (lambda: APILoss(class_weight=torch.ones(5, 1)), ValueError, r"class_weight must be \[C\].*float32 \[5, 1\]"),
-        (lambda: APILoss(rows=0), ValueError, "rows must be at least 1, got 0"),
         (lambda: APIHead(DIM, mutual="individual", gate="single"), ValueError, r"'individual' has none"),
         (lambda: HEAD(X, Y, classifier=lambda x: x.view(2, 16, 9)), ValueError, r"\[N, C\], got .*\[2, 16, 9\].*N=32"),
         (lambda: HEAD(X, Y, classifier=lambda x: x.view(16, 18)), ValueError, r"\[N, D\] to .*\[16, 18\].*N=32"),

@@ -5,19 +5,14 @@ from functools import partial
 import pytest
 import reference
 import torch
+from heads import make_case
 
-from apinet_head import APIHead, api_loss, api_loss_terms, mine_pairs
+from apinet_head import api_loss, api_loss_terms, mine_pairs
 from apinet_head.mutual import MUTUALS, make_mutual
 
 VARIANTS = [
     (mutual, gate) for mutual in MUTUALS for gate in ("pair", "single") if (mutual, gate) != ("individual", "single")
 ]
-
-
-def make_case(mutual, gate="pair", size=8, dim=12, classes=4, dtype=torch.float64):
-    torch.manual_seed(0)
-    head = APIHead(dim, classes, hidden_dim=6, dropout=0.0, mutual=mutual, gate=gate, dtype=dtype)
-    return head, torch.randn(size, dim, dtype=dtype), torch.arange(size) % classes
 
 
 def mutual_of_pair(module, name, a, b):
@@ -35,8 +30,8 @@ def mutual_of_pair(module, name, a, b):
 
 @pytest.mark.parametrize(("mutual", "gate"), VARIANTS)
 def test_logits_loss_and_gradients_follow_the_formulas_and_everything_learns(mutual, gate):
-    head, features, labels = make_case(mutual, gate)
-    output = head(features.requires_grad_(), labels)
+    head, features, labels = make_case(mutual=mutual, gate=gate)
+    output = head(features, labels)
     assert (output.logits_other is output.logits_self) == (gate == "single")
     mutual_of, partners = partial(mutual_of_pair, head.mutual, mutual), [*output.pairs.partner.view(2, -1)]
     expected = reference.head(head, features, labels, partners, mutual_of=mutual_of, single=gate == "single")
@@ -50,7 +45,7 @@ def test_logits_loss_and_gradients_follow_the_formulas_and_everything_learns(mut
 
 @pytest.mark.parametrize("mutual", MUTUALS)
 def test_every_mutual_vector_compiles_exports_and_takes_half_precision_and_no_images(mutual):
-    head, features, labels = make_case(mutual, dtype=torch.float32)
+    head, features, labels = make_case(mutual=mutual, dtype=torch.float32)
     expected = head(features, labels)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(features, labels).logits_other, expected.logits_other)
@@ -62,7 +57,7 @@ def test_every_mutual_vector_compiles_exports_and_takes_half_precision_and_no_im
     keyed = head(features, labels, keys=features, key_labels=labels, key_offset=0)
     torch.testing.assert_close(keyed.logits_self, expected.logits_self)
     pairs = mine_pairs(features, labels)
-    of_none = api_loss(head(features[:0].requires_grad_(), labels[:0]))
+    of_none = api_loss(head(features[:0], labels[:0]))
     of_none.backward()
     assert of_none == 0
     half = head.bfloat16()(features.bfloat16(), labels, pairs=pairs)
