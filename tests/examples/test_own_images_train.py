@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import subprocess
+from argparse import Namespace
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,6 @@ def test_learns_tells_right_from_wrong_and_writes_files_as_the_umask_says(own_mo
     assert metrics["history"][0]["loss"] > metrics["history"][-1]["loss"]
     printed = (own_model.parent / "printed.txt").read_text()
     assert "n_samples 9: images of each of these, the median class having 9" in printed
-    assert "image_size 32: as asked" in printed
     assert "an epoch is 1 batch in which all classes occur equally often;" in printed
     assert "predicts rare classes too often" not in printed  # no class is rare
     (own_model.parent / "other").touch()
@@ -119,16 +119,14 @@ def test_backbone_of_a_fixed_size_is_made_for_the_images(own_model, tmp_path):
 
 @pytest.mark.usefixtures("own_accelerate")
 def test_precision_chunks_and_shuffled_baseline_are_taken_and_noted(own_model, tmp_path, monkeypatch):
-    seen = []
+    def check_autocast():
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") is torch.bfloat16
 
-    def note():
-        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
-
-    at_call(monkeypatch, 1, train_own, "compute_loss", note)
+    at_call(monkeypatch, 1, train_own, "compute_loss", check_autocast)
     AcceleratorState._reset_state()
     flags = ["--amp", "bf16", "--chunk-size", "5", "--baseline", "shuffled"]
     out = train(own_model, tmp_path / "model", "--device", "cpu", *flags)
-    assert seen == [(True, torch.bfloat16)]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["settings"] | {"amp": "bf16", "chunk_size": 5, "baseline": "shuffled"} == metrics["settings"]
     assert json.loads((out / "config.json").read_text())["chunk_size"] == 5
@@ -144,7 +142,7 @@ def test_precision_chunks_and_shuffled_baseline_are_taken_and_noted(own_model, t
         (["--n-classes", "4"], "--n-classes 4: the data has 3 classes"),
         (["--out", __file__], "is a file"),
         (["--weights", "here"], "go without --no-pretrained"),
-        (["--frozen"], "--frozen needs a pretrained backbone"),
+        (["--frozen", "--backbone", "hf-hub:not/asked"], "--frozen needs a pretrained backbone"),
         (["--prior", "images", "--baseline", "shuffled"], "have that prior already"),
         (["--epochs", "0"], "--epochs: must be at least 1, got 0"),
         (["--lr", "nan"], "--lr: must be at least 0, got nan"),
@@ -168,10 +166,6 @@ def test_mistakes_end_with_one_line_before_any_image_is_decoded(
     assert not (tmp_path / "model").exists()
 
 
-def test_names_of_the_hub_are_not_looked_up_before():
-    assert train_own.check_backbone("hf-hub:timm/resnet18.a1_in1k") is None
-
-
 HOLDER = """
 import os, pathlib, sys
 from workbench.run_folder import lock
@@ -188,7 +182,7 @@ def test_two_trainings_do_not_share_a_folder(own_model, tmp_path):
     with start("-c", HOLDER, folder / "run", stdin=subprocess.PIPE) as other:
         assert other.stdout.readline()
         # At once, and where both have decoded the images before either had the lock.
-        for begin in (partial(train, own_model, folder), run_folder.RunFolder(folder / "run", {}).begin):
+        for begin in (partial(train_own.check_free, folder, True), run_folder.RunFolder(folder / "run", {}).begin):
             with pytest.raises(SystemExit, match=r"^another training is writing into \S+run: .*\Z"):
                 begin()
         assert {path.name for path in folder.rglob("*")} == {"run", "lock"}
@@ -291,13 +285,9 @@ def test_memory_that_runs_out_ends_with_a_chunk_size(own_model, tmp_path, monkey
 def test_shuffled_batches_have_no_image_twice_and_others_all_classes_alike(recwarn, baseline):
     labels = [0] * 3 + [1] * 4 + [2] * 6
     images = [Image(Path(str(row)), label, "") for row, label in enumerate(labels)]
-
-    def sampled(n_samples):
-        flags = ["--n-classes", "2", "--n-samples", n_samples, *(["--baseline", baseline] if baseline else [])]
-        options = train_own.make_parser().parse_args(["DIR", *flags])
-        return train_own.make_sampler(options, ImageSet("shades", ["a", "b", "c"], images, []))
-
-    sampler, note = sampled("2")
+    data = ImageSet("shades", ["a", "b", "c"], images, [])
+    options = Namespace(n_classes=2, n_samples=2, baseline=baseline, seed=0)
+    sampler, note = train_own.make_sampler(options, data)
     drawn = [row for batch in sampler for row in batch]
     if baseline == "shuffled":
         assert len(set(drawn)) == len(drawn) == 12  # of 13, in whole batches
@@ -308,6 +298,7 @@ def test_shuffled_batches_have_no_image_twice_and_others_all_classes_alike(recwa
             assert sorted(Counter(labels[row] for row in batch).values()) == [2, 2]
         assert f"the first one has {len(set(drawn))} of the 13 training images" in note
         assert "predicts rare classes too often" in note
-    assert ("Use --n-samples 2 or more" in sampled("1")[1]) == (not baseline)  # where pairs are made
+    options.n_samples = 1
+    assert ("Use --n-samples 2 or more" in train_own.make_sampler(options, data)[1]) == (not baseline)  # makes pairs
     # The sampler's advice is an argument of the head, which no flag sets. Garbage of other tests may warn meanwhile.
     assert not [warning for warning in recwarn if warning.category is UserWarning]
