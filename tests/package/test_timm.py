@@ -51,23 +51,25 @@ MODELS = {
     "deit_tiny_distilled_patch16_224": {"depth": 2}, "xcit_nano_12_p16_224": {"depth": 2},
 }  # fmt: skip
 GROUPED = [name for name in MODELS if name != "deit_tiny_distilled_patch16_224"]
+OWN = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 6))  # not of timm
 
 
-def make_net(name="test_resnet", num_classes=5):
+def make_net(backbone="test_resnet", num_classes=5):
     torch.manual_seed(0)
-    return APINet(name, num_classes, hidden_dim=8, backbone_args=MODELS[name]).eval()
+    arguments = {"dim": 6} if backbone is OWN else {"backbone_args": MODELS[backbone]}
+    return APINet(backbone, num_classes, hidden_dim=8, **arguments).eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_data_settings_are_the_backbones_and_forward_is_its_two_halves(name):
-    net = make_net(name)
+@pytest.mark.parametrize("backbone", [*MODELS, OWN])
+def test_data_settings_are_the_backbones_and_forward_is_its_two_halves(backbone):
+    net = make_net(backbone)
     assert timm.data.resolve_model_data_config(net) == timm.data.resolve_model_data_config(net.backbone)
     size = net.backbone.patch_embed.img_size[0] if hasattr(net.backbone, "patch_embed") else 96
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         features = net.forward_features(images)
         assert torch.equal(net.forward_head(features), net(images))
-        assert torch.equal(net.forward_head(features, pre_logits=True), net.backbone.forward_head(features))
+        assert torch.equal(net.forward_head(features, pre_logits=True), net.backbone(images))
         assert net.num_features in {features.shape[1], features.shape[-1]}
     assert net.num_classes == 5
 
@@ -113,16 +115,9 @@ def test_layer_decay_is_that_of_the_plain_model(name, compiled):
     assert own == 6 * [1.0]
 
 
-def test_a_backbone_that_is_not_of_timm_has_it_all():
-    net = APINet(nn.Sequential(nn.Flatten(), nn.Linear(12, 6)), 3, dim=6).eval()
-    images = torch.randn(2, 3, 2, 2)
-    features = net.forward_features(images)
-    assert torch.equal(features, net.backbone(images))
-    assert torch.equal(net.forward_head(features), net(images))
-    assert torch.equal(net.forward_head(features, pre_logits=True), features)
-    assert net.num_features == 6
-    assert not hasattr(net, "pretrained_cfg")
-    assert net.no_weight_decay() == set()
+def test_a_backbone_that_is_not_of_timm_has_one_layer_and_no_settings():
+    net = make_net(OWN)
     found = scales(net, 0.5)
-    assert found["head.classifier.weight"][0] == 1.0
-    assert found["1.weight"][0] == 0.5
+    assert (found["2.weight"][0], found["head.classifier.weight"][0]) == (0.5, 1.0)
+    assert net.no_weight_decay() == set()
+    assert not hasattr(net, "pretrained_cfg")
