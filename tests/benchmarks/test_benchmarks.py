@@ -6,6 +6,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import footprint
 import head
@@ -16,7 +17,7 @@ import report
 import step_memory
 import torch
 import train_step
-from harness import Part, Turns, measure, reason, take_turns, write_json
+from harness import Part, Turns, measure, take_turns, write_json
 from mining import Budget, Case
 from report import blocks, fill, load, newest, section, spread
 
@@ -81,16 +82,18 @@ def test_all_ways_in_chunks_give_the_same_gradients():
         torch.testing.assert_close(gradients, found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_a_failing_side_leaves_the_others_their_turns():
+def test_a_failing_side_leaves_the_others_their_turns_and_a_line_of_why():
     calls = []
-
-    def fail():
-        raise ValueError("no such device\nand more")
-
-    turns = take_turns({"a": lambda: calls.append("a"), "b": fail, "c": lambda: calls.append("c")}, 0.0, 60)
+    reasons = {
+        ValueError("no such device\nand more"): "not available: no such device", TypeError("x\ny"): "TypeError: x",
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."): "out of memory",
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried ..."): "out of memory", MemoryError(): "out of memory",
+    }  # fmt: skip
+    failing = {repr(error): Mock(side_effect=error) for error in reasons}
+    turns = take_turns({"a": lambda: calls.append("a"), **failing, "c": lambda: calls.append("c")}, 0.0, 60)
     assert [sorted(calls[place : place + 2]) for place in range(0, len(calls), 2)] == 4 * [["a", "c"]]  # one warms up
     assert {name: len(values) for name, values in turns.seconds.items()} == {"a": 3, "c": 3}
-    assert turns.absent == {"b": "not available: no such device"}
+    assert turns.absent == {repr(error): why for error, why in reasons.items()}
     alone = take_turns({"a": lambda: time.sleep(0.02)}, 10, alone=0.01)
     assert len(alone.seconds["a"]) == 1, "a long first round is the only one"
 
@@ -102,13 +105,6 @@ def test_ratios_are_of_the_same_round():
     assert found["a"]["seconds"] == {"low": 10.5, "median": 20.0, "high": 25.0}
     assert found["c"] == {"absent": "out of memory"}
     assert spread([3.0]) == {"low": 3.0, "median": 3.0, "high": 3.0}
-
-
-def test_reasons_are_a_line_and_the_same_wherever_memory_ends():
-    on_cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
-    for error in (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried ..."), on_cpu, MemoryError()):
-        assert reason(error) == "out of memory"
-    assert reason(TypeError("x\ny")) == "TypeError: x"
 
 
 def test_what_would_take_too_much_is_left_out(monkeypatch):

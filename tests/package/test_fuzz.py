@@ -16,6 +16,7 @@ from torch import nn
 
 import apinet_head as api
 from apinet_head.mutual import MUTUALS
+from apinet_head.step_memory import pick_chunk_size, step_memory
 
 WARNINGS = "pairs of the first batch|no image will have another of the same class"
 pytestmark = pytest.mark.filterwarnings(f"ignore:.*({WARNINGS})")
@@ -336,3 +337,51 @@ def test_explain_pair_takes_or_refuses_anything(data):
         assert ((maps >= 0) & (maps <= 1)).all()
         assert all(len({*row}) == top_k and {*row} <= {0, 1, 2, 3} for row in channels.tolist())
     assert seen.similarity.abs() <= 1 + 1e-5
+
+
+# Where nothing is drawn.
+
+HEAD = api.APIHead(8, 3, hidden_dim=4)
+X, Y = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1])
+
+
+def test_features_that_are_all_nan_give_a_loss_that_is():
+    # No pair is left; a loss of 0 would hide gradients that aren't finite.
+    assert api.api_loss(HEAD(torch.full_like(X, torch.nan), Y)).isnan()
+    assert api.api_loss(HEAD(torch.full((2, 8), torch.nan), torch.zeros(2, dtype=torch.long))).isnan()
+
+
+BACKBONE = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+AUTOCAST = torch.autocast("cpu", dtype=torch.bfloat16)
+OTHER_IMAGES = {"keys": torch.cat([X + 1, X]), "key_labels": torch.cat([Y + 5, Y]), "key_offset": 0}
+IN_AUTOCAST = r"float32 or of autocast's dtype, got float16 \[4, 8\].*float32"
+OFFSET = "row 0 of keys is query 0, but key_labels has 5 there, and labels 0"
+MUTUAL = r"mutual must map two \[P, D\] to \[P, D\], got"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: AUTOCAST(HEAD)(X.half(), Y), ValueError, IN_AUTOCAST),
+        (lambda: api.APIHead(8, mutual=Calling(lambda a, b: None))(X, Y), ValueError, MUTUAL),
+        (lambda: api.APIHead(8, mutual=Calling(lambda a, b: a[:1]))(X, Y), ValueError, MUTUAL),
+        (lambda: api.APIHead(8, mutual=Calling(lambda a, b: [a]))(X, Y), ValueError, MUTUAL),
+        (lambda: api.APIHead(8, mutual=Calling(lambda a, b: [].pop()))(X, Y), IndexError, "pop from"),  # its own
+        (lambda: api.mine_pairs(X, Y, **OTHER_IMAGES), ValueError, OFFSET),
+        (lambda: HEAD(X, Y, pairs=(*api.mine_pairs(X, Y),)), TypeError, "pairs must be a Pairs, got tuple"),
+        (lambda: HEAD(X, classifier=(BACKBONE,) * 2), TypeError, r"\[N, 8\].*got tuple; of a model with"),
+        (lambda: api.ChunkedBackbone([BACKBONE], 4), TypeError, r"got list: nn\.Sequential\(\*backbone"),
+        (lambda: api.api_loss((X, X, Y)), TypeError, "APIOutput, got tuple"),
+        (lambda: step_memory(BACKBONE, 4.0, 4), TypeError, r"batch_size must be an int, got 4\.0"),
+        (lambda: step_memory([BACKBONE], 4, 4), TypeError, "net must be a module, got list"),
+        (lambda: step_memory(BACKBONE, 4, 0), ValueError, "image_size must be at least 1, got 0"),
+        (lambda: step_memory(BACKBONE, 4, (3, 0, 4)), ValueError, "image_size must be at least 1, got 0"),
+        (lambda: pick_chunk_size(BACKBONE, 4, 4, memory=math.nan), ValueError, r"must be in \[0, inf\), got nan"),
+        (lambda: api.BalancedBatchSampler([], 2, 1), ValueError, "n_classes=2 classes: labels have 0"),
+        (lambda: api.BalancedBatchSampler(Y, 2).state_dict(2), ValueError, r"batches_done must be in \[0, 1\], got 2"),
+        (lambda: api.FeatureMemory(9, 8, device="meta").push(X, Y), ValueError, "features and the memory .*cpu"),
+    ],
+)
+def test_wrong_arguments_are_an_error_that_shows_them(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
