@@ -1,17 +1,14 @@
 """Data sets that several test files use."""
 
 import os
-import runpy
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from colours import FLAGS, write_colours
-from dataset_folders import write
+from colours import SHORT, write_colours
 
 from birds.dataset import write_birds
 
@@ -27,12 +24,6 @@ def one_thread_of_many_processes() -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@pytest.fixture
-def cub(tmp_path: Path) -> Path:
-    """A folder in CUB's official format, to read or to damage."""
-    return write("cub", tmp_path)
-
-
 @pytest.fixture(scope="session")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny embedded set: 6 species with 6 images each."""
@@ -42,13 +33,11 @@ def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model folder of train_own.py on colours, by its command; its parent has the images, and what was printed."""
+    """The model folder of train_own.py on colours; its parent has the images."""
+    import train_own  # takes seconds, and most tests do without it
+
     root = write_colours(tmp_path_factory.mktemp("own") / "colours")
-    script = Path(__file__).parents[1] / "examples" / "train_own.py"
-    command = [str(script), str(root), "--out", str(root / "model"), *FLAGS, "--no-pretrained"]
-    command += ["--epochs", "20", "--lr", "0.01"]
-    with mock.patch("sys.argv", command), (root / "printed.txt").open("w") as printed, redirect_stdout(printed):
-        runpy.run_path(command[0], run_name="__main__")
+    train_own.main([str(root), "--out", str(root / "model"), *SHORT, "--epochs", "20", "--lr", "0.01"])
     return root / "model"
 
 

@@ -1,11 +1,9 @@
 """workbench/images.py: images decoded, never replaced, and handed to a DataLoader."""
 
-from pathlib import Path
-
 import PIL.Image
 import pytest
 import torch
-from dataset_folders import noise
+from dataset_folders import noise, write
 from timm.data import create_transform
 
 from workbench.datasets.bird_lists import read_cub
@@ -16,10 +14,9 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 @pytest.mark.parametrize("settings", [{}, {"resize": 24}, {"cache": True}, {"resize": 24, "cache": True}])
-def test_resized_and_cached_images_are_the_same_and_cached_ones_are_loaded_once(
-    cub: Path, monkeypatch, settings
-) -> None:
-    images, loads = read_cub(cub).train + read_cub(cub).test, []
+def test_resized_and_cached_images_are_the_same_and_cached_ones_are_loaded_once(tmp_path, monkeypatch, settings):
+    data, loads = read_cub(write("cub", tmp_path)), []
+    images = data.train + data.test
     monkeypatch.setattr("workbench.images.load_image", lambda path: loads.append(path) or load_image(path))
     transform = eval_transform({"squash": 24, "crop": 16, **IMAGENET})
     dataset = ImageDataset(images, transform, **settings)
@@ -36,7 +33,7 @@ def test_resized_and_cached_images_are_the_same_and_cached_ones_are_loaded_once(
     assert [picture.size for picture in dataset._pictures.values()] == ([size] * 4 if cached else [])
 
 
-def test_transform_for_testing_is_timms_and_its_normalisation_can_be_undone() -> None:
+def test_transform_for_testing_is_timms_and_its_normalisation_can_be_undone():
     picture = PIL.Image.fromarray(noise(50, 90, 3))
     arguments = {"input_size": [3, 112, 112], "interpolation": "bilinear", "crop_pct": 112 / 128, **IMAGENET}
     theirs = create_transform(**arguments, is_training=False, crop_mode="squash")
@@ -46,7 +43,7 @@ def test_transform_for_testing_is_timms_and_its_normalisation_can_be_undone() ->
     torch.testing.assert_close(unnormalized(pixels, IMAGENET), raw)
 
 
-def test_train_transform() -> None:
+def test_train_transform():
     """What comes out is a crop of the squashed picture, mirrored or not; all of both come up."""
     picture = PIL.Image.fromarray(noise(50, 90, 3))
     whole = eval_transform({"squash": 8, "crop": 8, **IMAGENET})(picture)
@@ -63,6 +60,6 @@ def test_train_transform() -> None:
 
 @pytest.mark.parametrize("transform", [train_transform, eval_transform])
 @pytest.mark.parametrize("crop", [9, 0])
-def test_crop_must_fit(transform, crop: int) -> None:
+def test_crop_must_fit(transform, crop):
     with pytest.raises(ValueError, match=f"crop={crop} and squash=8"):
         transform({"squash": 8, "crop": crop, **IMAGENET})

@@ -55,10 +55,9 @@ def test_learns_tells_right_from_wrong_and_writes_files_as_the_umask_says(own_mo
     assert metrics["confusion"] == counts == [[3, 0, 0], [0, 3, 1], [0, 0, 3]]
     assert metrics["accuracy"] == metrics["history"][-1]["test_accuracy"] == 9 / 10
     assert metrics["history"][0]["loss"] > metrics["history"][-1]["loss"]
-    printed = (own_model.parent / "printed.txt").read_text()
-    assert "n_samples 9: images of each of these, the median class having 9" in printed
-    assert "an epoch is 1 batch in which all classes occur equally often;" in printed
-    assert "predicts rare classes too often" not in printed  # no class is rare
+    (note,) = metrics["data"]["notes"]
+    assert "an epoch is 1 batch in which all classes occur equally often;" in note
+    assert "predicts rare classes too often" not in note  # no class is rare
     (own_model.parent / "other").touch()
     assert len({stat.S_IMODE(path.stat().st_mode) for path in (own_model.parent / "other", *own_model.iterdir())}) == 1
 
