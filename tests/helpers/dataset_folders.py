@@ -54,15 +54,11 @@ def save_cars(file, labels, names=()):
 
 
 def write_cars(root):
-    (root / "devkit").mkdir(parents=True)
+    (root / "devkit").mkdir()
     savemat(root / "devkit/cars_meta.mat", {"class_names": cells(CARS).T})
-    for file, folder, labels in (
-        ("devkit/cars_train_annos.mat", "cars_train", [3, 1, 2, 1]),
-        ("cars_test_annos_withlabels.mat", "cars_test", [2, 2]),
-    ):
-        save_cars(root / file, labels)
-        for number in range(1, len(labels) + 1):
-            draw(root / folder / f"{number:05}.jpg")
+    save_cars(root / "devkit/cars_train_annos.mat", [3, 1, 2, 1])
+    save_cars(root / "cars_test_annos_withlabels.mat", [2, 2])
+    return [*(f"cars_train/{number:05}.jpg" for number in range(1, 5)), "cars_test/00001.jpg", "cars_test/00002.jpg"]
 
 
 def save_dogs(file, rows, dtype=np.uint8):
@@ -77,35 +73,30 @@ def dog_rows(*numbers):
 
 def write_dogs(root):
     """Labels not in order, and of a type that MATLAB often stores integers as."""
-    root.mkdir()
     save_dogs(root / "train_list.mat", dog_rows(5927, 16)[::-1], np.float64)
     save_dogs(root / "test_list.mat", dog_rows(199)[:2])
-    for name, _ in dog_rows(5927, 16, 199):
-        draw(root / "Images" / name)
+    return [f"Images/{name}" for name, _ in dog_rows(5927, 16, 199)]
 
 
 def write_aircraft(root):
     """Four variants with two training images and one for testing each; the archive's further lists are left out."""
-    root.mkdir(parents=True)
     (root / "variants.txt").write_text("".join(f"{name}\n" for name in AIRCRAFT))
     images = [(f"{34309 + number:07}", name) for number, name in enumerate([*AIRCRAFT, *AIRCRAFT, *AIRCRAFT])]
     families = [(image_id, AIRCRAFT[name]) for image_id, name in images]
     lists = {"variant_trainval": images[:8], "variant_test": images[8:], "family_trainval": families[:8]}
     for name, rows in lists.items():
         (root / f"images_{name}.txt").write_text("".join(f"{image_id} {group}\n" for image_id, group in rows))
-    for seed, (image_id, _) in enumerate(images):
-        draw(root / f"images/{image_id}.jpg", seed)
+    return [f"images/{image_id}.jpg" for image_id, _ in images]
 
 
 def write_birds(lists, root, encoding="utf-8", end="\n"):
-    root.mkdir()
     for name, text in lists.items():
         (root / name).write_text(text.replace("\n", end), encoding, newline="")
-    for seed, line in enumerate(lists["images.txt"].splitlines()):
-        draw(root / "images" / line.split(maxsplit=1)[1], seed)
+    return [f"images/{line.split(maxsplit=1)[1]}" for line in lists["images.txt"].splitlines()]
 
 
-# Those of NABirds as another system may leave them: a byte order mark, Windows' line ends, spaces and blank lines.
+# What writes the lists into the folder of each, and returns the images. The lists of NABirds are as another system may
+# leave them: a byte order mark, Windows' line ends, spaces and blank lines.
 WRITERS = {
     "cub": ("CUB_200_2011", partial(write_birds, CUB)),
     "cars": ("stanford_cars", write_cars),
@@ -118,5 +109,7 @@ WRITERS = {
 def write(name, parent):
     """The folder of a data set, called as its archive calls it, in `parent`."""
     folder, writer = WRITERS[name]
-    writer(parent / folder)
+    (parent / folder).mkdir(parents=True)
+    for seed, image in enumerate(writer(parent / folder)):
+        draw(parent / folder / image, seed)
     return parent / folder
