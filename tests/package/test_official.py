@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import re
 import tempfile
 from functools import cache, partial
 from pathlib import Path
@@ -71,16 +70,6 @@ def saved(value, **how):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content", [b"no checkpoint\n", saved({"state_dict": Code()})])
-def test_a_file_that_is_damaged_or_would_run_code_is_named_with_its_cause(content, tmp_path):
-    path = tmp_path / "model_best.pth.tar"
-    path.write_bytes(content)
-    message = rf"{re.escape(str(path))} cannot be read .* more than tensors .*Download it again"
-    with pytest.raises(ValueError, match=message) as refused:
-        load_official_checkpoint(path)
-    assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
-
-
 def test_torch_load_is_asked_for_tensors_alone_everywhere():
     root = Path(__file__).parents[2]
     for folder in ("apinet_head", "examples", "benchmarks"):
@@ -109,12 +98,14 @@ def test_any_file_is_read_or_refused(data):
     noise = st.tuples(st.integers(0, len(good) - 1), st.binary(min_size=1, max_size=8)).map(
         lambda change: good[: change[0]] + change[1] + good[change[0] + len(change[1]) :]
     )
-    content = data.draw(st.sampled_from(FILES) | st.binary(max_size=99) | cut | noise)
+    drawn = data.draw(st.binary(max_size=99) | cut | noise)
     with tempfile.TemporaryDirectory() as folder, mock.patch("apinet_head.model.APINet", make_net):
         path = Path(folder) / "model_best.pth.tar"
-        path.write_bytes(content)
-        # Noise that does no harm leaves a dict, only not a whole one, and of that its keys are told.
-        check_refused(partial(load_official_checkpoint, path), path, "published", "checkpoint is a dict")
+        unreadable = f"{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors"
+        for content in (*FILES, drawn):
+            path.write_bytes(content)
+            # Noise that does no harm leaves a dict, only not a whole one, and of that its keys are told.
+            check_refused(partial(load_official_checkpoint, path), unreadable, "published", "checkpoint is a dict")
         path.unlink()
         with pytest.raises(FileNotFoundError):
             load_official_checkpoint(path)
