@@ -1,35 +1,36 @@
-"""The CUB example as its users run it, on a tiny set of birds: training, evaluating, the demo."""
+"""The CUB example as its users run it, on a tiny set of birds: its flags, and what a run leaves."""
 
 import json
 import math
-import re
+import sys
 from dataclasses import fields
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from cub_runs import TINY, rows, run, same, train_here, weights
+from cub_runs import TINY, begun, rows, run, same, weights
 
-import demo
 import score
 import train_cub
 from apinet_head import APINet
-from workbench import metrics, model_folder
+from apinet_head.step_memory import ChunkChoice
+from workbench import chunk_size, metrics, model_folder
 from workbench.datasets import open_data
-from workbench.settings import AUTO, HARMLESS, PRESETS, Settings, differences, parse
+from workbench.settings import PRESETS, Settings, parse
 
 
-@pytest.fixture(scope="module")
-def finished(birds, tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "api"
-    return output, run(birds, output)
-
-
-@pytest.mark.parametrize("method", ["api", "baseline"])
-def test_a_run_leaves_everything_and_logs_the_mean_of_an_epochs_steps(birds, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "backbone", "mean", "std"),
+    [("api", "test_resnet", [0.5] * 3, [0.5] * 3),
+     ("baseline", "resnet10t", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])],
+)  # fmt: skip
+def test_a_run_leaves_all_of_it_and_is_not_trained_again(birds, tmp_path, monkeypatch, method, backbone, mean, std):
+    """In the log are the means of an epoch's steps; images are normalised as for the backbone's weights."""
     compute_loss, steps = train_cub.compute_loss, []
     monkeypatch.setattr(train_cub, "compute_loss", lambda *args: steps.append(compute_loss(*args)) or steps[-1])
-    result = run(birds, tmp_path / "run", "--method", method, "--epochs", "2")
+    flags = ["--method", method, "--backbone", backbone, "--epochs", "2"]
+    result = run(birds, tmp_path / "run", *flags)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"settings.json", "log.csv", "result.json", "best", "last", "state", "tensorboard", "lock"}
     log = rows(tmp_path / "run")
@@ -42,37 +43,19 @@ def test_a_run_leaves_everything_and_logs_the_mean_of_an_epochs_steps(birds, tmp
     assert result["errors"] == result["errors_within_families"] + result["errors_across_families"]
     assert result["errors"] == round(18 * (1 - result["test_top1"] / 100))
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    last = tmp_path / "run" / "last"
+    assert model_folder.load(last).transform == {"squash": 40, "crop": 32, "mean": mean, "std": std}
+
+    monkeypatch.setattr(train_cub, "compute_loss", None)
+    assert run(birds, tmp_path / "run", *flags)["test_top1"] == result["test_top1"]
+    with pytest.raises(SystemExit, match=r"--json \S+none/scores.json cannot be written: No such file or directory$"):
+        score.main([str(last), "--device", "cpu", "--json", str(tmp_path / "none" / "scores.json")])
 
 
 def test_both_methods_start_from_the_same_weights_and_batches(birds):
-    nets, batches = [], []
-    for method in ("api", "baseline"):
-        settings = parse([*TINY, "--data", str(birds), "--method", method])
-        train_cub.set_seed(settings.seed)
-        nets.append(train_cub.make_net(settings, 6).state_dict())
-        batches.append(list(train_cub.make_sampler(settings, open_data(settings))))
-    assert same(*nets)
-    assert batches[0] == batches[1]
-
-
-def test_a_finished_run_is_not_trained_again_nor_a_folder_of_something_else(birds, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_cub, "compute_loss", None)
-    assert run(birds, finished[0])["test_top1"] == finished[1]["test_top1"]
-    (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="not empty"):
-        run(birds, tmp_path)
-
-
-def test_score_agrees_with_the_log(birds, finished, tmp_path, capsys):
-    output, result = finished
-    found = score.main([str(output / "last"), "--device", "cpu", "--json", str(tmp_path / "scores.json")])
-    assert found["test_top1"] == pytest.approx(result["test_top1"])
-    assert json.loads((tmp_path / "scores.json").read_text()) == found
-    assert "top-1" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"not a model folder, it has no classes.json"):
-        score.main([str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"--json \S+none/scores.json cannot be written: No such file or directory$"):
-        score.main([str(output / "last"), "--device", "cpu", "--json", str(tmp_path / "none" / "scores.json")])
+    (one, net), (other, baseline) = (begun(birds, "--method", method) for method in ("api", "baseline"))
+    assert same(net.state_dict(), baseline.state_dict())
+    assert list(train_cub.make_sampler(one, open_data(one))) == list(train_cub.make_sampler(other, open_data(other)))
 
 
 def test_confusion_counts():
@@ -116,9 +99,7 @@ def test_variants_of_the_method_reach_the_net(birds, tmp_path, flags):
 
 def test_frozen_epochs_keep_the_backbone(birds, tmp_path):
     flags = ["--frozen-epochs", "1", "--epochs", "1"]
-    settings = parse([*TINY, "--data", str(birds), *flags])
-    train_cub.set_seed(settings.seed)
-    before = train_cub.make_net(settings, 6).state_dict()
+    before = begun(birds, *flags)[1].state_dict()
     run(birds, tmp_path / "run", *flags)
     after = weights(tmp_path / "run" / "last")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -128,8 +109,8 @@ def test_frozen_epochs_keep_the_backbone(birds, tmp_path):
 
 
 def test_schedule_and_optimiser_are_the_published_ones(birds):
-    settings = parse([*TINY, "--data", str(birds)])
-    optimizer, scheduler = train_cub.make_optimizer(settings, train_cub.make_net(settings, 6), steps=9)
+    settings, net = begun(birds)
+    optimizer, scheduler = train_cub.make_optimizer(settings, net, steps=9)
     assert isinstance(optimizer, torch.optim.SGD)
     for step in range(9):
         scheduler.step_update(step)
@@ -171,43 +152,27 @@ def test_preset_follows_the_data_and_its_backbone_arguments_its_backbone():
     assert given.backbone_args == '{"output_stride": 8}'
 
 
-@pytest.mark.parametrize("flags", [[], ["--data", "folder"]])
-def test_help_has_groups_and_both_presets_defaults(flags, capsys):
+def test_help_has_both_presets_defaults(capsys):
     with pytest.raises(SystemExit):
-        parse([*flags, "--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert all(f"{group}: --" in said for group in ("data", "model", "pairs", "loss", "optimisation", "run"))
-    assert "classes in a batch (paper: 30, demo: 10)" in said
-    assert "of SGD, without Nesterov (0.9)" in said
+        parse(["--help"])
+    assert "classes in a batch (paper: 30, demo: 10)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--device", "nowhere"], "--device nowhere is not available: torch finds "),
-     (["--device", "cuda:99"], "--device cuda:99 is not available: torch finds "),
      (["--backbone", "resnet18000"], "--backbone resnet18000: timm has no such model; near: .*resnet18"),
      (["--data", "nowhere"], "nowhere is not a folder; expected CUB_200_2011"),
-     (["--backbone-args", '{"no_such": 1}'], "--backbone test_resnet: .*no_such")],
+     (["--backbone-args", '{"no_such": 1}'], "--backbone test_resnet: .*no_such"),
+     (["--pretrained"], "the pretrained weights of test_resnet are not available: no network\n.*--no-pretrained"),
+     (["--chunk-size", "auto"], "--chunk-size auto: an estimate needs torch's MemTracker")],
 )  # fmt: skip
-def test_mistakes_end_with_one_line_and_leave_no_folder(birds, tmp_path, flags, message):
-    with pytest.raises(SystemExit, match=f"^{message}") as ended:
-        run(birds, tmp_path / "run", *flags)
-    assert "\n" not in str(ended.value)
-    assert not (tmp_path / "run").exists()
-
-
-def test_weights_that_are_not_available_end_with_what_to_do(birds, tmp_path, monkeypatch):
+def test_mistakes_end_with_a_line_and_leave_no_folder(birds, tmp_path, monkeypatch, flags, message):
     monkeypatch.setattr("timm.models._hub.hf_hub_download", Mock(side_effect=OSError("no network")))
-    with pytest.raises(SystemExit, match=r"weights of test_resnet are not available(.|\n)*--no-pretrained"):
-        run(birds, tmp_path / "run", "--pretrained")
-
-
-def test_images_are_normalised_as_the_backbone_wants(birds, finished):
-    """test_resnet's weights are for a mean and deviation of 0.5, resnet10t's for ImageNet's."""
-    half = model_folder.load(finished[0] / "last").transform
-    assert half == {"squash": 40, "crop": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
-    other = model_folder.normalization(train_cub.make_net(parse([*TINY, "--backbone", "resnet10t"]), 6))
-    assert other["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
+    with pytest.raises(SystemExit, match=rf"^{message}.*\Z"):
+        run(birds, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -224,30 +189,48 @@ def test_bad_flags_end_with_usage(flags, capsys):
     assert flags[0] in problem
 
 
-def test_differences_pass_over_what_changes_no_result():
-    settings = vars(parse(["--chunk-size", "7", "--keep-chunks", "2"]))
-    harmless = {"workers": 9, "output": "elsewhere", "chunk_size": AUTO, "keep_chunks": 1}
-    assert differences(settings, settings | harmless, HARMLESS) == []
-    assert differences(settings, settings | harmless | {"seed": 9}, HARMLESS) == ["seed: 0 there, 9 here"]
+BATCH_OF_12 = ["--n-classes", "6", "--epochs", "1", "--chunk-size", "auto"]
 
 
-def test_demo_compares_the_methods(birds, tmp_path, monkeypatch, capsys):
-    train_here(monkeypatch)
-    flags = [*TINY, "--data", str(birds), "--epochs", "1"]
-    monkeypatch.setattr("sys.argv", ["demo.py", "--seeds", "1", "--runs", str(tmp_path), *flags])
-    demo.main()
-    table = (tmp_path / "table.md").read_text()
-    assert table.strip() in capsys.readouterr().out
-    assert (tmp_path / "comparison.png").stat().st_size > 10_000
-    for method, title in demo.METHODS.items():
-        folder = tmp_path / f"{method}-seed0"
-        result = json.loads((folder / "result.json").read_text())
-        assert re.search(rf"\| {title} \|.* {result['test_top1']:.1f} ", table)
-        assert json.loads((folder / "settings.json").read_text())["method"] == method
+def test_a_chunk_size_for_the_memory_there_is_is_picked_once_noted_and_kept(birds, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(chunk_size, "free_memory", lambda device: 2**20)
+    with pytest.raises(SystemExit, match="--chunk-size auto: no chunk size brings a batch of 12 into"):
+        run(birds, tmp_path / "run", *BATCH_OF_12)
+    choice = ChunkChoice(4, 2, 12, {(4, 2): 2**30}, 2**30, 2**30)
+    monkeypatch.setattr(chunk_size, "pick_chunk_size", Mock(side_effect=[choice]))
+    for why in (choice, f"the number with which {tmp_path / 'run'} began"):
+        run(birds, tmp_path / "run", *BATCH_OF_12)
+        noted = json.loads((tmp_path / "run" / "settings.json").read_text())
+        saved = APINet.from_pretrained(tmp_path / "run" / "last")
+        assert (noted["chunk_size"], noted["keep_chunks"]) == (saved.chunk_size, saved.keep_chunks) == (4, 2)
+        assert f"--chunk-size auto: 4 ({why})" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="chunk_size: 4 there, 6 here"):
+        run(birds, tmp_path / "run", *BATCH_OF_12, "--chunk-size", "6")
 
 
-def test_demo_starts_processes_and_shows_why_one_failed(birds, tmp_path, monkeypatch):
-    flags = [*TINY, "--data", str(birds), "--n-classes", "7"]
-    monkeypatch.setattr("sys.argv", ["demo.py", "--seeds", "1", "--jobs", "1", "--runs", str(tmp_path), *flags])
-    with pytest.raises(SystemExit, match=r"--n-classes 7: CUB-200-2011 has 6 classes"):
-        demo.main()
+@pytest.mark.parametrize(
+    ("flags", "processes", "expected"),
+    [([], 1, {}), (["--amp", "bf16"], 1, {"amp": torch.bfloat16}),
+     (["--method", "baseline"], 1, {"loss": chunk_size.baseline_loss}),
+     ([], 2, {"moments": 2})],  # averaging gradients takes buffers
+)  # fmt: skip
+def test_the_estimate_is_for_the_step_of_a_process(monkeypatch, flags, processes, expected):
+    monkeypatch.setattr(chunk_size, "pick_chunk_size", pick := Mock())
+    monkeypatch.setattr(chunk_size, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    monkeypatch.setattr(chunk_size, "free_memory", lambda device: 1234)
+    chunk_size.estimate(
+        parse([*TINY, *BATCH_OF_12, "--pretrained", *flags]), lambda plain: (plain.chunk_size, plain.pretrained)
+    )
+    arguments = {"memory": 1234, "amp": None, "moments": 1, "loss": None} | expected
+    pick.assert_called_once_with((0, False), 12 // processes, 32, **arguments)
+
+
+def test_memory_is_that_of_the_gpu_or_of_the_machine(monkeypatch):
+    monkeypatch.setattr(chunk_size.psutil, "virtual_memory", lambda: SimpleNamespace(available=1200))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700 + device, 1000))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [chunk_size.free_memory(device) for device in ("auto", "cuda", "cpu")] == [701, 701, 600]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chunk_size.free_memory("auto") == 600

@@ -3,28 +3,17 @@
 import json
 from dataclasses import asdict
 
-import torch
+from cub_runs import begun
 
-from train_cub import make_net
 from workbench import model_folder
 from workbench.datasets.bird_lists import read_cub
-from workbench.settings import parse
-
-# A net whose last map is 4 x 4.
-FLAGS = [
-    "--preset", "demo", "--backbone", "test_resnet", "--backbone-args", '{"output_stride": 8}', "--resize", "40",
-    "--crop", "32", "--n-classes", "3", "--n-samples", "2", "--device", "cpu",
-]  # fmt: skip
 
 
 def save_untrained(birds, folder, *flags):
     """The model folder of a net as it begins, as train_cub.py writes it; its normalisation is not ImageNet's."""
-    settings = parse([*FLAGS, "--data", str(birds), *flags])
-    torch.manual_seed(0)
-    classes = read_cub(birds).classes
+    settings, net = begun(birds, "--backbone-args", '{"output_stride": 8}', *flags)  # whose last map is 4 x 4
     transform = {"squash": settings.resize, "crop": settings.crop, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
     folder.mkdir(parents=True)
-    model = model_folder.Model(make_net(settings, len(classes)), classes, transform)
-    model_folder.save(folder, model)
+    model_folder.save(folder, model_folder.Model(net, read_cub(birds).classes, transform))
     (folder / "run.json").write_text(json.dumps({"metrics": {}, "settings": asdict(settings)}))
     return folder

@@ -3,14 +3,13 @@
 import csv
 import itertools
 import json
-import subprocess
-import sys
 
 import torch
 
 import train_cub
 from apinet_head import APINet
 from workbench.checkpoint import load
+from workbench.settings import parse
 
 # All that a state can hold, and a checkpoint after each step; 3 epochs of 3 steps, and in the last no test but one.
 FULL = ["--memory", "16", "--checkpoint-minutes", "1e-9", "--epochs", "3", "--inter", "random"]
@@ -24,14 +23,11 @@ def run(birds, output, *flags):
     return train_cub.main([*TINY, "--data", str(birds), "--output", str(output), *flags])
 
 
-def train_here(patch):
-    """Have sweeps train in this process, and start others that end at once: importing torch takes these seconds."""
-
-    def started(flags, log):
-        train_cub.main(flags)
-        return subprocess.Popen([sys.executable, "-c", ""])
-
-    patch.setattr("workbench.sweep._start", started)
+def begun(birds, *flags):
+    """The settings of a run, and its net before the first step."""
+    settings = parse([*TINY, "--data", str(birds), *flags])
+    train_cub.set_seed(settings.seed)
+    return settings, train_cub.make_net(settings, 6)
 
 
 class KilledError(BaseException):
