@@ -9,9 +9,10 @@ from unittest import mock
 import pytest
 import torch
 from commands import finish
-from cub_runs import FULL, TINY, rows, run, same, weights
+from cub_runs import FULL, TINY, at_call, begun, rows, run, same, weights
 
 import train_cub
+from workbench import metrics
 from workbench.datasets import open_data
 from workbench.images import AugmentedImages
 from workbench.run_folder import RunFolder
@@ -23,14 +24,9 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a tot
 out_of_memory = mock.Mock(side_effect=torch.OutOfMemoryError(OUT_OF_MEMORY))  # as CUDA raises it
 
 BREAKS = """
-import os, sys, time, torch, train_cub
-from workbench.images import ImageDataset
-get = ImageDataset.__getitem__
-def breaking(images, index):
-    if index == 7 and torch.utils.data.get_worker_info():
-        {}
-    return get(images, index)
-ImageDataset.__getitem__ = breaking
+import os, sys, time, train_cub
+from workbench import images
+images.load_image = lambda path: {}
 train_cub.main(sys.argv[1:])
 """
 
@@ -49,29 +45,21 @@ def test_workers_that_are_killed_or_hang_end_the_run_which_then_goes_on(birds, t
     train_cub.main(flags)
 
 
-@pytest.mark.parametrize(
-    ("flags", "chunks", "less"), [([], "all at once", 3), (["--chunk-size", "4"], "in chunks of 4", 2)]
-)
-def test_a_full_gpu_ends_the_run_with_a_smaller_chunk_size(birds, tmp_path, flags, chunks, less):
+def test_a_full_gpu_ends_the_run_with_a_smaller_chunk_size(birds, tmp_path):
     """Other settings and data may follow, as nothing was trained."""
     with mock.patch.object(train_cub, "compute_loss", out_of_memory), pytest.raises(SystemExit) as ended:
-        run(birds, tmp_path / "run", *flags)
-    said = str(ended.value)
-    assert said.startswith(f"\n{OUT_OF_MEMORY}\nThe step was one of 6 images of 32 x 32 pixels")
-    assert f"through the backbone {chunks}: --chunk-size {less} takes less memory" in said
+        run(birds, tmp_path / "run", "--chunk-size", "4")
+    what = "through the backbone in chunks of 4: --chunk-size 2 takes less memory for the same batch; "
+    assert str(ended.value).startswith(f"\n{OUT_OF_MEMORY}\nThe step was one of 6 images of 32 x 32 pixels, {what}")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json", "tensorboard"}
-    run(birds, tmp_path / "run", "--chunk-size", str(less), "--seed", "6", "--epochs", "1")
+    run(birds, tmp_path / "run", "--chunk-size", "2", "--seed", "6", "--epochs", "1")
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
-    assert (settings["chunk_size"], settings["seed"]) == (less, 6)
+    assert (settings["chunk_size"], settings["seed"]) == (2, 6)
     assert len(list((tmp_path / "run" / "tensorboard").rglob("events*"))) == 1
 
 
 def test_memory_that_the_test_takes_is_no_matter_of_chunks(birds, tmp_path, monkeypatch):
-    def full(net, loader, device):
-        net.eval()
-        out_of_memory()
-
-    monkeypatch.setattr(train_cub, "predict", full)
+    at_call(monkeypatch, 1, metrics, "to_device", out_of_memory)
     with pytest.raises(SystemExit, match="That was the test, not a training step: take fewer images at a time"):
         run(birds, tmp_path / "run")
 
@@ -79,31 +67,28 @@ def test_memory_that_the_test_takes_is_no_matter_of_chunks(birds, tmp_path, monk
 @pytest.mark.parametrize("left", ["state/epoch-0001.damaged", "best", "log.csv"])
 def test_other_settings_may_not_follow_where_anything_was_trained(birds, tmp_path, left):
     """Each of what a run trained is enough: somebody may have removed the rest."""
-
-    def files():
-        return {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-
     RunFolder(tmp_path / "run", asdict(parse([*TINY, "--data", str(birds), "--seed", "5"]))).begin()
     (tmp_path / "run" / left).mkdir(parents=True)
-    before = files()
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     with pytest.raises(SystemExit, match=r"(?s)holds another run:\n  seed: 5 there, 6 here\n.*Choose another folder"):
         run(birds, tmp_path / "run", "--seed", "6")
-    assert files() == before
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 @pytest.fixture
-def broken_image(monkeypatch):
-    """In training, not in the test."""
-    get = AugmentedImages.__getitem__
+def broken(monkeypatch):
+    """The training images that have infinite pixels, though not in the test."""
+    get, broken = AugmentedImages.__getitem__, {BROKEN}
 
-    def broken(self, place):
+    def getting(self, place):
         image, label, index = get(self, place)
-        return image * math.inf if index == BROKEN else image, label, index
+        return image * math.inf if index in broken else image, label, index
 
-    monkeypatch.setattr(AugmentedImages, "__getitem__", broken)
+    monkeypatch.setattr(AugmentedImages, "__getitem__", getting)
+    return broken
 
 
-def test_the_run_ends_with_the_paths_and_no_weight_is_changed(birds, tmp_path, broken_image, capsys):
+def test_the_run_ends_with_the_paths_and_no_weight_is_changed(birds, tmp_path, broken, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(birds, tmp_path / "run", *FULL, "--seed", "1")
     assert stopped.value.code == 1
@@ -119,36 +104,25 @@ def test_the_run_ends_with_the_paths_and_no_weight_is_changed(birds, tmp_path, b
     assert "--skip-nonfinite 10" in said
 
 
-def test_steps_are_left_out_up_to_the_limit(birds, tmp_path, broken_image, monkeypatch, capsys):
-    flags = ["--dropout", "0"]  # then a step left out draws no random numbers
+def test_steps_are_left_out_up_to_the_limit(birds, tmp_path, broken, capsys):
     with pytest.raises(SystemExit):
-        run(birds, tmp_path / "run", *flags, "--skip-nonfinite", "2")
+        run(birds, tmp_path / "run", "--skip-nonfinite", "2")
     captured = capsys.readouterr()
     assert captured.out.count("is skipped") == 2
     assert "(epoch 3, batch " in captured.err
-    run(birds, tmp_path / "run", *flags, "--skip-nonfinite", "3")
+    run(birds, tmp_path / "run", "--skip-nonfinite", "3")
     log = rows(tmp_path / "run")
     assert [(row["skipped"], row["step"]) for row in log] == [("1", "3"), ("2", "6"), ("3", "9")]
     assert all(math.isfinite(float(row["loss"])) for row in log)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped"] == 3
     assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "last").values())
 
-    # As if those batches had never been trained on: their images don't even go through the net.
-    compute_loss = train_cub.compute_loss
-
-    def leave_out(model, images, labels, settings):
-        if images.isfinite().all():
-            return compute_loss(model, images, labels, settings)
-        nothing = sum(parameter.sum() * 0 for parameter in model.parameters())
-        return dict.fromkeys(("loss", "cross_entropy", "ranking", "train_top1"), nothing + math.nan)
-
-    monkeypatch.setattr(train_cub, "compute_loss", leave_out)
-    run(birds, tmp_path / "other", *flags, "--skip-nonfinite", "3")
-    assert same(weights(tmp_path / "run" / "last"), weights(tmp_path / "other" / "last"))
+    broken.update(range(18))  # and where all steps are left out, nothing at all is changed
+    run(birds, tmp_path / "other", "--skip-nonfinite", "9", "--memory", "16")
+    assert same(weights(tmp_path / "other" / "last"), begun(birds, "--memory", "16")[1].state_dict())
 
 
-@pytest.mark.parametrize("method", ["api", "baseline"])
-def test_gradients_that_are_not_finite_end_the_run(birds, tmp_path, monkeypatch, method):
+def test_gradients_that_are_not_finite_end_the_run(birds, tmp_path, monkeypatch):
     """The loss is finite, its gradient is not; what the checkpoint has is from before."""
     factors, make_net = [1, math.inf], train_cub.make_net
 
@@ -160,5 +134,5 @@ def test_gradients_that_are_not_finite_end_the_run(birds, tmp_path, monkeypatch,
     monkeypatch.setattr(train_cub, "make_net", overflowing)
     monkeypatch.setattr(train_cub, "end_all", lambda message, code: sys.exit(message))
     with pytest.raises(SystemExit, match=r"step 2 .*ranking [\d.e-]+, .*norm of the gradients (nan|inf)"):
-        run(birds, tmp_path / "run", "--method", method)
+        run(birds, tmp_path / "run")
     assert not factors
