@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watching import no_warnings
 
-from apinet_head import APIHead, FeatureMemory, Pairs, api_loss, api_loss_terms, mine_pairs, random_pairs
+from apinet_head import APIHead, FeatureMemory, api_loss, api_loss_terms, mine_pairs, random_pairs
 from apinet_head.loss import APILoss, LossTerms
 from apinet_head.mutual import MUTUALS
 
@@ -98,19 +98,6 @@ def test_a_classifier_is_called_once_on_all_rows(gate):
     torch.testing.assert_close([*head(features, labels)[:2]], expected)
     torch.testing.assert_close([*bare(features, labels, classifier=classifier)[:2]], expected)
     assert calls == [96 if gate == "pair" else 48] * 2
-
-
-def test_keys_equal_the_batch_they_hold():
-    head, features, labels = make_case(size=10, intra="dissimilar")
-    keys = torch.cat([torch.randn(7, DIM, dtype=torch.float64), features])
-    given = {"keys": keys, "key_labels": torch.cat([torch.arange(7) % CLASSES, labels]), "key_offset": 7}
-    output = head(features, labels, **given)
-    pairs = output.pairs
-    assert all(map(torch.equal, pairs, mine_pairs(features, labels, intra="dissimilar", **given)))
-    whole = head(keys, given["key_labels"], pairs=Pairs(pairs.anchor + 7, *pairs[1:]))
-    assert (pairs.partner < 7).any(), "no partner among the further keys: this tests nothing"
-    torch.testing.assert_close(output[:4], whole[:4])
-    torch.testing.assert_close(head.gates(features, pairs, keys=keys), head.gates(keys, whole.pairs))
 
 
 def test_initialisation_is_torchs_default():

@@ -8,7 +8,7 @@ import reference
 import torch
 from pytorch_metric_learning import losses, miners
 
-from apinet_head import APIHead, api_loss_terms
+from apinet_head import APIHead, Pairs, api_loss_terms
 from apinet_head.metric_learning import APIMiner, pairs_from_tuple
 
 SIZE, DIM, CLASSES = 15, 10, 4
@@ -43,7 +43,11 @@ def test_head_trains_on_what_any_miner_finds(miner, given):
     head, size = make_head(), len(pairs.anchor)
     output = head(X, Y, pairs=pairs, **given)
     images = torch.cat([X[pairs.anchor], keys[pairs.partner]])  # set side by side for the reference
-    expected = reference.head(head, images, output.labels, [torch.arange(size) + size])
+    beside = torch.arange(size) + size
+    torch.testing.assert_close(
+        head.gates(X, pairs, keys=given.get("keys")), head.gates(images, Pairs(beside - size, beside, *pairs[2:]))
+    )
+    expected = reference.head(head, images, output.labels, [beside])
     torch.testing.assert_close([*api_loss_terms(output)[1:]], [expected["cross_entropy"], expected["ranking"]])
     assert torch.equal(output.labels, torch.cat([Y[pairs.anchor], key_labels[pairs.partner]]))
 
