@@ -107,7 +107,10 @@ def test_ratios_are_of_the_same_round():
     assert spread([3.0]) == {"low": 3.0, "median": 3.0, "high": 3.0}
 
 
-def test_what_would_take_too_much_is_left_out(monkeypatch):
+def test_small_batches_come_first_and_what_would_take_too_much_is_left_out(monkeypatch):
+    in_order = mining.cases(torch.device("cuda"))
+    assert [case.products for case in in_order] == sorted(case.products for case in in_order)
+    assert [case.dtype for case in in_order[: 2 * len(mining.DIMS)]] == [*3 * ["float32"], *3 * ["bfloat16"]]
     monkeypatch.setattr(mining, "free_memory", lambda: 10 * 2**30)
     plan, small, large, huge = Budget(seconds=100, cases=10), Case(1000, 8), Case(4000, 8), Case(20_000, 8)
     times = {"slow": 0.3, "quick": 0.01, "next": 0.1}
@@ -123,13 +126,6 @@ def test_what_would_take_too_much_is_left_out(monkeypatch):
     # A GPU says so itself; but the published way needs the host.
     late = Budget(seconds=1, cases=1)
     assert list(late.refuse([*times, report.PUBLISHED], huge, torch.device("cuda"))) == [report.PUBLISHED]
-
-
-def test_dtypes_of_a_size_are_measured_together():
-    found = mining.cases(torch.device("cuda"))
-    batches = [(case.size, case.dtype) for case in found if not case.keys]
-    assert list(dict.fromkeys(batches))[:4] == [(8, "float32"), (8, "bfloat16"), (120, "float32"), (120, "bfloat16")]
-    assert [case.products for case in found] == sorted(case.products for case in found)
 
 
 def allocate(mebibytes):
