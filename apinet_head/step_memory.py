@@ -147,6 +147,7 @@ def pick_chunk_size(
     """The chunk size and the number of kept chunks with which a training step fits into `memory`, by `step_memory`.
 
     The whole batch if that fits; else those with which the fewest images are recomputed, and of them the fewest chunks.
+    Most are extrapolated from a few estimates, which can miss one that fits to within 1 %; the choice itself is estimated.
     Sizes below 8 are taken only where larger ones don't fit, and none that leaves one image to a chunk where BatchNorm
     would normalise that image by itself.
 
