@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,6 @@ from workbench.image_files import BadImageError, load_image
 # One batch has every training image, so that the first step meets a bad one.
 FLAGS = [*TINY, "--n-classes", "6", "--n-samples", "3", "--epochs", "1"]
 
-Make = Callable[[Path], object]  # what makes a file in an image's place
 PIXELS = noise(40, 48, 3)
 PHOTO, GREY = PIL.Image.fromarray(PIXELS), PIL.Image.fromarray(PIXELS[..., 0])
 FROM_GREY = PIXELS[..., [0, 0, 0]]
@@ -35,24 +34,26 @@ PALETTE = PHOTO.convert("P", palette=PIL.Image.Palette.ADAPTIVE)
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-def save(kind: str, image: PIL.Image.Image = PHOTO, share: float = 1, **settings: object) -> Make:
-    """Of a format under any name: the content decides. Of the file, a share from its beginning."""
+def saved(kind, image=PHOTO, share=1, **settings):
+    """An image in a format, under whatever name: the content decides. Of the file, a share from its beginning."""
     image.save(data := io.BytesIO(), kind, **settings)
-    return content(data.getvalue()[: int(share * data.tell())])
+    return data.getvalue()[: int(share * data.tell())]
 
 
-def content(data: bytes) -> Make:
-    return lambda path: path.write_bytes(data)
-
-
-def become(make: Make) -> Make:
-    return lambda path: (path.unlink(), make(path))
-
-
-def exif(orientation: int) -> PIL.Image.Exif:
+def exif(orientation):
     tags = PIL.Image.Exif()
     tags[0x0112] = orientation
     return tags
+
+
+def damage(path, kind):
+    """Have one of BAD in the place of an image."""
+    path.unlink()
+    what, _ = BAD[kind]
+    if isinstance(what, bytes):
+        path.write_bytes(what)
+    else:
+        what(path)
 
 
 # By EXIF's orientation, turned and mirrored as the standard words it, by where row 0 and column 0 are to be shown.
@@ -60,74 +61,71 @@ TURNED = PIXELS.transpose(1, 0, 2)
 UPRIGHT = {2: PIXELS[:, ::-1], 3: PIXELS[::-1, ::-1], 4: PIXELS[::-1]}
 UPRIGHT |= {5: TURNED, 6: TURNED[:, ::-1], 7: TURNED[::-1, ::-1], 8: TURNED[::-1]}
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")
-# {kind: (what makes it, a part of the reason)}
-BAD: dict[str, tuple[Make, str]] = {
-    **{f"truncated {kind}": (save(kind, share=0.5), "cannot be decoded") for kind in FORMATS},
-    "JPEG without its last bytes": (save("JPEG", share=0.98), "cannot be decoded: image file is truncated"),
-    "zero bytes": (content(b""), "(0 bytes) is not an image"),
-    "text": (content(b"404 Not found\n"), "(14 bytes) is not an image"),
-    "a program for Ghostscript": (content(EPS), "is not an image in a supported format"),
-    "1x1": (save("PNG", PIL.Image.new("RGB", (1, 1))), "is 1 x 1 pixels: a placeholder"),
-    "1 pixel wide": (save("PNG", PIL.Image.new("RGB", (1, 50))), "is 1 x 50 pixels: a placeholder"),
+# {kind: (its bytes, or what makes it, and a part of the reason)}
+BAD = {
+    **{f"truncated {kind}": (saved(kind, share=0.5), "cannot be decoded") for kind in FORMATS},
+    "JPEG without its last bytes": (saved("JPEG", share=0.98), "cannot be decoded: image file is truncated"),
+    "zero bytes": (b"", "(0 bytes) is not an image"),
+    "text": (b"404 Not found\n", "(14 bytes) is not an image"),
+    "a program for Ghostscript": (EPS, "is not an image in a supported format"),
+    "1 pixel wide": (saved("PNG", PIL.Image.new("RGB", (1, 50))), "is 1 x 50 pixels: a placeholder"),
     # Headers of PGM, which tell of more pixels than there are.
-    "as large as may be": (content(b"P5 16384 4096 255\n"), "cannot be decoded: image file is truncated"),
-    "too many pixels": (content(b"P5 16384 4097 255\n"), "is 16384 x 4097 pixels, the limits are 16384 a side"),
-    "too wide": (content(b"P5 16385 2 255\n"), "is 16385 x 2 pixels, the limits are"),
-    "too high": (content(b"P5 2 16385 255\n"), "is 2 x 16385 pixels, the limits are"),
-    "so large that Pillow warns": (content(b"P5 12000 12000 255\n"), "is 12000 x 12000 pixels, the limits are"),
-    "so large that Pillow refuses": (content(b"P5 20000 20000 255\n"), "decompression bomb"),
-    "32-bit grey": (save("TIFF", GREY.convert("I")), "has no defined white level"),
-    "floating point": (save("TIFF", GREY.convert("F")), "has no defined white level"),
-    "missing": (Path.unlink, "cannot be read: No such file"),
-    "link to nothing": (become(lambda path: path.symlink_to("nothing.jpg")), "cannot be read: No such file"),
-    "link to itself": (become(lambda path: path.symlink_to(path.name)), "read: Too many levels of symbolic links"),
-    "folder": (become(Path.mkdir), "is not a regular file"),
-    "pipe": (become(os.mkfifo), "is not a regular file"),
-    "unreadable": (lambda path: path.chmod(0), "cannot be read: Permission denied"),
+    "as large as may be": (b"P5 16384 4096 255\n", "cannot be decoded: image file is truncated"),
+    "too many pixels": (b"P5 16384 4097 255\n", "is 16384 x 4097 pixels, the limits are 16384 a side"),
+    "too wide": (b"P5 16385 2 255\n", "is 16385 x 2 pixels, the limits are"),
+    "too high": (b"P5 2 16385 255\n", "is 2 x 16385 pixels, the limits are"),
+    "so large that Pillow warns": (b"P5 12000 12000 255\n", "is 12000 x 12000 pixels, the limits are"),
+    "so large that Pillow refuses": (b"P5 20000 20000 255\n", "decompression bomb"),
+    "32-bit grey": (saved("TIFF", GREY.convert("I")), "has no defined white level"),
+    "floating point": (saved("TIFF", GREY.convert("F")), "has no defined white level"),
+    "missing": (lambda path: None, "cannot be read: No such file"),
+    "link to itself": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels of symbolic links"),
+    "folder": (Path.mkdir, "is not a regular file"),
+    "pipe": (os.mkfifo, "is not a regular file"),
+    "unreadable": (partial(Path.touch, mode=0), "cannot be read: Permission denied"),
 }
-# {kind: (what makes it, the picture that is to come out)}
-GOOD: dict[str, tuple[Make, np.ndarray]] = {
-    "PNG": (save("PNG"), PIXELS),
-    "grey": (save("PNG", GREY), FROM_GREY),
-    "16-bit grey PNG": (save("PNG", GREY16), FROM_GREY),
-    "16-bit grey TIFF": (save("TIFF", GREY16), FROM_GREY),
-    "a transparent colour": (save("PNG", PALETTE, transparency=7), np.asarray(PALETTE.convert("RGB"))),
-    "half-transparent": (save("PNG", PALETTE, transparency=bytes(range(256))), np.asarray(PALETTE.convert("RGB"))),
-    "transparent": (save("PNG", PIL.Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]]))), PIXELS),
+# {kind: (its bytes, the picture that is to come out)}
+GOOD = {
+    "PNG": (saved("PNG"), PIXELS),
+    "grey": (saved("PNG", GREY), FROM_GREY),
+    "16-bit grey PNG": (saved("PNG", GREY16), FROM_GREY),
+    "16-bit grey TIFF": (saved("TIFF", GREY16), FROM_GREY),
+    "a transparent colour": (saved("PNG", PALETTE, transparency=7), np.asarray(PALETTE.convert("RGB"))),
+    "half-transparent": (saved("PNG", PALETTE, transparency=bytes(range(256))), np.asarray(PALETTE.convert("RGB"))),
+    "transparent": (saved("PNG", PIL.Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]]))), PIXELS),
     # By formula: 255 less the ink, times the share not black.
-    "CMYK": (save("TIFF", PIL.Image.new("CMYK", (48, 40), (255, 0, 0, 51))), np.uint8([[[0, 204, 204]] * 48] * 40)),
-    **{f"EXIF {number}": (save("PNG", exif=exif(number)), pixels) for number, pixels in UPRIGHT.items()},
+    "CMYK": (saved("TIFF", PIL.Image.new("CMYK", (48, 40), (255, 0, 0, 51))), np.uint8([[[0, 204, 204]] * 48] * 40)),
+    **{f"EXIF {number}": (saved("PNG", exif=exif(number)), pixels) for number, pixels in UPRIGHT.items()},
 }
 
 
 @pytest.fixture
-def folder(birds: Path, tmp_path: Path) -> Path:
+def folder(birds, tmp_path):
     """Six classes with three images for training and three for testing each, to damage."""
     return shutil.copytree(birds, tmp_path / "birds")
 
 
-def run(folder: Path, *flags: str) -> dict:
+def run(folder, *flags):
     return train_cub.main([*FLAGS, "--data", str(folder), "--output", str(folder.parent / "run"), *flags])
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_file_is_refused_with_path_and_reason(kind: str, tmp_path: Path) -> None:
+def test_bad_file_is_refused_with_path_and_reason(kind, tmp_path):
     path = tmp_path / "x.jpg"
     PHOTO.save(path)
-    make, reason = BAD[kind]
-    make(path)
+    damage(path, kind)
     if kind == "unreadable" and os.access(path, os.R_OK):
         pytest.skip("this user, root perhaps, reads every file")
     with pytest.raises(BadImageError) as caught:
         load_image(path)
-    assert reason in str(caught.value)
+    assert BAD[kind][1] in str(caught.value)
     assert str(caught.value) == f"{path} {why_bad(path)}; replace the file"
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_odd_file_is_taken_for_what_it_shows(kind: str, tmp_path: Path) -> None:
-    make, expected = GOOD[kind]
-    make(tmp_path / "x.jpg")
+def test_odd_file_is_taken_for_what_it_shows(kind, tmp_path):
+    content, expected = GOOD[kind]
+    (tmp_path / "x.jpg").write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image = load_image(tmp_path / "x.jpg")
@@ -136,7 +134,7 @@ def test_odd_file_is_taken_for_what_it_shows(kind: str, tmp_path: Path) -> None:
     assert why_bad(tmp_path / "x.jpg") is None
 
 
-def name_in_bytes(folder: Path, path: Path) -> Path:
+def name_in_bytes(folder, path):
     """The image, called what is not UTF-8, in the list too."""
     listing, name = folder / "images.txt", b"\xe9-" + os.fsencode(path.name)
     listing.write_bytes(listing.read_bytes().replace(os.fsencode(f"/{path.name}"), b"/" + name))
@@ -144,17 +142,17 @@ def name_in_bytes(folder: Path, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated JPEG", "pipe", "zero bytes"])
-def test_training_and_testing_stop_with_the_path_or_leave_it_out(kind, folder, capsys, monkeypatch) -> None:
+def test_training_and_testing_stop_with_the_path_or_leave_it_out(kind, folder, capsys, monkeypatch):
     assert images.load_image is bad_images.load_image is load_image  # so all of BAD is judged alike
     monkeypatch.chdir(folder.parent)
     data = READERS["cub"](folder)
     good, path, tested = data.train[0].path, data.train[4].path, data.test[7].path
     if kind == "zero bytes":
         try:
-            path = [name_in_bytes(folder, each) for each in (good, path)][1]
+            good, path = (name_in_bytes(folder, each) for each in (good, path))
         except OSError:
             pytest.skip("this file system takes no such names")
-    BAD[kind][0](path)
+    damage(path, kind)
     reason = why_bad(path)
     with pytest.raises(SystemExit) as caught:
         run(folder)
@@ -176,7 +174,7 @@ def test_training_and_testing_stop_with_the_path_or_leave_it_out(kind, folder, c
         score.main(["run/last", "--device", "cpu"])
 
 
-def test_process_with_workers_ends_at_a_bad_image(folder: Path, tmp_path: Path) -> None:
+def test_process_with_workers_ends_at_a_bad_image(folder, tmp_path):
     """Its workers, which ignore SIGTERM, must not keep it from ending."""
     bad = READERS["cub"](folder).train[3].path
     bad.write_bytes(b"")
@@ -187,7 +185,7 @@ def test_process_with_workers_ends_at_a_bad_image(folder: Path, tmp_path: Path) 
     assert "Traceback" not in err
 
 
-def test_check_as_a_command(folder: Path, tmp_path: Path) -> None:
+def test_check_as_a_command(folder, tmp_path):
     without_torch = finish("-c", "import check_images, sys; print('torch' in sys.modules)")
     assert without_torch[:2] == (0, "False\n"), without_torch
     flags = [str(folder), "--output", str(tmp_path / "list")]
@@ -210,19 +208,19 @@ def test_check_as_a_command(folder: Path, tmp_path: Path) -> None:
         check_images.main([str(folder), "--workers", "0", "--output", str(tmp_path / "none/list")])
 
 
-def test_process_that_dies_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_that_dies_is_told_of(monkeypatch):
     monkeypatch.setattr(bad_images, "why_bad", os._exit)  # as if a decoder crashed; it takes numbers, not paths
     with pytest.raises(SystemExit, match=r"a process died while decoding one of the 8 images from 0 to 7:"):
         bad_images.find_bad(range(40), workers=1)
 
 
-def skip(folder: Path, *images: Path) -> dict:
+def skip(folder, *images):
     listing = folder.parent / "list"
     listing.write_text("".join(f"{os.path.relpath(image, folder)}\treason\n" for image in images))
     return run(folder, "--skip-bad", str(listing))
 
 
-def test_lists_that_do_not_fit(folder: Path, tmp_path: Path, capsys) -> None:
+def test_lists_that_do_not_fit(folder, tmp_path, capsys):
     data, listing, other = READERS["cub"](folder), tmp_path / "list", folder / "images/other.jpg"
     good, of_class = data.train[0].path, [image.path for image in data.train if image.label == 2]
     (missing := of_class[0]).unlink()
@@ -244,7 +242,7 @@ def test_lists_that_do_not_fit(folder: Path, tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(("bad", "what"), [(1, "repeats images"), (2, "pairs the image with itself")])
-def test_classes_that_are_short_of_images(bad: int, what: str, folder: Path, capsys) -> None:
+def test_classes_that_are_short_of_images(bad, what, folder, capsys):
     data = READERS["cub"](folder)
     skip(folder, *[image.path for image in data.train if image.label == 2][:bad])
     out = capsys.readouterr().out

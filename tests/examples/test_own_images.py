@@ -68,24 +68,6 @@ def test_folders_of_a_split_are_taken_and_others_split(tmp_path, names, train, t
     assert any(note in each for each in found.notes)
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["cat/1.png", "cat/2.png"], "two classes or more are needed, got cat$"),
-        (["cat/1.png", "dog/1.png"], "no class has two images, one to train with and one to test$"),
-        (["train/cat/1.png", "train/dog/1.png", "test/cow/1.png"], "no training images of the test classes cow$"),
-        (["Test/cat/1.png", "val/cat/1.png"], "one folder of training images is needed, train/; it has Test, val$"),
-        (["Train/cat/1.png", "training/cat/1.png", "test/cat/1.png"], "is needed, train/; it has Train, training$"),
-        (["1.png"], r"no images in folders of classes, as in \S+image.jpg$"),
-        ([], "no such folder or CSV file$"),
-    ],
-)
-def test_a_training_without_enough_images_is_refused(tmp_path, names, message):
-    write(tmp_path / "images", *names)
-    with pytest.raises(SystemExit, match=message):
-        train_own.main([str(tmp_path / "images"), "--out", str(tmp_path / "model"), *SHORT])
-
-
 def test_what_is_no_image_by_its_name_is_ignored_and_a_bad_image_ends_the_command_or_is_left_out(folder, capsys):
     before = folders.read_folder(folder)
     write(folder, ".ipynb_checkpoints/copy.png", "red/._0.png", "__MACOSX/0.png", "red/.thumbs/0.png")
@@ -118,8 +100,17 @@ def test_csv_with_a_split_as_excel_writes_it(folder, encoding, delimiter):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("given", "message"),
     [
+        # Names of images in a folder.
+        (["cat/1.png", "cat/2.png"], "two classes or more are needed, got cat$"),
+        (["cat/1.png", "dog/1.png"], "no class has two images, one to train with and one to test$"),
+        (["train/cat/1.png", "train/dog/1.png", "test/cow/1.png"], "no training images of the test classes cow$"),
+        (["Test/cat/1.png", "val/cat/1.png"], "one folder of training images is needed, train/; it has Test, val$"),
+        (["Train/cat/1.png", "training/cat/1.png", "test/cat/1.png"], "is needed, train/; it has Train, training$"),
+        (["1.png"], r"no images in folders of classes, as in \S+image.jpg$"),
+        ([], "no such folder or CSV file$"),
+        # What is in a CSV.
         (b"", "the first line must name the columns path and label"),
         (b"path,label\n", "no rows"),
         (b"path,label\nred/0.png\n", "line 2: a path and a label are needed"),
@@ -133,12 +124,17 @@ def test_csv_with_a_split_as_excel_writes_it(folder, encoding, delimiter):
         (b"path,label\nlink.png,red\n", r"list.csv, line 2: .* leads out"),
     ],
 )
-def test_csv_mistakes_end_with_one_line(folder, content, message):
-    write(folder, "../outside.png")
-    (folder / "link.png").symlink_to(folder.parent / "outside.png")
-    (folder / "list.csv").write_bytes(content.replace(b"FOLDER", bytes(folder)))
+def test_images_that_cannot_be_trained_on_end_the_command_with_one_line(tmp_path, given, message):
+    source = tmp_path / "images"
+    if isinstance(given, bytes):
+        write(source, "red/0.png", "../outside.png")
+        (source / "link.png").symlink_to(tmp_path / "outside.png")
+        given, source = given.replace(b"FOLDER", bytes(source)), source / "list.csv"
+        source.write_bytes(given)
+    else:
+        write(source, *given)
     with pytest.raises(SystemExit, match=message) as ended:
-        folders.read(folder / "list.csv")
+        train_own.main([str(source), "--out", str(tmp_path / "model"), *SHORT])
     assert "\n" not in str(ended.value)
 
 
