@@ -198,8 +198,7 @@ def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_during_the_imports_ends_it_with_a_line(tmp_path, monkeypatch):
-    loading = (tmp_path / "torch").with_suffix(".py")
-    loading.write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)")  # in place of torch
+    (tmp_path / "torch.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     # A shell's background jobs, of which the tests may be one, ignore it.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -155,6 +155,7 @@ def test_a_frozen_head_learns_and_leaves_the_backbone_as_in_the_file(source, fil
     said = capsys.readouterr().out
     assert "all 75 tensors of the backbone are those of resnet.pth" in said
     assert "n_samples 9: images of each of these, the median class having 9" in said
+    assert "an epoch is 1 batch in which all classes occur equally often;" in said
     assert is_from(file, folder, "state_dict")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["accuracy"] == pytest.approx(0.9)  # one of the ten images is in the wrong folder

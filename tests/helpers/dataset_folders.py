@@ -67,12 +67,12 @@ def save_dogs(file, rows, dtype=np.uint8):
 
 
 def dog_rows(*numbers):
-    """Of each breed, a name of an image for each number, and the label."""
+    """For each number an image of each breed: its name and its label."""
     return [(f"{folder}/{folder[:9]}_{number}.jpg", row) for number in numbers for row, folder in enumerate(DOGS, 1)]
 
 
 def write_dogs(root):
-    """Labels not in order, and of a type that MATLAB often stores integers as."""
+    """Labels are not in order, and some are doubles, as MATLAB often stores integers."""
     save_dogs(root / "train_list.mat", dog_rows(5927, 16)[::-1], np.float64)
     save_dogs(root / "test_list.mat", dog_rows(199)[:2])
     return [f"Images/{name}" for name, _ in dog_rows(5927, 16, 199)]
