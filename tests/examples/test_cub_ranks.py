@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,33 +37,26 @@ def told(output):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Where the embedded birds are drawn; empty before the first run."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("cache")
-        patch.setenv("XDG_CACHE_HOME", str(path))
-        yield path
-
-
-@pytest.fixture(scope="module")
-def finished(cache, tmp_path_factory):
+def finished(tmp_path_factory):
     """The folder of all runs, and what was said; after them, a rank was killed in one more, "killed"."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [{"flags": [*flags, "--output", str(folder / name)], "plain": name != "api"} for name, flags in RUNS.items()]
-    code, out, err = on_two_ranks(*runs, {"flags": resumable(folder), "kill_in_step": 8})
-    assert all((folder / f"{name}-scores.json").exists() for name in RUNS), err
-    assert code != 0
-    return folder, out, err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))  # where the first run draws the embedded birds
+        code, out, err = on_two_ranks(*runs, {"flags": resumable(folder), "kill_in_step": 8})
+        assert all((folder / f"{name}-scores.json").exists() for name in RUNS), err
+        assert code != 0
+        yield folder, out, err
 
 
 def resumable(folder):
     return [*API, "--output", str(folder / "killed"), "--checkpoint-minutes", "1e-9"]
 
 
-def test_birds_are_drawn_by_one_rank_and_all_is_said_once(finished, cache):
+def test_birds_are_drawn_by_one_rank_and_all_is_said_once(finished):
     folder, out, err = finished
     assert out.count("drawing the embedded birds") == 1
-    assert [path.name.startswith("birds-") for path in (cache / "apinet-head").iterdir()] == [True]
+    assert [path.name.startswith("birds-") for path in (folder / "cache/apinet-head").iterdir()] == [True]
     for name in (*RUNS, "killed"):
         assert out.count(f"writing to {folder / name}\n") == 1
     assert len(re.findall(r"after 3 epochs: top-1", out)) == len(RUNS)
@@ -72,15 +64,12 @@ def test_birds_are_drawn_by_one_rank_and_all_is_said_once(finished, cache):
     assert out.count("--chunk-size auto: 0 (the whole batch for a batch of 4: ") == 1
 
 
-def test_ranks_end_with_the_same_net_and_differ_in_chance(finished):
+def test_ranks_end_with_one_net_log_and_state_differ_in_chance_and_score_every_test_image_once(finished):
     for name in RUNS:
         first, second = told(finished[0] / name)
         assert same(first["weights"], second["weights"])
         assert same(first["weights"], weights(finished[0] / name / "last"))
         assert name != "api" or not torch.equal(first["random"], second["random"])
-
-
-def test_there_is_one_log_and_one_state_of_both_and_every_test_image_is_scored_once(finished):
     output = finished[0] / "api"
     assert [(row["epoch"], row["step"]) for row in rows(output)] == [("1", "3"), ("2", "6"), ("3", "9")]
     assert len(list((output / "tensorboard").iterdir())) == 1
@@ -89,13 +78,13 @@ def test_there_is_one_log_and_one_state_of_both_and_every_test_image_is_scored_o
     assert not list(output.rglob("*.partial"))
     alone = score.main([str(output / "last"), "--device", "cpu"])
     assert alone["images"] == 25
-    assert json.loads(Path(f"{output}-scores.json").read_text()) == alone
+    assert json.loads((finished[0] / "api-scores.json").read_text()) == alone
     for rank in told(output):
         assert alone.items() <= rank["result"].items()
 
 
 @pytest.mark.parametrize("name", ["api-exact", "baseline-exact", "memory-exact"])
-def test_two_ranks_train_as_one_process_with_the_whole_batch(finished, cache, tmp_path, monkeypatch, name):
+def test_two_ranks_train_as_one_process_with_the_whole_batch(finished, tmp_path, monkeypatch, name):
     here, there = tmp_path / "run", finished[0] / name
     monkeypatch.setattr(train_cub, "train_transform", eval_transform)
     train_cub.main([*RUNS[name], "--output", str(here)])
@@ -129,7 +118,8 @@ def test_killed_rank_ends_the_run_and_resuming_ends_as_if_never_interrupted(fini
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_end_with_the_same_net(cache, tmp_path):
+def test_two_gpus_end_with_the_same_net(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = [*API, "--device", "cuda", "--amp", "bf16", "--output", str(tmp_path / "run")]
     code, _, err = on_two_ranks({"flags": flags})
     assert code == 0, err

@@ -40,9 +40,7 @@ def test_a_run_leaves_all_of_it_and_is_not_trained_again(birds, tmp_path, monkey
     assert float(log[1]["test_top1"]) == result["test_top1"]
     assert (float(log[0]["ranking"]) > 0) == (method == "api")
     assert result["images"] == 18
-    assert result["errors"] == result["errors_within_families"] + result["errors_across_families"]
     assert result["errors"] == round(18 * (1 - result["test_top1"] / 100))
-    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     last = tmp_path / "run" / "last"
     assert model_folder.load(last).transform == {"squash": 40, "crop": 32, "mean": mean, "std": std}
 
@@ -67,7 +65,6 @@ def test_confusion_counts():
     assert found["families_by_chance"] == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert {"true": "001.Red_Tern", "predicted": "002.Blue_Tern", "images": 1} in found["most_confused"]
     top = metrics.scores(logits, labels)
-    assert top["test_top1"] == pytest.approx(50)
     assert "1 within a family, 2 across (by chance 33 % would" in metrics.report(top | found)
 
     alone = metrics.confusion(logits, labels, classes, [])

@@ -17,28 +17,24 @@ import train_cub
 from workbench.images import eval_transform, train_transform
 
 RANK = int(os.environ.get("RANK", "0"))
-compute_loss, make_net = train_cub.compute_loss, train_cub.make_net
+compute_loss = train_cub.compute_loss
 
 
 def run(flags, kill_in_step=0, plain=False):
     """Train; with `plain`, without augmentation. Rank 1 can be killed in a step."""
-    nets, steps = [], []
+    models = []
 
-    def kept(*args):
-        nets.append(make_net(*args))
-        return nets[-1]
-
-    def counted(*args):
-        steps.append(0)
-        if RANK == 1 and len(steps) == kill_in_step:
+    def noted(model, *others):
+        models.append(model.module)
+        if RANK == 1 and len(models) == kill_in_step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return compute_loss(*args)
+        return compute_loss(model, *others)
 
-    train_cub.make_net, train_cub.compute_loss = kept, counted
+    train_cub.compute_loss = noted
     train_cub.train_transform = eval_transform if plain else train_transform
     result = train_cub.main(flags)
     output = flags[flags.index("--output") + 1]
-    told = {"weights": nets[-1].state_dict(), "random": torch.get_rng_state(), "result": result}
+    told = {"weights": models[-1].state_dict(), "random": torch.get_rng_state(), "result": result}
     torch.save(told, f"{output}-rank{RANK}.pt")
     score.main([f"{output}/last", "--device", "cpu", "--json", f"{output}-scores.json"])
 

@@ -60,8 +60,7 @@ def end_state(folder, last):
     """All that a run leaves, and its newest checkpoint: optimiser, memory, random states and all; without times."""
     newest = max((folder / "state").iterdir())
     assert newest.name == last
-    shared = load(newest / "state.pt")
-    assert shared.pop("progress")["epoch"] > 0  # has times in it, and else what the log has
+    shared = load(newest / "state.pt") | {"progress": None}  # it has times in it, and else what the log has
     result = json.loads((folder / "result.json").read_text()) | {"seconds": 0}
     nets = [weights(folder / name) for name in ("last", "best")]
     return [*nets, rows(folder), result, shared, load(newest / "process-0.pt")]
