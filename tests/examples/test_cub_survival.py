@@ -36,12 +36,11 @@ def kill_at(patch, moment=None):
     def before(name, function):
         def killed_before(*args, **kwargs):
             passed.append(name)
-            if len(passed) - 1 != moment:
-                return function(*args, **kwargs)
-            if name == "write_bytes":
-                path, content = args
-                path.write_bytes(content[: len(content) // 2])
-            raise KilledError
+            if len(passed) - 1 == moment:
+                if name == "write_bytes":
+                    args[0].write_bytes(args[1][: len(args[1]) // 2])
+                raise KilledError
+            return function(*args, **kwargs)
 
         return killed_before
 
