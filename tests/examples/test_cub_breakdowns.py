@@ -32,7 +32,7 @@ train_cub.main(sys.argv[1:])
 @pytest.mark.parametrize(
     ("action", "timeout", "message"),
     [("os.kill(os.getpid(), 9)", "60", "DataLoader worker (pid"),
-     ("time.sleep(600)", "2.5", "DataLoader timed out after 2.5 seconds")],
+     ("time.sleep(600)", "0.5", "DataLoader timed out after 0.5 seconds")],
 )  # fmt: skip
 def test_workers_that_are_killed_or_hang_end_the_run_which_then_goes_on(birds, tmp_path, action, timeout, message):
     """A process of its own, for its end must not wait for the workers."""

@@ -86,11 +86,12 @@ def test_variants_of_the_method_reach_the_net(birds, tmp_path, flags):
     assert (net.chunk_size or 0) == settings["chunk_size"]
     assert (head.intra or "none", head.inter or "none") == (settings["intra"], settings["inter"])
     assert ("mutual.fc1.weight" in head.state_dict()) == (settings["mutual"] == "mlp")
-    if settings["memory"] and settings["method"] == "api":
+    row, weight = rows(tmp_path / "run")[0], settings["rank_weight"]
+    assert float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + weight * float(row["ranking"]))
+    assert (head.memory is not None) == (settings["memory"] > 0 and settings["method"] == "api")
+    if head.memory is not None:
         assert head.memory.features.shape[0] == 16
         assert head.memory.features.isfinite().all()  # filled by the 18 images of the training
-    else:
-        assert head.memory is None
 
 
 def test_frozen_epochs_keep_the_backbone(birds, tmp_path):
@@ -158,6 +159,7 @@ def test_help_has_both_presets_defaults(capsys):
     ("flags", "message"),
     [(["--device", "nowhere"], "--device nowhere is not available: torch finds "),
      (["--backbone", "resnet18000"], "--backbone resnet18000: timm has no such model; near: .*resnet18"),
+     (["--n-classes", "7"], "--n-classes 7: CUB-200-2011 has 6 classes"),
      (["--data", "nowhere"], "nowhere is not a folder; expected CUB_200_2011"),
      (["--backbone-args", '{"no_such": 1}'], "--backbone test_resnet: .*no_such"),
      (["--pretrained"], "the pretrained weights of test_resnet are not available: no network\n.*--no-pretrained"),
