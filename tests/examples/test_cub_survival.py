@@ -15,6 +15,7 @@ import torch
 from commands import TORCHRUN, start
 from cub_runs import FULL, TINY, KilledError, assert_ends_alike, at_call, run
 
+import score
 import train_cub
 from workbench import checkpoint, run_folder
 from workbench.datasets import open_data
@@ -120,6 +121,15 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used_if_there_is_one(birds, t
     damage(state / "epoch-0003")
     with pytest.raises(SystemExit, match=r"no checkpoint in .* can be loaded"):
         run(birds, tmp_path / "run", *FULL)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_model_folder_with_code_is_refused(whole, tmp_path, name):
+    folder = shutil.copytree(whole / "best", tmp_path / "best")
+    (folder / "model.safetensors").unlink()
+    torch.save(Code(), folder / name)
+    with pytest.raises(SystemExit, match="the model cannot be read"):
+        score.main([str(folder), "--device", "cpu"])
 
 
 @pytest.mark.parametrize(
