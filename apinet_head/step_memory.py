@@ -147,8 +147,8 @@ def pick_chunk_size(
     """The chunk size and the number of kept chunks with which a training step fits into `memory`, by `step_memory`.
 
     The whole batch if that fits; else those with which the fewest images are recomputed, and of them the fewest chunks.
-    The choice itself is estimated; most others are extrapolated from a few estimates. So for tiny nets, where the head is
-    part of the peak, a better one may be missed.
+    The choice itself is estimated; most others are extrapolated from a few estimates. So a better one may be missed for
+    tiny nets, where the head is part of the peak.
     Sizes below 8 are taken only where larger ones don't fit, and none that leaves one image to a chunk where BatchNorm
     would normalise that image by itself.
 
