@@ -108,7 +108,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         parts = list(gradient.contiguous().chunk(dist.get_world_size(ctx.group)))
-        # Of older versions of torch, gloo has no reduce_scatter. A group may have a backend for each type of device.
+        # gloo does not have reduce_scatter for every device. A group may have a backend for each type of device.
         if f"{gradient.device.type}:gloo" in str(dist.get_backend_config(ctx.group)):
             total = torch.cat(parts)
             dist.all_reduce(total, group=ctx.group)
