@@ -223,7 +223,8 @@ class APIHead(nn.Module):
         # The mutual vector of each pair, and the images under its gates.
         gated = gated_features(images.table, images.rows, self._mutual_vector(images), self.gate == "single")
         valid = _valid(pairs, row_labels, gated[0])
-        num_rows = mean_over_ranks(valid.sum(), self._group) if self._across_ranks() else None
+        gathers = self.gather and world_size(self._group) > 1
+        num_rows = mean_over_ranks(valid.sum(), self._group) if gathers else None
 
         # Classes: all rows in one call, which is faster than two and takes less memory.
         rows = self.drop(gated) if has_classes else gated
@@ -247,9 +248,6 @@ class APIHead(nn.Module):
         images = _images(features, pairs, None if keys is None else keys.index_select(0, pairs.partner))
         anchor, partner = gates_of(images.take(), self._mutual_vector(images), self.gate == "single")
         return anchor, partner
-
-    def _across_ranks(self) -> bool:
-        return self.gather and world_size(self._group) > 1
 
     def _keys(self, features: Tensor, labels: Tensor, memory: FeatureMemory | None) -> Keys:
         """The batch, with gather that of all ranks, and the memory."""

@@ -95,7 +95,8 @@ def api_loss_terms(
     """
     _check(output)
     settings = _settings(margin, rank_weight, label_smoothing, class_weight)
-    return _of_output(output, class_weight, settings)
+    own, other, labels, valid, _, num_rows, group, _ = output
+    return _of_logits(own, other, labels, valid, num_rows, group, class_weight, settings)
 
 
 class APILoss(nn.Module):
@@ -145,8 +146,7 @@ class APILoss(nn.Module):
 
     def terms(self, output: "APIOutput") -> LossTerms:
         """The loss and its two terms, see `api_loss_terms`."""
-        _check(output)
-        return _of_output(output, self.class_weight, self.settings)
+        return api_loss_terms(output, **self.settings._asdict(), class_weight=self.class_weight)
 
     def of_features(
         self, gated: Tensor, labels: Tensor, valid: Tensor, num_rows: Tensor | None,
@@ -206,11 +206,6 @@ def _settings(margin: float, rank_weight: float, label_smoothing: float, class_w
 def _check_class_weight(class_weight: Tensor | None, classes: int) -> None:
     if class_weight is not None and class_weight.shape[0] != classes:
         raise ValueError(f"class_weight must be [{classes}], a weight per class, got {describe(class_weight)}")
-
-
-def _of_output(output: "APIOutput", class_weight: Tensor | None, settings: Settings) -> LossTerms:
-    own, other, labels, valid, _, num_rows, group, _ = output
-    return _of_logits(own, other, labels, valid, num_rows, group, class_weight, settings)
 
 
 def _of_logits(

@@ -41,9 +41,7 @@ def find(backend: str, query: Query, generator: torch.Generator | None) -> Found
     """The results of all searches, those for a "random" partner included."""
     if backend == "auto":
         backend = choose(query)
-    measured = query.searches
-    if "random" in (measured[0].how, measured[-1].how):
-        measured = tuple(search for search in measured if search.how != "random")
+    measured = tuple(search for search in query.searches if search.how != "random")
     if measured == query.searches:
         return BACKENDS[backend](query)
     results = {}

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from colours import COLOURS, SHORT, prepared, probabilities
-from cub_models import save_untrained
+from cub_runs import save_untrained
 from huggingface_hub import ModelCard
 from PIL import Image
 from torchvision.transforms.functional import center_crop, normalize, resize, to_tensor

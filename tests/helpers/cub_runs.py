@@ -1,14 +1,17 @@
-"""Runs of train_cub.py on a tiny set of birds, and what tells whether two of them are alike bit for bit."""
+"""Runs and models of train_cub.py on a tiny set of birds, and what tells whether two runs are alike bit for bit."""
 
 import csv
 import itertools
 import json
+from dataclasses import asdict
 
 import torch
 
 import train_cub
 from apinet_head import APINet
+from workbench import model_folder
 from workbench.checkpoint import load
+from workbench.datasets.bird_lists import read_cub
 from workbench.settings import parse
 
 # All that a state can hold, and a checkpoint after each step; 3 epochs of 3 steps, and in the last no test but one.
@@ -28,6 +31,16 @@ def begun(birds, *flags):
     settings = parse([*TINY, "--data", str(birds), *flags])
     train_cub.set_seed(settings.seed)
     return settings, train_cub.make_net(settings, 6)
+
+
+def save_untrained(birds, folder, *flags):
+    """The model folder of a net as it begins, as train_cub.py writes it; its normalisation is not ImageNet's."""
+    settings, net = begun(birds, "--backbone-args", '{"output_stride": 8}', *flags)  # whose last map is 4 x 4
+    transform = {"squash": settings.resize, "crop": settings.crop, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
+    folder.mkdir(parents=True)
+    model_folder.save(folder, model_folder.Model(net, read_cub(birds).classes, transform))
+    (folder / "run.json").write_text(json.dumps({"metrics": {}, "settings": asdict(settings)}))
+    return folder
 
 
 class KilledError(BaseException):

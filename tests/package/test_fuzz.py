@@ -245,25 +245,19 @@ def test_head_with_a_memory_takes_or_refuses_anything(data):
     torch.testing.assert_close([*head.memory.buffers()], [*past.buffers()], rtol=0, atol=0, equal_nan=True)
 
 
-def draw_sampler(data):
-    """Arguments of a sampler, whose labels are in any container; all of them fit."""
+@fuzzed
+def test_sampler_and_its_state_take_or_refuse_anything(data):
+    """Labels come in any container. What batches are made of is in test_sampler.py."""
     counts = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
     labels = [7 * label for label, count in enumerate(counts) for _ in range(count)]
     container = one_of(data, [list, tuple, np.array, torch.tensor, lambda rows: torch.tensor(rows, dtype=torch.int8)])
     world_size = one_of(data, [size for size in (1, 2, 3) if size <= len(counts)])
-    return {
+    arguments = {
         "labels": container(labels), "n_classes": world_size * data.draw(st.integers(1, len(counts) // world_size)),
         "n_samples": data.draw(st.integers(1, 4)), "n_batches": data.draw(st.none() | st.integers(1, 4)),
         "seed": data.draw(st.integers(-5, 5)), "rank": data.draw(st.integers(0, world_size - 1)),
         "world_size": world_size,
     }  # fmt: skip
-
-
-@fuzzed
-def test_sampler_and_its_state_take_or_refuse_anything(data):
-    """What batches are made of is in test_sampler.py."""
-    arguments = draw_sampler(data)
-    labels = [int(label) for label in arguments["labels"]]
     no_labels = [way(torch.tensor(labels)) for way in (*WAYS["labels alone"][1:], lambda y: y.to("meta"))]
     no_labels += [[*labels[:-1], last] for last in (math.nan, None, [1])]
     no_labels += [np.array(labels, dtype=float), [*map(str, labels)], None, 3]
