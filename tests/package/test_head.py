@@ -1,6 +1,7 @@
 """`APIHead`: the formulas, criteria, images without a class, the look at the first batch, a memory, devices, errors."""
 
 import copy
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -23,29 +24,36 @@ from apinet_head.mutual import MUTUALS
 
 DIM, CLASSES = 9, 5
 pytestmark = pytest.mark.filterwarnings("ignore:.* pairs of the first batch")
+assert_near = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 GATES = pytest.mark.parametrize("gate", ["pair", "single"])
 SOME_LABEL = st.sampled_from([0, -1, -100])
+VARIANTS = [
+    *itertools.product(MUTUALS, ["pair"]),
+    *((mutual, "single") for mutual in MUTUALS if mutual != "individual"),
+]
 
 
 def gradients(loss, head, features):
     return torch.autograd.grad(loss, [*head.parameters(), features], retain_graph=True)
 
 
+@pytest.mark.parametrize(("mutual", "gate"), VARIANTS)
 @settings(max_examples=75, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 14), st.integers(1, 12), st.integers(1, 4), st.floats(0, 0.3), SOME_LABEL)
-def test_logits_loss_and_gradients_follow_the_formulas(seed, size, dim, classes, margin, label):
-    head, features, labels = make_case(size, dim, min(classes, size), seed)
+def test_logits_loss_and_gradients_follow_the_formulas(mutual, gate, seed, size, dim, classes, margin, label):
+    head, features, labels = make_case(size, dim, min(classes, size), seed, mutual=mutual, gate=gate)
     labels[torch.rand(size) < 0.2] = label
     output, pairs = head(features, labels), mine_pairs(features, labels)
     if not pairs.valid.any():
         return
     # The published method knows no pairs that are not valid: they are to be as if they weren't there.
-    expected = reference.head(head, features, labels, list(pairs.partner.view(2, -1)), margin, pairs.valid)
-    torch.testing.assert_close(output.logits_self[output.valid], expected["own"])
-    torch.testing.assert_close(output.logits_other[output.valid], expected["other"])
+    how = margin, pairs.valid, mutual, gate == "single"
+    expected = reference.head(head, features, labels, list(pairs.partner.view(2, -1)), *how)
+    assert (output.logits_other is output.logits_self) == (gate == "single")
+    assert_near([logits[output.valid] for logits in output[:2]], [expected[name] for name in ("own", "other")])
     for terms in (api_loss_terms(output, margin=margin), head(features, labels, criterion=APILoss(margin, rows=4))):
-        torch.testing.assert_close([*terms], [expected[name] for name in ("loss", "cross_entropy", "ranking")])
-        torch.testing.assert_close(*(gradients(loss, head, features) for loss in (terms.total, expected["loss"])))
+        assert_near([*terms], [expected[name] for name in ("loss", "cross_entropy", "ranking")])
+        assert_near(*(gradients(loss, head, features) for loss in (terms.total, expected["loss"])))
 
 
 # The published head: see golden/README.md.
