@@ -1,4 +1,4 @@
-"""Gates of pairs of images, and the images under them (paper, equations 2 and 3).
+"""Gates of pairs of images, and the images under them (paper, equations 2 to 6).
 
     g = sigmoid(m * x)        own gate: x + x * g_own        other gate: x + x * g_other
 

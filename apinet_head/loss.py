@@ -64,7 +64,7 @@ def api_loss_terms(
 ) -> LossTerms:
     """The loss and its two terms.
 
-    With p the softmax of a row's logits at its label (paper, equations 4 and 5):
+    With p the softmax of a row's logits at its label:
 
         cross_entropy = mean of -log p over all 4P rows
         ranking = mean of max(0, p_other - p_self + margin) over the 2P rows

@@ -1,4 +1,4 @@
-"""Which images to compare: the pairs that API-Net trains on (paper, section "Class-Balanced Pair Construction")."""
+"""Which images to compare: the pairs that API-Net trains on (paper, section 3.2)."""
 
 from typing import NamedTuple
 
