@@ -1,6 +1,6 @@
 """A page in the browser that classifies images dropped on it: python examples/app.py own-model
 
-It is served on localhost only. Needs Gradio: pip install 'apinet-head[app]'
+It is served on localhost only. Needs Gradio: pip install '.[app]'
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ def make_page(folder: Path, top: int = 5, device: str = "cpu") -> Any:
     try:
         import gradio
     except ImportError:
-        raise SystemExit("the page needs Gradio: pip install 'apinet-head[app]', or pip install gradio") from None
+        raise SystemExit("the page needs Gradio: pip install '.[app]', or pip install gradio") from None
     place = check_device(device)
     net, classes, config = model_folder.load(folder)
     net, transform = net.to(place), eval_transform(config)

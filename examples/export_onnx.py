@@ -4,7 +4,7 @@ python examples/export_onnx.py own-model
 
 The file's metadata has all that is needed to use it without the model folder, as JSON: `classes`, the names in the
 order of the logits, and `transform`, how images are prepared, with the mean and standard deviation of the backbone.
-Needs pip install 'apinet-head[export]'. docs/deploy.md has other ways.
+Needs pip install '.[export]'. docs/deploy.md has other ways.
 """
 
 import json
@@ -21,7 +21,7 @@ def export(folder: Path, file: Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401 # torch.onnx needs it, but its own error is less clear
     except ImportError as error:
-        raise SystemExit(f"{error}: pip install 'apinet-head[export]'") from None
+        raise SystemExit(f"{error}: pip install '.[export]'") from None
     net, classes, transform = model_folder.load(folder)
     model = net.to_deploy()
     shape = transform.get("input_size") or [3, transform["crop"], transform["crop"]]

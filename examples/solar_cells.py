@@ -2,9 +2,9 @@
 
 The 2,624 electroluminescence images of the ELPV data set (Deitsch et al., "Segmentation of photovoltaic module cells in
 uncalibrated electroluminescence images", 2021; Buerhop-Lutz et al., "A benchmark for visual identification of defective
-solar cells in electroluminescence imagery", 2018). They come with the package elpv-dataset: pip install
-'apinet-head[elpv]'. Their licence is CC BY-NC-SA 4.0: no commercial use, and what is made from them, models included,
-must be shared under the same licence. This repository contains none of them.
+solar cells in electroluminescence imagery", 2018). They come with the package elpv-dataset: pip install '.[elpv]'.
+Their licence is CC BY-NC-SA 4.0: no commercial use, and what is made from them, models included, must be shared under
+the same licence. This repository contains none of them.
 
 Experts gave each cell a probability of being defective, 0, 1/3, 2/3 or 1, by how certain they were. There are cells of
 monocrystalline and of polycrystalline silicon, which look different. The four classes are functional (0 and 1/3) and
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         from elpv_dataset.utils import load_dataset
     except ImportError:
-        raise SystemExit("the photographs come with a package: pip install 'apinet-head[elpv]'") from None
+        raise SystemExit("the photographs come with a package: pip install '.[elpv]'") from None
     with writing("", options.folder):  # the disk may be full, or read-only
         counts = write_folders(options.folder, *load_dataset(), degrees=options.degrees)
     for name, count in sorted(counts.items()):

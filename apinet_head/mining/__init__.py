@@ -70,7 +70,8 @@ def choose(query: Query) -> str:
 
 def _suits_triton(features: Tensor) -> bool:
     # A CUDA tensor may be a fake one, on a machine without a GPU. An exported program should need no operator of ours.
-    if not (HAS_TRITON and features.is_cuda and torch.cuda.is_available()) or is_exporting():
+    # An AMD GPU is a CUDA device, too, and MI200 is of capability 9.0.
+    if not (HAS_TRITON and features.is_cuda and torch.cuda.is_available()) or torch.version.hip or is_exporting():
         return False
     if features.dtype == torch.float64 or (
         not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

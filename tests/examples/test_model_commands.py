@@ -94,7 +94,7 @@ def test_folders_are_predicted_in_batches_and_written_as_csv(own_model, tmp_path
         (score, ["{model}"], "no model folder of train_cub.py"),
         (export_onnx, ["{empty}"], "not a model folder"),
         (export_onnx, ["{model}", "--output", "{empty}/no/model.onnx"], "model.onnx cannot be written"),
-        (app, ["{model}"], r"pip install 'apinet-head\[app\]'"),
+        (app, ["{model}"], r"pip install '\.\[app\]'"),
     ],
 )
 def test_mistakes_are_one_line(own_model, tmp_path, monkeypatch, command, arguments, message):

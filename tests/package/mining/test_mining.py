@@ -283,6 +283,21 @@ def test_auto_takes_tiles_for_large_batches_and_never_for_a_graph():
     assert [chosen(size, size) for size in (120, 65536)] == ["dense", "tiled"]
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "dtype", "suits"),
+    [((9, 0), None, torch.float32, True), ((8, 0), None, torch.float32, False), ((9, 0), "6.2", torch.float32, False),
+     ((9, 0), None, torch.float64, False)],
+)  # fmt: skip
+def test_auto_takes_triton_on_the_gpus_where_it_was_measured(monkeypatch, capability, hip, dtype, suits):
+    properties = mock.Mock(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(mining, "triton_works", lambda: True)
+    monkeypatch.setattr(mining, "HAS_TRITON", True)
+    assert mining._suits_triton(mock.Mock(dtype=dtype, is_cuda=True)) == suits
+
+
 def test_a_triton_that_cannot_launch_is_left_out_with_a_warning(monkeypatch):
     runtime = pytest.importorskip("triton").runtime
     mining.triton_works.cache_clear()
